@@ -1,0 +1,157 @@
+"""Everything this library uses that JAX does not promise to keep.
+
+A jaxpr is only *read* (`Jaxpr`, `call_of`, `location`) and *evaluated* (`bind`), and one primitive is
+defined (`loss_primitive`). No other module may import `jax.extend`, `jax.interpreters` or `jax._src`:
+a JAX release that moves something is answered here and nowhere else.
+
+Two differences between the supported releases are levelled here: JAX 0.12 merged `ClosedJaxpr` into
+`Jaxpr`, and `scan` describes its operands by `ft_in` where 0.10 had `num_consts` and `num_carry`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex_core
+from jax.extend import source_info_util
+from jax.interpreters import ad, batching, mlir
+
+Literal = jex_core.Literal
+Var = jex_core.Var
+Equation = Any  # jax.extend.core.JaxprEqn: .primitive.name, .params, .invars, .outvars
+
+
+@dataclasses.dataclass(frozen=True)
+class Jaxpr:
+    """A jaxpr with its constants, the same in every JAX release."""
+
+    constvars: tuple[Any, ...]
+    consts: tuple[Any, ...]
+    invars: tuple[Any, ...]
+    outvars: tuple[Any, ...]
+    equations: tuple[Equation, ...]
+
+    @classmethod
+    def wrap(cls, jaxpr: Any) -> Jaxpr:
+        """Reads an open or closed jaxpr."""
+        inner = getattr(jaxpr, "jaxpr", jaxpr)
+        consts = tuple(getattr(jaxpr, "consts", ()))
+        constvars = tuple(inner.constvars)
+        return cls(constvars, consts, tuple(inner.invars), tuple(inner.outvars), tuple(inner.eqns))
+
+
+def trace(function: Callable[..., Any], *args: Any) -> tuple[Jaxpr, Any]:
+    """The jaxpr of `function(*args)` and the tree of shapes of its result."""
+    closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
+    return Jaxpr.wrap(closed), out
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """An equation that runs other jaxprs.
+
+    Every body takes `equation.invars[skip:]` and returns `equation.outvars`. In a scan the operands
+    are `num_consts` constants, `num_carry` carries, and the scanned arrays.
+    """
+
+    kind: str  # "jit", "remat", "custom_jvp", "scan" or "cond"
+    bodies: tuple[Jaxpr, ...]
+    skip: int = 0
+    num_consts: int = 0
+    num_carry: int = 0
+
+
+_INLINE_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+_REMAT_CALLS = ("remat2", "remat", "checkpoint")
+
+
+def call_of(equation: Equation) -> Call | None:
+    """The `Call` behind an equation, or None where the equation is to be taken as a whole.
+
+    `while`, `custom_vjp_call`, `shard_map` and unknown higher-order primitives are taken as a whole.
+    """
+    name, params = equation.primitive.name, equation.params
+    if name in _INLINE_CALLS:
+        return Call("jit", (Jaxpr.wrap(params[_INLINE_CALLS[name]]),))
+    if name in _REMAT_CALLS:
+        return Call("remat", (Jaxpr.wrap(params["jaxpr"]),))
+    if name == "custom_jvp_call":
+        return Call("custom_jvp", (Jaxpr.wrap(params["call_jaxpr"]),))
+    if name == "cond":
+        return Call("cond", tuple(Jaxpr.wrap(b) for b in params["branches"]), skip=1)
+    if name == "scan":
+        if "ft_in" in params:
+            consts, carry, _ = params["ft_in"].elts
+            num_consts, num_carry = len(consts), len(carry)
+        else:
+            num_consts, num_carry = params["num_consts"], params["num_carry"]
+        return Call("scan", (Jaxpr.wrap(params["jaxpr"]),), 0, num_consts, num_carry)
+    return None
+
+
+def nested(equation: Equation) -> tuple[Jaxpr, ...]:
+    """All jaxprs in an equation's parameters, whatever the primitive."""
+    found = []
+    for value in equation.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(getattr(item, "jaxpr", item), "eqns"):
+                found.append(Jaxpr.wrap(item))
+    return tuple(found)
+
+
+def bind(equation: Equation, operands: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation on new operands, as `jax.core.eval_jaxpr` would."""
+    params = equation.primitive.get_bind_params(equation.params)
+    with equation.ctx.manager:
+        out = equation.primitive.bind(*operands, **params)
+    return list(out) if equation.primitive.multiple_results else [out]
+
+
+_PACKAGE = str(pathlib.Path(__file__).parent)
+
+
+def location(equation: Equation) -> str:
+    """`file.py:12`, the innermost line outside JAX and this library; empty where none is known."""
+    frames = source_info_util.summarize(equation.source_info, num_frames=8).split("\n")
+    for frame in reversed(frames):  # innermost last
+        path, _, rest = frame.partition(":")
+        if rest and not path.startswith(_PACKAGE):
+            return f"{pathlib.Path(path).name}:{rest.split(':')[0].split(' ')[0]}"
+    return ""
+
+
+def loss_primitive(name: str, value: Callable[..., jax.Array]) -> Any:
+    """A primitive whose result is `value(*operands, **params)`, an ordinary function to JAX.
+
+    It exists to be seen in a jaxpr. It differentiates and lowers as `value` does. Under `vmap` the
+    mapped axis becomes the leading axis of every operand, so it stays one equation.
+    """
+    primitive = jex_core.Primitive(name)
+    primitive.def_impl(value)
+
+    def abstract(*avals: Any, **params: Any) -> Any:
+        (out,) = jax.make_jaxpr(lambda *xs: value(*xs, **params))(*avals).out_avals
+        return out
+
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+        full = [ad.instantiate_zeros(t) for t in tangents]
+        return jax.jvp(lambda *xs: value(*xs, **params), tuple(primals), tuple(full))
+
+    def batch(operands: Sequence[Any], axes: Sequence[Any], **params: Any) -> tuple[Any, int]:
+        size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
+        moved = [
+            jnp.broadcast_to(x, (size, *x.shape)) if a is None else jnp.moveaxis(x, a, 0)
+            for x, a in zip(operands, axes, strict=True)
+        ]
+        return primitive.bind(*moved, **params), 0
+
+    primitive.def_abstract_eval(abstract)
+    mlir.register_lowering(primitive, mlir.lower_fun(value, multiple_results=False))
+    ad.primitive_jvps[primitive] = jvp
+    batching.primitive_batchers[primitive] = batch
+    return primitive

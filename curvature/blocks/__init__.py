@@ -1,0 +1,8 @@
+"""Curvature blocks: how a block is stored, applied and inverted."""
+
+from curvature.blocks.block import Block
+from curvature.blocks.block_diagonal import BlockDiagonal, block_of
+from curvature.blocks.diagonal import Diagonal
+from curvature.blocks.kronecker import Kronecker
+
+__all__ = ["Block", "BlockDiagonal", "Diagonal", "Kronecker", "block_of"]

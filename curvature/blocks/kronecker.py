@@ -1,0 +1,142 @@
+"""Kronecker-factored blocks (Martens and Grosse 2015).
+
+For a dense layer with kernel V of shape (d_in, d_out), G = A (x) B with A the second moment of the
+input, (d_in, d_in), and B that of the output gradients, (d_out, d_out), acts as
+
+    G V = A V B,    and as the matrix A (x) B on the row-major flattened V.
+
+A factor may be diagonal: a vector in place of a matrix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from curvature.blocks.block import safe_power
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kronecker:
+    """G = input (x) output on block coordinates `stack + (d_in, d_out)`.
+
+    Attributes:
+      input: `stack + (d_in, d_in)`, or `stack + (d_in,)` for a diagonal factor.
+      output: `stack + (d_out, d_out)`, or `stack + (d_out,)`.
+      stack_ndim: number of leading stack axes.
+    """
+
+    input: jax.Array
+    output: jax.Array
+    stack_ndim: int = dataclasses.field(default=0, metadata={"static": True})
+
+    def __matmul__(self, v: jax.Array) -> jax.Array:
+        """G v."""
+        left = _apply(self.input, v, self._is_diagonal(self.input))
+        right = _apply(self.output, left.mT, self._is_diagonal(self.output))
+        return right.mT
+
+    def solve(self, v: jax.Array, damping: ArrayLike = 0.0) -> jax.Array:
+        """(G + damping I)^-1 v exactly; the pseudo-inverse where an eigenvalue is zero."""
+        return self.power(v, -1.0, damping)
+
+    def power(self, v: jax.Array, p: float, damping: ArrayLike = 0.0) -> jax.Array:
+        """(G + damping I)^p v exactly, in the eigenbasis; zero on the null space."""
+        (a, qa), (b, qb) = self._eigh(self.input), self._eigh(self.output)
+        scale = safe_power(a[..., :, None] * b[..., None, :] + damping, p)
+        v = _rotate(qa, _rotate(qb, v.mT, back=False).mT, back=False)
+        return _rotate(qa, _rotate(qb, (scale * v).mT, back=True).mT, back=True)
+
+    def trace(self) -> jax.Array:
+        """tr(A) tr(B), summed over the stack."""
+        return jnp.sum(self._traces(self.input) * self._traces(self.output))
+
+    def logdet(self, damping: ArrayLike = 0.0) -> jax.Array:
+        """log det(G + damping I), summed over the stack."""
+        return jnp.sum(jnp.log(self.eigenvalues() + damping))
+
+    def eigenvalues(self) -> jax.Array:
+        """Products of the factors' eigenvalues, shape `stack + (size,)`, ascending."""
+        a, b = self._eigh(self.input)[0], self._eigh(self.output)[0]
+        products = a[..., :, None] * b[..., None, :]
+        return jnp.sort(products.reshape((*products.shape[:-2], -1)), axis=-1)
+
+    def diagonal(self) -> jax.Array:
+        """The diagonal, as block coordinates."""
+        a, b = self._diagonal_of(self.input), self._diagonal_of(self.output)
+        return a[..., :, None] * b[..., None, :]
+
+    def to_dense(self) -> jax.Array:
+        """The matrix A (x) B, shape `stack + (size, size)`."""
+        a, b = self._full(self.input), self._full(self.output)
+        product = jnp.einsum("...ik,...jl->...ijkl", a, b, precision=_HIGHEST)
+        size = a.shape[-1] * b.shape[-1]
+        return product.reshape((*product.shape[:-4], size, size))
+
+    def damped_inverse(self, damping: ArrayLike) -> Kronecker:
+        """(A + pi sqrt(damping) I)^-1 (x) (B + sqrt(damping) / pi I)^-1.
+
+        Factored damping with pi = sqrt((tr A / d_in) / (tr B / d_out)), which minimises a bound on
+        the difference to G + damping I (Martens and Grosse 2015, section 6.3). Two Cholesky
+        factorisations, about ten times cheaper than the eigendecompositions of `solve`.
+        """
+        d_in, d_out = self._diagonal_of(self.input).shape[-1], self._diagonal_of(self.output).shape[-1]
+        mean_a, mean_b = self._traces(self.input) / d_in, self._traces(self.output) / d_out
+        both = (mean_a > 0) & (mean_b > 0)
+        pi = jnp.sqrt(jnp.where(both, mean_a, 1) / jnp.where(both, mean_b, 1))
+        root = jnp.sqrt(jnp.asarray(damping, pi.dtype))
+        return Kronecker(
+            _damped_inverse(self.input, pi * root, self._is_diagonal(self.input)),
+            _damped_inverse(self.output, root / pi, self._is_diagonal(self.output)),
+            self.stack_ndim,
+        )
+
+    def _is_diagonal(self, factor: jax.Array) -> bool:
+        return factor.ndim == self.stack_ndim + 1
+
+    def _diagonal_of(self, factor: jax.Array) -> jax.Array:
+        return factor if self._is_diagonal(factor) else jnp.diagonal(factor, axis1=-2, axis2=-1)
+
+    def _traces(self, factor: jax.Array) -> jax.Array:
+        return jnp.sum(self._diagonal_of(factor), axis=-1)
+
+    def _full(self, factor: jax.Array) -> jax.Array:
+        if self._is_diagonal(factor):
+            return factor[..., None] * jnp.eye(factor.shape[-1], dtype=factor.dtype)
+        return factor
+
+    def _eigh(self, factor: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Eigenvalues, zero where they are rounding errors, and eigenvectors (None: identity)."""
+        if self._is_diagonal(factor):
+            return jnp.maximum(factor, 0), None
+        values, vectors = jnp.linalg.eigh(factor)
+        cutoff = values[..., -1:] * values.shape[-1] * jnp.finfo(values.dtype).eps
+        return jnp.where(values > cutoff, values, 0), vectors
+
+
+def _apply(factor: jax.Array, v: jax.Array, diagonal: bool) -> jax.Array:
+    if diagonal:
+        return factor[..., :, None] * v
+    return jnp.matmul(factor, v, precision=_HIGHEST)
+
+
+def _rotate(vectors: jax.Array | None, v: jax.Array, *, back: bool) -> jax.Array:
+    if vectors is None:
+        return v
+    return jnp.matmul(vectors if back else vectors.mT, v, precision=_HIGHEST)
+
+
+def _damped_inverse(factor: jax.Array, shift: jax.Array, diagonal: bool) -> jax.Array:
+    if diagonal:
+        return safe_power(factor + shift[..., None], -1.0)
+    identity = jnp.eye(factor.shape[-1], dtype=factor.dtype)
+    lower = jnp.linalg.cholesky(factor + shift[..., None, None] * identity)
+    full = jnp.broadcast_to(identity, lower.shape)
+    inverse = jax.scipy.linalg.cho_solve((lower, True), full)
+    return (inverse + inverse.mT) / 2

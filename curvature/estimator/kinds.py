@@ -1,0 +1,234 @@
+"""Kinds of curvature: what is averaged.
+
+The curvature of a loss is G = sum_i w_i J_i' G_z(z_i) J_i over units i, with w_i = dL/dl_i. Every
+kind is a choice of random (or enumerated) cotangents v at the network's output with E[v v'] = G_z:
+
+| kind                      | v at the output z                          | passes                    |
+|---------------------------|--------------------------------------------|---------------------------|
+| `Fisher(samples=k)`       | score at targets sampled from the model    | k                         |
+| `EmpiricalFisher()`       | score at the targets in the data           | 1                         |
+| `GaussNewton(probes=k)`   | H_z^(1/2) times random signs               | k                         |
+| `GaussNewton()`           | the columns of H_z^(1/2)                   | entries of z per example  |
+| `Fisher(samples=None)`    | the same: F_z = H_z for these losses       | the same                  |
+
+`EmpiricalFisher` is no approximation of the others: it converges to another matrix (Kunstner,
+Hennig and Balles 2019).
+
+Weights enter as sqrt(|w|): a unit with negative weight counts as if it were positive, so that the
+result stays positive semi-definite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from curvature.losses import OutputLoss
+from curvature.registry import LossTag
+
+Draw = Any  # the randomness or selection of one loss tag in one pass: a pytree of arrays
+
+
+class Kind(Protocol):
+    """A source of output cotangents."""
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the results of several passes are averaged (samples) or summed (columns)."""
+        ...
+
+    def needs_key(self, *, pooled: bool) -> bool:
+        """Whether `draw` needs a random key.
+
+        Args:
+          pooled: whether some block sees only cotangents summed over examples, so that those of
+            different examples have to be uncorrelated.
+        """
+        ...
+
+    def draw(self, losses: Sequence[LossTag], key: jax.Array | None) -> tuple[Draw, ...]:
+        """For every loss tag, arrays with leading axes `(passes, *lead)`."""
+        ...
+
+    def cotangent(
+        self, loss: OutputLoss, draw: Draw, z: jax.Array, *targets: jax.Array
+    ) -> jax.Array:
+        """The cotangent v at z, for units of weight one."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussNewton:
+    """The generalised Gauss-Newton matrix sum_i w_i J_i' H_z(z_i) J_i (Schraudolph 2002).
+
+    Attributes:
+      probes: number of random sign vectors (an unbiased estimate); None for the exact matrix, with
+        one backward pass for each entry of z per example.
+
+    Raises:
+      ValueError: `probes` is not positive.
+    """
+
+    probes: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_count("probes", self.probes)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the results of several passes are averaged or summed."""
+        return self.probes is not None
+
+    def needs_key(self, *, pooled: bool) -> bool:
+        """See `Kind`."""
+        return self.averaged or pooled
+
+    def draw(self, losses: Sequence[LossTag], key: jax.Array | None) -> tuple[Draw, ...]:
+        """See `Kind`."""
+        if self.probes is None:
+            return _columns(losses, key)
+        assert key is not None
+        return _keys(key, self.probes, losses)
+
+    def cotangent(
+        self, loss: OutputLoss, draw: Draw, z: jax.Array, *targets: jax.Array
+    ) -> jax.Array:
+        """See `Kind`."""
+        if self.probes is None:
+            return _column(loss, draw, z, *targets)
+        return loss.root(jax.random.rademacher(draw, z.shape, z.dtype), z, *targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fisher:
+    """The Fisher information sum_i w_i J_i' F_z(z_i) J_i, targets sampled from the model.
+
+    Attributes:
+      samples: draws per unit, one backward pass each (an unbiased estimate); None for the exact
+        expectation, which is the exact Gauss-Newton matrix because F_z = H_z.
+
+    Raises:
+      ValueError: `samples` is not positive.
+    """
+
+    samples: int | None = 1
+
+    def __post_init__(self) -> None:
+        _check_count("samples", self.samples)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the results of several passes are averaged or summed."""
+        return self.samples is not None
+
+    def needs_key(self, *, pooled: bool) -> bool:
+        """See `Kind`."""
+        return self.averaged or pooled
+
+    def draw(self, losses: Sequence[LossTag], key: jax.Array | None) -> tuple[Draw, ...]:
+        """See `Kind`."""
+        if self.samples is None:
+            return _columns(losses, key)
+        assert key is not None
+        return _keys(key, self.samples, losses)
+
+    def cotangent(
+        self, loss: OutputLoss, draw: Draw, z: jax.Array, *targets: jax.Array
+    ) -> jax.Array:
+        """See `Kind`."""
+        if self.samples is None:
+            return _column(loss, draw, z, *targets)
+        return loss.sampled_score(draw, z, *targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class EmpiricalFisher:
+    """The empirical Fisher sum_n s_n s_n', s_n the score of example n at its own targets.
+
+    The units of one example (positions, output dimensions) are summed before the product is taken:
+    s_n = sum_i sqrt(w_i) J_i' grad_z l_i.
+    """
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the results of several passes are averaged or summed."""
+        return True
+
+    def needs_key(self, *, pooled: bool) -> bool:
+        """See `Kind`."""
+        return pooled
+
+    def draw(self, losses: Sequence[LossTag], key: jax.Array | None) -> tuple[Draw, ...]:
+        """See `Kind`."""
+        if key is None:
+            return tuple(jnp.zeros((1, *tag.lead)) for tag in losses)
+        # One sign per example: the same in every scan step, and for every loss.
+        return tuple(jnp.broadcast_to(key, (1, *tag.lead)) for tag in losses)
+
+    def cotangent(
+        self, loss: OutputLoss, draw: Draw, z: jax.Array, *targets: jax.Array
+    ) -> jax.Array:
+        """See `Kind`."""
+        return _signed(draw, loss, loss.score(z, *targets))
+
+
+def _check_count(name: str, count: int | None) -> None:
+    if count is not None and count < 1:
+        raise ValueError(f"{name} is {count}, expected a positive integer or None (exact).")
+
+
+def _keys(key: jax.Array, passes: int, losses: Sequence[LossTag]) -> tuple[jax.Array, ...]:
+    """One key for each loss, pass and scan step."""
+    return tuple(
+        jax.random.split(jax.random.fold_in(key, i), (passes, *tag.lead))
+        for i, tag in enumerate(losses)
+    )
+
+
+def _columns(losses: Sequence[LossTag], key: jax.Array | None) -> tuple[Draw, ...]:
+    """Enumerates the entries of z per example: in each pass one loss, scan step and entry is lit.
+
+    The draw is the index of the lit entry, -1 where none is, with the key of the examples' signs.
+    """
+    sizes = [math.prod(tag.lead) * tag.columns for tag in losses]
+    draws = []
+    for i, tag in enumerate(losses):
+        index = np.full((sum(sizes), math.prod(tag.lead)), -1, np.int32)
+        local = np.arange(sizes[i])
+        index[sum(sizes[:i]) + local, local // tag.columns] = local % tag.columns
+        index = index.reshape(sum(sizes), *tag.lead)
+        signs = jnp.zeros(index.shape)
+        if key is not None:
+            signs = jax.random.split(jax.random.fold_in(key, i), index.shape)
+        draws.append((jnp.asarray(index), signs))
+    return tuple(draws)
+
+
+def _column(loss: OutputLoss, draw: Draw, z: jax.Array, *targets: jax.Array) -> jax.Array:
+    """One column of the square root of H_z, the same for every example but for its sign."""
+    index, signs = draw
+    per_example = z.shape[1:] if z.ndim > loss.event_ndim else z.shape
+    lit = jnp.arange(math.prod(per_example)).reshape(per_example) == index
+    vector = jnp.broadcast_to(lit, z.shape).astype(z.dtype)
+    return loss.root(_signed(signs, loss, vector), z, *targets)
+
+
+def _signed(draw: jax.Array, loss: OutputLoss, vector: jax.Array) -> jax.Array:
+    """`vector` with a random sign for each example (leading unit axis); as it is without a key.
+
+    Products of one example's cotangents do not see its sign. Where only the sum over examples can
+    be seen, signs make the square of the sum an unbiased estimate of the sum of squares.
+    """
+    if not jnp.issubdtype(draw.dtype, jax.dtypes.prng_key):
+        return vector
+    units = vector.ndim - loss.event_ndim
+    shape = [1] * vector.ndim
+    if units:
+        shape[0] = vector.shape[0]
+    return vector * jax.random.rademacher(draw, shape, vector.dtype)

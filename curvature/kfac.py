@@ -1,0 +1,290 @@
+"""K-FAC as optax transformations.
+
+`scale_by_curvature` is the preconditioner alone, to be chained; `kfac` adds momentum and a learning
+rate. Both take what they need beyond the gradient as extra arguments of `update`, as `optax.lbfgs`
+does, are pure, and are jitted by their user.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from curvature.estimator import Estimator, Fisher, Kind
+from curvature.registry import Registry
+
+PyTree = Any
+ScalarOrSchedule = ArrayLike | Callable[[ArrayLike], ArrayLike]
+BlockArrays = dict[str, dict[str, jax.Array]]
+
+
+class CurvatureStats(NamedTuple):
+    """What happened, for any logger.
+
+    Attributes:
+      skipped: steps skipped because the gradient, the statistics or the update was not finite.
+      failed_refreshes: refreshes whose inverse was not finite, so that the previous one was kept.
+      damping: the damping of the latest refresh.
+    """
+
+    skipped: jax.Array
+    failed_refreshes: jax.Array
+    damping: jax.Array
+
+
+class CurvatureState(NamedTuple):
+    """State of `scale_by_curvature`: a pytree of arrays.
+
+    Attributes:
+      count: steps taken (skipped ones not counted).
+      weight: total weight of the exponential average, which corrects its bias towards zero.
+      statistics: the exponential averages before that correction, by layer and factor.
+      inverse: the factors of the damped inverse, of the same shapes.
+      stats: what happened.
+    """
+
+    count: jax.Array
+    weight: jax.Array
+    statistics: BlockArrays
+    inverse: BlockArrays
+    stats: CurvatureStats
+
+
+class KFACState(NamedTuple):
+    """State of `kfac`.
+
+    Attributes:
+      curvature: the preconditioner's state.
+      descent: state of momentum and learning rate.
+    """
+
+    curvature: CurvatureState
+    descent: optax.OptState
+
+    @property
+    def stats(self) -> CurvatureStats:
+        """What happened, for any logger."""
+        return self.curvature.stats
+
+
+def scale_by_curvature(
+    registry: Registry,
+    kind: Kind = Fisher(),
+    *,
+    damping: ScalarOrSchedule = 1e-3,
+    decay: float = 0.95,
+    statistics_every: int = 1,
+    refresh_every: int = 1,
+    max_factor_dim: int = 8192,
+) -> optax.GradientTransformationExtraArgs:
+    """Multiplies gradients by the inverse of a running blockwise curvature.
+
+    `update(grads, state, params, loss_args=(batch,), key=key)` computes statistics at `params` on
+    `loss_args` (the arguments of the loss function after `params`), averages them, and applies
+    (G + damping I)^-1, with factored damping in Kronecker blocks (Martens and Grosse 2015).
+
+    A step whose gradient, statistics or update is not finite is skipped: the update is zero, the
+    state is as before but for `state.stats.skipped`.
+
+    Args:
+      registry: what is in the model, from `curvature.register`.
+      kind: what is averaged: `Fisher`, `EmpiricalFisher` or `GaussNewton`.
+      damping: added to the curvature; a number or a schedule of the step count.
+      decay: weight of the past in the exponential average of the statistics, in [0, 1).
+      statistics_every: steps between statistics.
+      refresh_every: steps between inversions.
+      max_factor_dim: a Kronecker factor wider than this keeps its diagonal only.
+
+    Returns:
+      An optax transformation with extra arguments; its state is a `CurvatureState`.
+
+    Raises:
+      ValueError: at once for an argument out of range; by `update` without `params`, `loss_args`
+        or a needed `key`, or with arguments that differ from what was registered.
+    """
+    _check_range("damping", damping, 0.0, float("inf"))
+    _check_range("decay", decay, 0.0, 1.0)
+    _check_period("statistics_every", statistics_every)
+    _check_period("refresh_every", refresh_every)
+    estimator = Estimator(registry, kind, max_factor_dim)
+
+    def init(params: PyTree) -> CurvatureState:
+        del params  # shapes come from the registry
+        zero = jnp.zeros((), jnp.int32)
+        scalar = jnp.zeros((), jnp.result_type(float))
+        stats = CurvatureStats(zero, zero, scalar)
+        return CurvatureState(zero, scalar, estimator.zeros(), estimator.zeros(), stats)
+
+    def update(
+        updates: PyTree,
+        state: CurvatureState,
+        params: PyTree | None = None,
+        *,
+        loss_args: tuple[PyTree, ...] | None = None,
+        key: jax.Array | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, CurvatureState]:
+        del extra
+        args = _check_update(params, loss_args)
+
+        def sample() -> tuple[BlockArrays, jax.Array]:
+            fresh = estimator.statistics(params, *args, key=key)
+            mix = functools.partial(_mix, decay)
+            return jax.tree.map(mix, state.statistics, fresh), mix(state.weight, 1.0)
+
+        averages, weight = _every(
+            statistics_every, state.count, sample, (state.statistics, state.weight)
+        )
+        strength = jnp.asarray(damping(state.count) if callable(damping) else damping)
+        strength = strength.astype(state.stats.damping.dtype)
+
+        def invert() -> tuple[BlockArrays, jax.Array, jax.Array]:
+            corrected = jax.tree.map(lambda s: s / weight.astype(s.dtype), averages)
+            inverse = estimator.operator(corrected).damped_inverse(strength).arrays()
+            good = _finite(inverse)
+            kept = jax.tree.map(functools.partial(jnp.where, good), inverse, state.inverse)
+            return kept, jnp.where(good, 0, 1).astype(jnp.int32), strength
+
+        nothing = (state.inverse, jnp.zeros((), jnp.int32), state.stats.damping)
+        inverse, failed, used = _every(refresh_every, state.count, invert, nothing)
+        direction = estimator.operator(inverse) @ updates
+        good = _finite((updates, averages, direction))
+        stats = CurvatureStats(state.stats.skipped, state.stats.failed_refreshes + failed, used)
+        new = CurvatureState(state.count + 1, weight, averages, inverse, stats)
+        kept = jax.tree.map(functools.partial(jnp.where, good), new, state)
+        skipped = state.stats.skipped + jnp.where(good, 0, 1).astype(jnp.int32)
+        kept = kept._replace(stats=kept.stats._replace(skipped=skipped))
+        return jax.tree.map(lambda d: jnp.where(good, d, jnp.zeros_like(d)), direction), kept
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def kfac(
+    registry: Registry,
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: float = 0.9,
+    damping: ScalarOrSchedule = 1e-3,
+    *,
+    kind: Kind = Fisher(),
+    decay: float = 0.95,
+    statistics_every: int = 1,
+    refresh_every: int = 1,
+    max_factor_dim: int = 8192,
+) -> optax.GradientTransformationExtraArgs:
+    """Natural gradient with Kronecker-factored curvature (Martens and Grosse 2015).
+
+    Preconditions with `scale_by_curvature`, then applies heavy-ball momentum and the learning rate.
+    A skipped step (see there) leaves parameters and momentum alone.
+
+    Args:
+      registry: what is in the model, from `curvature.register`.
+      learning_rate: a number or a schedule.
+      momentum: decay of the velocity, in [0, 1).
+      damping: added to the curvature; a number or a schedule.
+      kind: what is averaged: `Fisher`, `EmpiricalFisher` or `GaussNewton`.
+      decay: weight of the past in the exponential average of the statistics, in [0, 1).
+      statistics_every: steps between statistics.
+      refresh_every: steps between inversions.
+      max_factor_dim: a Kronecker factor wider than this keeps its diagonal only.
+
+    Returns:
+      An optax transformation with extra arguments; its state is a `KFACState`.
+
+    Raises:
+      ValueError: as `scale_by_curvature`.
+
+    >>> import jax, jax.numpy as jnp, optax, curvature
+    >>> def loss_fn(params, x, y):
+    ...     return curvature.losses.l2_loss(x @ params["w"], y).mean()
+    >>> x = jnp.array([[1.0, 0.0], [0.0, 10.0], [1.0, 1.0]])
+    >>> y = x @ jnp.array([[1.0], [-2.0]])
+    >>> params = {"w": jnp.zeros((2, 1))}
+    >>> registry = curvature.register(loss_fn, params, x, y)
+    >>> kind = curvature.GaussNewton()
+    >>> tx = curvature.kfac(registry, 1.0, momentum=0.0, damping=1e-6, kind=kind)
+    >>> grads = jax.grad(loss_fn)(params, x, y)
+    >>> updates, _ = tx.update(grads, tx.init(params), params, loss_args=(x, y))
+    >>> bool(loss_fn(optax.apply_updates(params, updates), x, y) < 1e-4)  # one Newton step
+    True
+    """
+    _check_range("momentum", momentum, 0.0, 1.0)
+    if not callable(learning_rate):
+        _check_range("learning_rate", learning_rate, 0.0, float("inf"))
+    precondition = scale_by_curvature(
+        registry,
+        kind,
+        damping=damping,
+        decay=decay,
+        statistics_every=statistics_every,
+        refresh_every=refresh_every,
+        max_factor_dim=max_factor_dim,
+    )
+    descend = optax.chain(optax.trace(momentum), optax.scale_by_learning_rate(learning_rate))
+
+    def init(params: PyTree) -> KFACState:
+        return KFACState(precondition.init(params), descend.init(params))
+
+    def update(
+        updates: PyTree, state: KFACState, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, KFACState]:
+        direction, curvature = precondition.update(updates, state.curvature, params, **extra)
+        steps, descent = descend.update(direction, state.descent, params)
+        good = curvature.stats.skipped == state.stats.skipped
+        steps = jax.tree.map(lambda s: jnp.where(good, s, jnp.zeros_like(s)), steps)
+        descent = jax.tree.map(functools.partial(jnp.where, good), descent, state.descent)
+        return steps, KFACState(curvature, descent)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _mix(decay: float, old: jax.Array, new: ArrayLike) -> jax.Array:
+    return decay * old + (1 - decay) * jnp.asarray(new, old.dtype)
+
+
+def _every(period: int, count: jax.Array, act: Callable[[], Any], otherwise: Any) -> Any:
+    """`act()` every `period` steps, at once where that is always."""
+    if period == 1:
+        return act()
+    return jax.lax.cond(count % period == 0, act, lambda: otherwise)
+
+
+def _finite(tree: PyTree) -> jax.Array:
+    """Whether all entries are finite."""
+    checks = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.logical_and, checks, jnp.asarray(True))
+
+
+def _check_update(params: PyTree | None, loss_args: Any) -> tuple[PyTree, ...]:
+    if params is None:
+        raise ValueError("update was called without params: call update(grads, state, params, ...).")
+    if loss_args is None:
+        raise ValueError(
+            "update was called without loss_args: pass loss_args=(batch,), the arguments that "
+            "loss_fn takes after params."
+        )
+    if not isinstance(loss_args, (tuple, list)):
+        raise TypeError(
+            f"loss_args is {type(loss_args).__name__}, expected a tuple of the arguments that "
+            "loss_fn takes after params: loss_args=(batch,)."
+        )
+    return tuple(loss_args)
+
+
+def _check_range(name: str, value: Any, low: float, high: float) -> None:
+    """Raises for a number outside [low, high); arrays under a trace are not looked at."""
+    if callable(value) or isinstance(value, jax.core.Tracer):
+        return
+    if not low <= float(np.asarray(value)) < high:
+        raise ValueError(f"{name} is {value}, expected a number in [{low:g}, {high:g}).")
+
+
+def _check_period(name: str, value: int) -> None:
+    if not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} is {value!r}, expected a positive integer.")

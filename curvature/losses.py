@@ -1,0 +1,330 @@
+"""Output losses: compute the loss and tag it.
+
+Each function has the name, arguments, result shape and value of its namesake in `optax.losses`
+(per-example or elementwise values, no reduction) and marks its arguments in the trace, so that
+`curvature.register` knows where the network ends and which metric its output space carries. The
+reduction stays in the user's hands: the weight of every value is read off as w = dL/dl.
+
+An output loss is the negative log-likelihood l(z, t) = -log p(t | z) of a family in its natural
+parameters z, so its Hessian in z is the Fisher information of that family (Martens 2020, section
+9.2): F_z = H_z, and the exact Fisher *is* the Gauss-Newton matrix.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from curvature import _jax
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputLoss(abc.ABC):
+    """One family of output losses, on operands `z, *targets` with leading *unit* axes.
+
+    A unit is one entry of the loss's value. `z` has shape `units + event`, where `event` has
+    `event_ndim` axes (1 for the classes of a softmax, 0 for elementwise losses). All methods give
+    quantities per unit, without the unit's weight.
+    """
+
+    event_ndim = 0
+
+    @property
+    def name(self) -> str:
+        """The name of the public function that applies this family."""
+        return type(self).__name__
+
+    @abc.abstractmethod
+    def value(self, z: jax.Array, *targets: jax.Array) -> jax.Array:
+        """The loss l(z, t), shape `units`."""
+
+    @abc.abstractmethod
+    def score(self, z: jax.Array, *targets: jax.Array) -> jax.Array:
+        """The gradient of l in z at the given targets, shape of `z`."""
+
+    @abc.abstractmethod
+    def sampled_score(self, key: jax.Array, z: jax.Array, *targets: jax.Array) -> jax.Array:
+        """The gradient of l in z at targets drawn from p(t | z): E[s s'] = F_z per unit."""
+
+    @abc.abstractmethod
+    def root(self, vector: jax.Array, z: jax.Array, *targets: jax.Array) -> jax.Array:
+        """S v for the analytic square root S S' = H_z; `vector` and result have the shape of `z`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Softmax(OutputLoss):
+    """What the two softmax losses share: the family is categorical, H_z = m (diag q - q q').
+
+    `m` is the total mass of the unit's target (1 for integer labels and for a distribution).
+    """
+
+    event_ndim = 1
+
+    @abc.abstractmethod
+    def _target(self, z: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The target's distribution over classes times m, and m with a trailing axis of one."""
+
+    @staticmethod
+    def _logits(z: jax.Array, where: tuple[jax.Array, ...]) -> jax.Array:
+        return jnp.where(where[0], z, -jnp.inf) if where else z
+
+    def _probabilities(self, z: jax.Array, where: tuple[jax.Array, ...]) -> jax.Array:
+        # A unit with no class left has no curvature: 0, not 0/0.
+        return jnp.where(where[0], jax.nn.softmax(z, where=where[0]), 0) if where else jax.nn.softmax(z)
+
+    def score(self, z: jax.Array, labels: jax.Array, *where: jax.Array) -> jax.Array:
+        target, mass = self._target(z, labels)
+        score = mass * self._probabilities(z, where) - target
+        return jnp.where(where[0], score, 0) if where else score
+
+    def sampled_score(
+        self, key: jax.Array, z: jax.Array, labels: jax.Array, *where: jax.Array
+    ) -> jax.Array:
+        _, mass = self._target(z, labels)
+        drawn = jax.random.categorical(key, self._logits(z, where))
+        score = self._probabilities(z, where) - jax.nn.one_hot(drawn, z.shape[-1], dtype=z.dtype)
+        return jnp.sqrt(mass) * (jnp.where(where[0], score, 0) if where else score)
+
+    def root(
+        self, vector: jax.Array, z: jax.Array, labels: jax.Array, *where: jax.Array
+    ) -> jax.Array:
+        # S = sqrt(m) (diag(sqrt q) - q sqrt(q)'):  S S' = m (diag q - q q')  because sum(q) = 1.
+        _, mass = self._target(z, labels)
+        q = self._probabilities(z, where)
+        scaled = jnp.sqrt(q) * vector
+        return jnp.sqrt(mass) * (scaled - q * scaled.sum(-1, keepdims=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class _SoftmaxInteger(_Softmax):
+    @property
+    def name(self) -> str:
+        return "softmax_cross_entropy_with_integer_labels"
+
+    def value(self, z: jax.Array, labels: jax.Array, *where: jax.Array) -> jax.Array:
+        mask = where[0] if where else None
+        return optax.losses.softmax_cross_entropy_with_integer_labels(z, labels, where=mask)
+
+    def _target(self, z: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        one_hot = jax.nn.one_hot(labels, z.shape[-1], dtype=z.dtype)
+        return one_hot, jnp.ones((*labels.shape, 1), z.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _SoftmaxSoft(_Softmax):
+    @property
+    def name(self) -> str:
+        return "softmax_cross_entropy"
+
+    def value(self, z: jax.Array, labels: jax.Array, *where: jax.Array) -> jax.Array:
+        mask = where[0] if where else None
+        return optax.losses.softmax_cross_entropy(z, labels, where=mask)
+
+    def _target(self, z: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        labels = labels.astype(z.dtype)
+        return labels, labels.sum(-1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sigmoid(OutputLoss):
+    """Bernoulli in its logit: H_z = q (1 - q), whatever the (possibly soft) label."""
+
+    @property
+    def name(self) -> str:
+        return "sigmoid_binary_cross_entropy"
+
+    def value(self, z: jax.Array, labels: jax.Array) -> jax.Array:
+        return optax.losses.sigmoid_binary_cross_entropy(z, labels)
+
+    def score(self, z: jax.Array, labels: jax.Array) -> jax.Array:
+        return jax.nn.sigmoid(z) - labels.astype(z.dtype)
+
+    def sampled_score(self, key: jax.Array, z: jax.Array, labels: jax.Array) -> jax.Array:
+        del labels
+        q = jax.nn.sigmoid(z)
+        return q - jax.random.bernoulli(key, q).astype(z.dtype)
+
+    def root(self, vector: jax.Array, z: jax.Array, labels: jax.Array) -> jax.Array:
+        del labels
+        # sigmoid(-z) rather than 1 - sigmoid(z): no cancellation for large z.
+        return jnp.sqrt(jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)) * vector
+
+
+@dataclasses.dataclass(frozen=True)
+class _Squared(OutputLoss):
+    """Gaussian in its mean: l = precision/2 (z - t)^2, H_z = precision."""
+
+    precision: int
+
+    @property
+    def name(self) -> str:
+        return {1: "l2_loss", 2: "squared_error"}[self.precision]
+
+    def value(self, z: jax.Array, targets: jax.Array) -> jax.Array:
+        loss = optax.losses.squared_error if self.precision == 2 else optax.losses.l2_loss
+        return loss(z, targets)
+
+    def score(self, z: jax.Array, targets: jax.Array) -> jax.Array:
+        return self.precision * (z - targets.astype(z.dtype))
+
+    def sampled_score(self, key: jax.Array, z: jax.Array, targets: jax.Array) -> jax.Array:
+        return self.root(jax.random.normal(key, z.shape, z.dtype), z, targets)
+
+    def root(self, vector: jax.Array, z: jax.Array, targets: jax.Array) -> jax.Array:
+        del z, targets
+        return jnp.sqrt(jnp.asarray(self.precision, vector.dtype)) * vector
+
+
+def _value(z: jax.Array, *targets: jax.Array, loss: OutputLoss) -> jax.Array:
+    return loss.value(z, *targets)
+
+
+TAG = "curvature_loss"
+_primitive = _jax.loss_primitive(TAG, _value)
+
+
+def tag(loss: OutputLoss, z: jax.Array, *targets: jax.Array) -> jax.Array:
+    """The value of `loss` at `z, *targets`, marked in the trace as an output loss."""
+    value: jax.Array = _primitive.bind(z, *targets, loss=loss)
+    return value
+
+
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int | tuple[int, ...] = -1,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """Cross entropy of a categorical distribution given by logits and integer labels.
+
+    Args:
+      logits: unnormalised log probabilities, shape `[..., classes]` (classes along `axis`).
+      labels: integers in `[0, classes)`, shape of `logits` without `axis`.
+      axis: the axis, or axes, of the classes.
+      where: mask of the classes that count, broadcastable to `logits`.
+
+    Returns:
+      The loss of every unit, shape of `labels`, as `optax.softmax_cross_entropy_with_integer_labels`.
+
+    >>> import jax.numpy as jnp, curvature
+    >>> curvature.losses.softmax_cross_entropy_with_integer_labels(jnp.zeros((2, 4)), jnp.array([0, 3]))
+    Array([1.3862944, 1.3862944], dtype=float32)
+    """
+    logits, mask = _classes_last(_floating(logits, "logits"), axis, where)
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(
+            f"labels have dtype {labels.dtype}, expected integers: "
+            "use softmax_cross_entropy for probabilities."
+        )
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels have shape {labels.shape}, expected {logits.shape[:-1]}: "
+            "the shape of the logits without the axis of classes."
+        )
+    return tag(_SoftmaxInteger(), logits, labels, *mask)
+
+
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int | tuple[int, ...] | None = -1,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """Cross entropy of a categorical distribution given by logits, and target distributions.
+
+    Args:
+      logits: unnormalised log probabilities, shape `[..., classes]` (classes along `axis`).
+      labels: target probabilities (or weights), broadcastable to `logits`.
+      axis: the axis, or axes, of the classes; None for all of them.
+      where: mask of the classes that count, broadcastable to `logits`.
+
+    Returns:
+      The loss of every unit, shape `[...]`, as `optax.softmax_cross_entropy`.
+    """
+    logits, labels = jnp.broadcast_arrays(_floating(logits, "logits"), jnp.asarray(labels))
+    axes = tuple(range(logits.ndim)) if axis is None else axis
+    last, _ = _classes_last(labels, axes, None)
+    logits, mask = _classes_last(logits, axes, where)
+    return tag(_SoftmaxSoft(), logits, last, *mask)
+
+
+def sigmoid_binary_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
+    """Elementwise cross entropy of Bernoulli variables given by logits.
+
+    Args:
+      logits: log odds, any shape.
+      labels: 0, 1, or probabilities; broadcast against `logits`.
+
+    Returns:
+      Elementwise losses, as `optax.sigmoid_binary_cross_entropy`.
+    """
+    z, labels = jnp.broadcast_arrays(_floating(logits, "logits"), jnp.asarray(labels))
+    return tag(_Sigmoid(), z, labels)
+
+
+def l2_loss(predictions: ArrayLike, targets: ArrayLike | None = None) -> jax.Array:
+    """Elementwise 1/2 (prediction - target)^2: a Gaussian of unit variance.
+
+    Args:
+      predictions: any shape.
+      targets: same shape; zero where None.
+
+    Returns:
+      Elementwise losses, as `optax.l2_loss`.
+    """
+    return _squared(1, predictions, targets)
+
+
+def squared_error(predictions: ArrayLike, targets: ArrayLike | None = None) -> jax.Array:
+    """Elementwise (prediction - target)^2: a Gaussian of variance 1/2.
+
+    Args:
+      predictions: any shape.
+      targets: same shape; zero where None.
+
+    Returns:
+      Elementwise losses, as `optax.squared_error`.
+    """
+    return _squared(2, predictions, targets)
+
+
+def _squared(precision: int, predictions: ArrayLike, targets: ArrayLike | None) -> jax.Array:
+    z = _floating(predictions, "predictions")
+    t = jnp.zeros_like(z) if targets is None else jnp.asarray(targets)
+    if t.shape != z.shape:
+        raise ValueError(f"targets have shape {t.shape}, expected the predictions' {z.shape}.")
+    return tag(_Squared(precision), z, t)
+
+
+def _floating(x: ArrayLike, name: str) -> jax.Array:
+    array = jnp.asarray(x)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} have dtype {array.dtype}, expected floating point.")
+    return array
+
+
+def _classes_last(
+    x: jax.Array, axis: int | Sequence[int], where: ArrayLike | None
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Moves the axes of classes to the end, as one axis; the mask likewise, broadcast to `x`."""
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    axes = tuple(a % x.ndim for a in axes)
+
+    def last(y: jax.Array) -> jax.Array:
+        kept = [a for a in range(y.ndim) if a not in axes]
+        if [*kept, *axes] == list(range(y.ndim)) and len(axes) == 1:
+            return y
+        return y.transpose([*kept, *axes]).reshape([y.shape[a] for a in kept] + [-1])
+
+    if where is None:
+        return last(x), ()
+    mask = jnp.asarray(where)
+    mask = mask if mask.ndim == x.ndim else jnp.expand_dims(mask, axes)
+    return last(x), (last(jnp.broadcast_to(mask, x.shape)),)

@@ -1,0 +1,116 @@
+"""Which values matter: what reaches a tagged loss, and what comes after one.
+
+The curvature of a loss flows backwards from the operand z of every tagged loss. `reaches_loss` walks
+backwards and finds the equations it flows through; an equation that z does not depend on (a metric,
+a penalty on the weights) is no use of a parameter. `after_loss` walks forwards and finds the values
+that depend on a loss; where such a value meets another one (mean loss + penalty), the other one is
+cut off by `stop_gradient`, so that only the tagged losses send cotangents back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from curvature import _jax
+from curvature._jax import Jaxpr, Literal
+from curvature.losses import TAG
+
+_BLOCKS_GRADIENT = ("stop_gradient",)
+
+
+def has_tag(jaxpr: Jaxpr) -> bool:
+    """Whether a tagged loss lies in the jaxpr, at any depth."""
+    return any(
+        e.primitive.name == TAG or any(has_tag(j) for j in _jax.nested(e)) for e in jaxpr.equations
+    )
+
+
+def reaches_loss(jaxpr: Jaxpr, out_live: Sequence[bool]) -> tuple[list[bool], list[bool]]:
+    """Backward pass: (for each equation, for each input) whether curvature flows through it.
+
+    Args:
+      jaxpr: what to walk.
+      out_live: for each output, whether a loss depends on it further on.
+    """
+    live = {v for v, keep in zip(jaxpr.outvars, out_live, strict=True) if keep and _carries(v)}
+    equations = [False] * len(jaxpr.equations)
+    for i in range(len(jaxpr.equations) - 1, -1, -1):
+        equation = jaxpr.equations[i]
+        operands = _live_operands(equation, [v in live for v in equation.outvars])
+        equations[i] = any(operands)
+        live |= {
+            v for v, keep in zip(equation.invars, operands, strict=True) if keep and _carries(v)
+        }
+    return equations, [v in live for v in jaxpr.invars]
+
+
+def _carries(variable: object) -> bool:
+    """Whether a variable can carry a cotangent: not a literal, floating point."""
+    if isinstance(variable, Literal):
+        return False
+    dtype = getattr(getattr(variable, "aval", None), "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _live_operands(equation: _jax.Equation, out_live: list[bool]) -> list[bool]:
+    if equation.primitive.name == TAG:
+        return [True] + [False] * (len(equation.invars) - 1)
+    call = _jax.call_of(equation)
+    if call is None:
+        alive = any(out_live) and equation.primitive.name not in _BLOCKS_GRADIENT
+        return [alive] * len(equation.invars)
+    operands, _ = live_call(call, out_live)
+    return [False] * call.skip + operands
+
+
+def live_call(call: _jax.Call, out_live: Sequence[bool]) -> tuple[list[bool], list[bool]]:
+    """For a call: which operands are live, and which outputs are, in any iteration."""
+    out_live = list(out_live)
+    while True:
+        found = [reaches_loss(body, out_live)[1] for body in call.bodies]
+        operands = [any(column) for column in zip(*found, strict=True)]
+        # A scan's carry is live if the next iteration's is: repeat until nothing changes.
+        before = list(out_live)
+        for i in range(call.num_carry):
+            out_live[i] |= operands[call.num_consts + i]
+        if out_live == before:
+            return operands, out_live
+
+
+def after_loss(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
+    """Forward pass: for each output, whether its value depends on a tagged loss."""
+    after = {v for v, depends in zip(jaxpr.invars, inputs, strict=True) if depends}
+    for equation in jaxpr.equations:
+        operands = [not isinstance(v, Literal) and v in after for v in equation.invars]
+        outs = after_loss_equation(equation, operands)
+        after |= {v for v, depends in zip(equation.outvars, outs, strict=True) if depends}
+    return [not isinstance(v, Literal) and v in after for v in jaxpr.outvars]
+
+
+def after_loss_equation(equation: _jax.Equation, operands: list[bool]) -> list[bool]:
+    """`after_loss` of one equation, from its operands to its outputs."""
+    if equation.primitive.name == TAG:
+        return [True]
+    call = _jax.call_of(equation)
+    if call is None:
+        return [any(operands)] * len(equation.outvars)
+    inputs = scan_fixpoint(call, operands[call.skip :])
+    outs = [after_loss(body, inputs) for body in call.bodies]
+    # Which branch a cond takes may depend on a loss; then everything it returns does.
+    chosen = any(operands[: call.skip])
+    return [chosen or any(column) for column in zip(*outs, strict=True)]
+
+
+def scan_fixpoint(call: _jax.Call, inputs: Sequence[bool]) -> list[bool]:
+    """The inputs of a call's bodies that depend on a loss in any iteration."""
+    inputs = list(inputs)
+    while call.num_carry:
+        outs = after_loss(call.bodies[0], inputs)
+        before = list(inputs)
+        for i in range(call.num_carry):
+            inputs[call.num_consts + i] |= outs[i]
+        if inputs == before:
+            break
+    return inputs

@@ -1,0 +1,256 @@
+"""`register`: hand over a loss function and parameters, get back what is in the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvature import _jax
+from curvature.registry import table
+from curvature.registry.find import Finder
+from curvature.registry.layers import BLOCKS, Layer, assemble
+from curvature.registry.plan import LossTag, Plan, settle
+from curvature.registry.views import View
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """One trace of the loss: its plan, layers and losses for one set of shapes."""
+
+    plan: Plan
+    layers: tuple[Layer, ...]
+    losses: tuple[LossTag, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Registry:
+    """Every parameter of a model, the layer it belongs to and the block it gets.
+
+    Made by `register`; printing it gives the coverage table.
+
+    Attributes:
+      layers: the layers, in the order of the parameters.
+      losses: the tagged output losses.
+      loss_fn: the user's function, `loss_fn(params, *args)`.
+      has_aux: whether it returns `(loss, aux)`.
+      params: shapes and dtypes of the parameters.
+      args: shapes and dtypes of the other arguments.
+      overrides: pairs of (path pattern, block), applied in order.
+    """
+
+    layers: tuple[Layer, ...]
+    losses: tuple[LossTag, ...]
+    loss_fn: Callable[..., Any]
+    has_aux: bool
+    params: PyTree
+    args: tuple[PyTree, ...]
+    overrides: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def coverage(self) -> float:
+        """Share of parameter entries in a structured (not generic) layer."""
+        return table.coverage(self.layers)
+
+    def __str__(self) -> str:
+        return table.render(self.layers, self.losses)
+
+    def override(self, pattern: str, *, block: str) -> Registry:
+        """A registry in which the layers of some parameters get another block.
+
+        Args:
+          pattern: glob over parameter paths written with slashes, such as `"decoder/*/kernel"`;
+            it may start at any level of the path.
+          block: `"kronecker"` or `"diagonal"`.
+
+        Returns:
+          A new registry; this one is unchanged.
+
+        Raises:
+          ValueError: no parameter matches, or the layer cannot have that block.
+        """
+        layers = _override(self.layers, pattern, block, self.params)
+        overrides = (*self.overrides, (pattern, block))
+        return dataclasses.replace(self, layers=layers, overrides=overrides)
+
+    def analyse(self, params: PyTree, args: tuple[PyTree, ...]) -> Analysis:
+        """Traces the loss at these arguments, which must be of the registered kind.
+
+        Shapes of `args` may differ from the registered ones (another batch size); the layers found
+        must be the same.
+
+        Raises:
+          ValueError: trees, dtypes, ranks or layers differ from the registered ones.
+        """
+        _check_tree("params", params, self.params, exact=True)
+        _check_tree("loss_args", args, self.args, exact=False)
+        analysis = _analyse(self.loss_fn, self.has_aux, params, args)
+        layers = analysis.layers
+        for pattern, block in self.overrides:
+            layers = _override(layers, pattern, block, self.params)
+        found = [(x.name, x.kind, x.shape) for x in layers]
+        expected = [(x.name, x.kind, x.shape) for x in self.layers]
+        if found != expected:
+            new = [x for x in found if x not in expected]
+            raise ValueError(
+                f"The loss function traced to other layers than were registered (new: {new}). Its "
+                "structure depends on its arguments: register once for each structure."
+            )
+        return dataclasses.replace(analysis, layers=layers)
+
+
+def register(
+    loss_fn: Callable[..., Any], params: PyTree, *args: PyTree, has_aux: bool = False
+) -> Registry:
+    """Finds the layers and output losses of a model from its loss function.
+
+    Nothing is computed: `loss_fn` is traced with the shapes of the arguments.
+
+    Args:
+      loss_fn: `loss_fn(params, *args)`, a scalar, or `(scalar, aux)` with `has_aux`, exactly as
+        given to `jax.value_and_grad`. At least one output loss must come from `curvature.losses`.
+      params: pytree of floating-point arrays, or of `jax.ShapeDtypeStruct`.
+      *args: the other arguments (batch, model state, dropout keys), arrays or shapes.
+      has_aux: whether `loss_fn` returns `(loss, aux)`.
+
+    Returns:
+      The registry; `print` it to see the coverage table.
+
+    Raises:
+      TypeError: a parameter is not a floating-point array, or the loss is not a scalar.
+      ValueError: the loss function has no tagged loss, or there are no parameters.
+
+    >>> import jax.numpy as jnp, curvature
+    >>> def loss_fn(params, batch):
+    ...     z = batch["x"] @ params["w"] + params["b"]
+    ...     return curvature.losses.l2_loss(z, batch["y"]).mean()
+    >>> params = {"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)}
+    >>> registry = curvature.register(loss_fn, params, {"x": jnp.ones((5, 3)), "y": jnp.ones((5, 2))})
+    >>> [(layer.kind, layer.parameters) for layer in registry.layers]
+    [('dense', ("['w']", "['b']"))]
+    """
+    shapes = _param_shapes(params)
+    arg_shapes = jax.tree.map(_shape, args)
+    analysis = _analyse(loss_fn, has_aux, shapes, args)
+    return Registry(analysis.layers, analysis.losses, loss_fn, has_aux, shapes, arg_shapes)
+
+
+def _analyse(
+    loss_fn: Callable[..., Any], has_aux: bool, params: PyTree, args: tuple[PyTree, ...]
+) -> Analysis:
+    jaxpr, out = _jax.trace(loss_fn, params, *args)
+    loss = out[0] if has_aux else out
+    _check_scalar(loss)
+    outputs = [False] * len(jaxpr.outvars)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    paths = [path for path, _ in leaves]
+    shapes = [tuple(leaf.shape) for _, leaf in leaves]
+    rest = len(jaxpr.invars) - len(leaves)
+    values = [View.of(i, shape) for i, shape in enumerate(shapes)]
+    finder = Finder()
+    plan, _ = finder.walk(
+        jaxpr, [*values, *[None] * rest], [False] * len(jaxpr.invars), outputs
+    )
+    if not finder.losses:
+        raise ValueError(
+            "The loss function has no tagged loss: nothing says where the network ends. Use a loss "
+            "of curvature.losses in place of its namesake in optax.losses, for example "
+            "curvature.losses.softmax_cross_entropy_with_integer_labels."
+        )
+    layers = assemble(finder.uses, paths, shapes, finder.stopped)
+    settle(plan)
+    return Analysis(plan, layers, tuple(finder.losses))
+
+
+def _override(
+    layers: Sequence[Layer], pattern: str, block: str, params: PyTree
+) -> tuple[Layer, ...]:
+    paths = {
+        jax.tree_util.keystr(p): jax.tree_util.keystr(p, simple=True, separator="/")
+        for p, _ in jax.tree_util.tree_leaves_with_path(params)
+    }
+    hit = {
+        key
+        for key, path in paths.items()
+        if fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"*/{pattern}")
+    }
+    if not hit:
+        raise ValueError(
+            f"No parameter matches the pattern {pattern!r}. The parameters are: "
+            f"{', '.join(paths.values())}."
+        )
+    replaced = []
+    for layer in layers:
+        if hit.intersection(layer.parameters):
+            if block not in BLOCKS[layer.kind]:
+                raise ValueError(
+                    f"Layer {layer.name!r} is {layer.kind} and cannot have the block {block!r}; "
+                    f"expected one of {BLOCKS[layer.kind]}."
+                )
+            layer = dataclasses.replace(layer, block=block)
+        replaced.append(layer)
+    return tuple(replaced)
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array, scalar or shape."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    aval = jax.typeof(leaf)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def _param_shapes(params: PyTree) -> PyTree:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError("There are no parameters: params is an empty tree.")
+    for path, leaf in leaves:
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not hasattr(leaf, "shape"):
+            found = type(leaf).__name__
+        elif not jnp.issubdtype(dtype, jnp.floating):
+            found = f"an array of {dtype}"
+        else:
+            continue
+        raise TypeError(
+            f"params{jax.tree_util.keystr(path)} is {found}, expected an array of real floating "
+            "point. Pass what is not trained as another argument of the loss function."
+        )
+    return jax.tree.map(_shape, params)
+
+
+def _check_scalar(loss: Any) -> None:
+    shape = getattr(loss, "shape", None)
+    if shape is None:
+        raise TypeError(
+            f"loss_fn returned {type(loss).__name__}, expected a scalar array. If it returns "
+            "(loss, aux), pass has_aux=True."
+        )
+    if shape != ():
+        raise TypeError(f"loss_fn returned an array of shape {shape}, expected a scalar: average it.")
+
+
+def _check_tree(name: str, found: PyTree, expected: PyTree, *, exact: bool) -> None:
+    """Raises where a tree is not of the registered kind, naming the first difference."""
+    have, want = jax.tree.structure(found), jax.tree.structure(expected)
+    if have != want:
+        raise ValueError(
+            f"{name} has another structure than was registered: found {have}, expected {want}."
+        )
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    )
+    for (path, leaf), shape in pairs:
+        aval = _shape(leaf)
+        same = aval.shape == shape.shape if exact else len(aval.shape) == len(shape.shape)
+        if not same or aval.dtype != shape.dtype:
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} is {aval.dtype}{list(aval.shape)}, but "
+                f"{shape.dtype}{list(shape.shape)} was registered."
+            )

@@ -1,0 +1,143 @@
+"""Parameter views: which entries of a leaf meet the data, and in which shape.
+
+A view is a selection and permutation of the entries of one array (its *source*), written as a chain
+of reshapes, transposes and slices. Casts do not matter to it. The same chain runs on NumPy index
+arrays (to compare views), on gradients (`view(leaf)`, to bring them into view space) and backwards
+(`view.adjoint`, to bring them home).
+
+A leaf that a scan slices keeps its scanned axes in front: they are the *stack* of the view, and
+inside the scan's body only the axes behind them are seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """One step of a view, on all axes: `argument` is a shape, a permutation or slices."""
+
+    kind: Literal["reshape", "transpose", "slice"]
+    argument: tuple[Any, ...]
+
+    def __call__(self, x: Any) -> Any:
+        """Applies the step to a NumPy or JAX array."""
+        if self.kind == "reshape":
+            return x.reshape(self.argument)
+        if self.kind == "transpose":
+            return x.transpose(self.argument)
+        return x[tuple(slice(*s) for s in self.argument)]
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """The entries of `source` that an operand holds, with shape `stack sizes + inner`.
+
+    Attributes:
+      source: what is viewed (a leaf's index, or a layer's output).
+      source_shape: the shape of the source.
+      shape: the shape of the view, stacked axes in front.
+      moves: the chain from the source to the view.
+      stack: the scans that slice the leading axes, outermost first.
+    """
+
+    source: Any
+    source_shape: Shape
+    shape: Shape
+    moves: tuple[Move, ...] = ()
+    stack: tuple[Any, ...] = ()
+
+    @classmethod
+    def of(cls, source: Any, shape: Shape) -> View:
+        """The whole of an array as it is."""
+        return cls(source, tuple(shape), tuple(shape))
+
+    @property
+    def inner(self) -> Shape:
+        """The shape without the stacked axes."""
+        return self.shape[len(self.stack) :]
+
+    @property
+    def stacked(self) -> Shape:
+        """The sizes of the stacked axes."""
+        return self.shape[: len(self.stack)]
+
+    def _then(self, move: Move, shape: Shape) -> View:
+        return dataclasses.replace(self, moves=(*self.moves, move), shape=shape)
+
+    def reshape(self, shape: Shape) -> View:
+        """Reshapes the inner axes."""
+        full = (*self.stacked, *(int(s) for s in shape))
+        return self if full == self.shape else self._then(Move("reshape", full), full)
+
+    def transpose(self, permutation: Shape) -> View:
+        """Permutes the inner axes."""
+        depth = len(self.stack)
+        full = (*range(depth), *(depth + int(p) for p in permutation))
+        if full == tuple(range(len(full))):
+            return self
+        return self._then(Move("transpose", full), tuple(self.shape[p] for p in full))
+
+    def slice(self, starts: Shape, stops: Shape, strides: Shape | None) -> View:
+        """Slices the inner axes."""
+        steps = strides or (1,) * len(starts)
+        inner = tuple((int(a), int(b), int(c)) for a, b, c in zip(starts, stops, steps, strict=True))
+        full = (*((0, n, 1) for n in self.stacked), *inner)
+        shape = tuple(len(range(*s)) for s in full)
+        return self if shape == self.shape else self._then(Move("slice", full), shape)
+
+    def pushed(self, scan: Any) -> View:
+        """The view inside the body of a scan that slices its leading inner axis."""
+        return dataclasses.replace(self, stack=(*self.stack, scan))
+
+    def __call__(self, x: Any) -> Any:
+        """The view of an array of the source's shape."""
+        for move in self.moves:
+            x = move(x)
+        return x
+
+    def adjoint(self, x: jax.Array) -> jax.Array:
+        """The transposed map: an array of the source's shape, zero where the view does not look."""
+        if not self.moves:
+            return x
+        source = jax.ShapeDtypeStruct(self.source_shape, x.dtype)
+        (out,) = jax.linear_transpose(self.__call__, source)(x)
+        return jnp.asarray(out)
+
+    def indices(self) -> np.ndarray:
+        """Where each entry of the view lies in the flattened source."""
+        size = int(np.prod(self.source_shape, dtype=np.int64))
+        dtype = np.int32 if size < 2**31 else np.int64
+        index: np.ndarray = self(np.arange(size, dtype=dtype).reshape(self.source_shape))
+        return index
+
+    def same_as(self, other: View) -> bool:
+        """Whether two views hold the same entries of the same source in the same order."""
+        if (self.source, self.shape) != (other.source, other.shape):
+            return False
+        if len(self.stack) != len(other.stack):
+            return False
+        return self.moves == other.moves or bool(np.array_equal(self.indices(), other.indices()))
+
+
+def partitions(views: list[View]) -> str | None:
+    """None where different views cover their source exactly once; otherwise what is wrong."""
+    size = int(np.prod(views[0].source_shape, dtype=np.int64))
+    if len(views) == 1 and int(np.prod(views[0].shape, dtype=np.int64)) == size:
+        return None
+    seen = np.zeros(size, np.int32)
+    for view in views:
+        np.add.at(seen, view.indices().ravel(), 1)
+    if seen.max(initial=0) > 1:
+        return f"met in {len(views)} different shapes that overlap"
+    if seen.min(initial=1) < 1:
+        return f"only {int(seen.sum())} of its {size} entries meet the data"
+    return None
