@@ -1,8 +1,8 @@
 """Everything this library uses that JAX does not promise to keep.
 
-A jaxpr is only *read* (`Jaxpr`, `call_of`, `location`) and *evaluated* (`bind`), and one primitive is
-defined (`loss_primitive`). No other module may import `jax.extend`, `jax.interpreters` or `jax._src`:
-a JAX release that moves something is answered here and nowhere else.
+A jaxpr is only *read* (`Jaxpr`, `call_of`, `location`) and *evaluated* (`bind`), and one primitive
+is defined (`loss_primitive`). No other module may import `jax.extend`, `jax.interpreters` or
+`jax._src`: a JAX release that moves something is answered here and nowhere else.
 
 Two differences between the supported releases are levelled here: JAX 0.12 merged `ClosedJaxpr` into
 `Jaxpr`, and `scan` describes its operands by `ft_in` where 0.10 had `num_consts` and `num_carry`.
@@ -66,14 +66,19 @@ class Call:
     num_carry: int = 0
 
 
-_INLINE_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+_INLINE_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+}
 _REMAT_CALLS = ("remat2", "remat", "checkpoint")
 
 
 def call_of(equation: Equation) -> Call | None:
     """The `Call` behind an equation, or None where the equation is to be taken as a whole.
 
-    `while`, `custom_vjp_call`, `shard_map` and unknown higher-order primitives are taken as a whole.
+    `while`, `custom_vjp_call`, `shard_map` and whatever is unknown are taken as a whole.
     """
     name, params = equation.primitive.name, equation.params
     if name in _INLINE_CALLS:

@@ -22,6 +22,7 @@ from curvature.registry import Registry
 
 PyTree = Any
 ScalarOrSchedule = ArrayLike | Callable[[ArrayLike], ArrayLike]
+_FISHER = Fisher()
 BlockArrays = dict[str, dict[str, jax.Array]]
 
 
@@ -43,14 +44,14 @@ class CurvatureState(NamedTuple):
     """State of `scale_by_curvature`: a pytree of arrays.
 
     Attributes:
-      count: steps taken (skipped ones not counted).
+      step: steps taken (skipped ones not counted).
       weight: total weight of the exponential average, which corrects its bias towards zero.
       statistics: the exponential averages before that correction, by layer and factor.
       inverse: the factors of the damped inverse, of the same shapes.
       stats: what happened.
     """
 
-    count: jax.Array
+    step: jax.Array
     weight: jax.Array
     statistics: BlockArrays
     inverse: BlockArrays
@@ -76,7 +77,7 @@ class KFACState(NamedTuple):
 
 def scale_by_curvature(
     registry: Registry,
-    kind: Kind = Fisher(),
+    kind: Kind = _FISHER,
     *,
     damping: ScalarOrSchedule = 1e-3,
     decay: float = 0.95,
@@ -140,9 +141,9 @@ def scale_by_curvature(
             return jax.tree.map(mix, state.statistics, fresh), mix(state.weight, 1.0)
 
         averages, weight = _every(
-            statistics_every, state.count, sample, (state.statistics, state.weight)
+            statistics_every, state.step, sample, (state.statistics, state.weight)
         )
-        strength = jnp.asarray(damping(state.count) if callable(damping) else damping)
+        strength = jnp.asarray(damping(state.step) if callable(damping) else damping)
         strength = strength.astype(state.stats.damping.dtype)
 
         def invert() -> tuple[BlockArrays, jax.Array, jax.Array]:
@@ -153,11 +154,11 @@ def scale_by_curvature(
             return kept, jnp.where(good, 0, 1).astype(jnp.int32), strength
 
         nothing = (state.inverse, jnp.zeros((), jnp.int32), state.stats.damping)
-        inverse, failed, used = _every(refresh_every, state.count, invert, nothing)
+        inverse, failed, used = _every(refresh_every, state.step, invert, nothing)
         direction = estimator.operator(inverse) @ updates
         good = _finite((updates, averages, direction))
         stats = CurvatureStats(state.stats.skipped, state.stats.failed_refreshes + failed, used)
-        new = CurvatureState(state.count + 1, weight, averages, inverse, stats)
+        new = CurvatureState(state.step + 1, weight, averages, inverse, stats)
         kept = jax.tree.map(functools.partial(jnp.where, good), new, state)
         skipped = state.stats.skipped + jnp.where(good, 0, 1).astype(jnp.int32)
         kept = kept._replace(stats=kept.stats._replace(skipped=skipped))
@@ -172,7 +173,7 @@ def kfac(
     momentum: float = 0.9,
     damping: ScalarOrSchedule = 1e-3,
     *,
-    kind: Kind = Fisher(),
+    kind: Kind = _FISHER,
     decay: float = 0.95,
     statistics_every: int = 1,
     refresh_every: int = 1,
@@ -263,7 +264,9 @@ def _finite(tree: PyTree) -> jax.Array:
 
 def _check_update(params: PyTree | None, loss_args: Any) -> tuple[PyTree, ...]:
     if params is None:
-        raise ValueError("update was called without params: call update(grads, state, params, ...).")
+        raise ValueError(
+            "update was called without params: call update(grads, state, params, ...)."
+        )
     if loss_args is None:
         raise ValueError(
             "update was called without loss_args: pass loss_args=(batch,), the arguments that "

@@ -15,6 +15,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,93 +24,93 @@ from jax.typing import ArrayLike
 
 from curvature import _jax
 
+Targets = tuple[jax.Array, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class OutputLoss(abc.ABC):
-    """One family of output losses, on operands `z, *targets` with leading *unit* axes.
+    """One family of output losses, on an output z and a tuple of targets.
 
-    A unit is one entry of the loss's value. `z` has shape `units + event`, where `event` has
+    A *unit* is one entry of the loss's value. `z` has shape `units + event`, where `event` has
     `event_ndim` axes (1 for the classes of a softmax, 0 for elementwise losses). All methods give
     quantities per unit, without the unit's weight.
     """
 
-    event_ndim = 0
+    event_ndim: ClassVar[int] = 0
+    _name: ClassVar[str] = ""
 
     @property
     def name(self) -> str:
         """The name of the public function that applies this family."""
-        return type(self).__name__
+        return self._name
 
     @abc.abstractmethod
-    def value(self, z: jax.Array, *targets: jax.Array) -> jax.Array:
+    def value(self, z: jax.Array, targets: Targets) -> jax.Array:
         """The loss l(z, t), shape `units`."""
 
     @abc.abstractmethod
-    def score(self, z: jax.Array, *targets: jax.Array) -> jax.Array:
+    def score(self, z: jax.Array, targets: Targets) -> jax.Array:
         """The gradient of l in z at the given targets, shape of `z`."""
 
     @abc.abstractmethod
-    def sampled_score(self, key: jax.Array, z: jax.Array, *targets: jax.Array) -> jax.Array:
+    def sampled_score(self, key: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
         """The gradient of l in z at targets drawn from p(t | z): E[s s'] = F_z per unit."""
 
     @abc.abstractmethod
-    def root(self, vector: jax.Array, z: jax.Array, *targets: jax.Array) -> jax.Array:
-        """S v for the analytic square root S S' = H_z; `vector` and result have the shape of `z`."""
+    def root(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
+        """S v for the analytic square root S S' = H_z; all have the shape of `z`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Softmax(OutputLoss):
     """What the two softmax losses share: the family is categorical, H_z = m (diag q - q q').
 
-    `m` is the total mass of the unit's target (1 for integer labels and for a distribution).
+    `m` is the total mass of the unit's target (1 for integer labels and for a distribution). The
+    targets are the labels and, where classes are masked, the mask.
     """
 
-    event_ndim = 1
+    event_ndim: ClassVar[int] = 1
 
     @abc.abstractmethod
     def _target(self, z: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The target's distribution over classes times m, and m with a trailing axis of one."""
 
     @staticmethod
-    def _logits(z: jax.Array, where: tuple[jax.Array, ...]) -> jax.Array:
-        return jnp.where(where[0], z, -jnp.inf) if where else z
+    def _masked(x: jax.Array, targets: Targets, fill: float = 0.0) -> jax.Array:
+        return jnp.where(targets[1], x, fill) if len(targets) > 1 else x
 
-    def _probabilities(self, z: jax.Array, where: tuple[jax.Array, ...]) -> jax.Array:
+    def _probabilities(self, z: jax.Array, targets: Targets) -> jax.Array:
         # A unit with no class left has no curvature: 0, not 0/0.
-        return jnp.where(where[0], jax.nn.softmax(z, where=where[0]), 0) if where else jax.nn.softmax(z)
+        mask = targets[1] if len(targets) > 1 else None
+        return self._masked(jax.nn.softmax(z, where=mask), targets)
 
-    def score(self, z: jax.Array, labels: jax.Array, *where: jax.Array) -> jax.Array:
-        target, mass = self._target(z, labels)
-        score = mass * self._probabilities(z, where) - target
-        return jnp.where(where[0], score, 0) if where else score
+    def score(self, z: jax.Array, targets: Targets) -> jax.Array:
+        target, mass = self._target(z, targets[0])
+        return self._masked(mass * self._probabilities(z, targets) - target, targets)
 
-    def sampled_score(
-        self, key: jax.Array, z: jax.Array, labels: jax.Array, *where: jax.Array
-    ) -> jax.Array:
-        _, mass = self._target(z, labels)
-        drawn = jax.random.categorical(key, self._logits(z, where))
-        score = self._probabilities(z, where) - jax.nn.one_hot(drawn, z.shape[-1], dtype=z.dtype)
-        return jnp.sqrt(mass) * (jnp.where(where[0], score, 0) if where else score)
+    def sampled_score(self, key: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
+        _, mass = self._target(z, targets[0])
+        drawn = jax.random.categorical(key, self._masked(z, targets, -jnp.inf))
+        one_hot = jax.nn.one_hot(drawn, z.shape[-1], dtype=z.dtype)
+        return jnp.sqrt(mass) * self._masked(self._probabilities(z, targets) - one_hot, targets)
 
-    def root(
-        self, vector: jax.Array, z: jax.Array, labels: jax.Array, *where: jax.Array
-    ) -> jax.Array:
+    def root(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
         # S = sqrt(m) (diag(sqrt q) - q sqrt(q)'):  S S' = m (diag q - q q')  because sum(q) = 1.
-        _, mass = self._target(z, labels)
-        q = self._probabilities(z, where)
+        _, mass = self._target(z, targets[0])
+        q = self._probabilities(z, targets)
         scaled = jnp.sqrt(q) * vector
         return jnp.sqrt(mass) * (scaled - q * scaled.sum(-1, keepdims=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class _SoftmaxInteger(_Softmax):
-    @property
-    def name(self) -> str:
-        return "softmax_cross_entropy_with_integer_labels"
+    _name: ClassVar[str] = "softmax_cross_entropy_with_integer_labels"
 
-    def value(self, z: jax.Array, labels: jax.Array, *where: jax.Array) -> jax.Array:
-        mask = where[0] if where else None
-        return optax.losses.softmax_cross_entropy_with_integer_labels(z, labels, where=mask)
+    def value(self, z: jax.Array, targets: Targets) -> jax.Array:
+        labels, *where = targets
+        return optax.losses.softmax_cross_entropy_with_integer_labels(
+            z, labels, where=where[0] if where else None
+        )
 
     def _target(self, z: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         one_hot = jax.nn.one_hot(labels, z.shape[-1], dtype=z.dtype)
@@ -118,13 +119,11 @@ class _SoftmaxInteger(_Softmax):
 
 @dataclasses.dataclass(frozen=True)
 class _SoftmaxSoft(_Softmax):
-    @property
-    def name(self) -> str:
-        return "softmax_cross_entropy"
+    _name: ClassVar[str] = "softmax_cross_entropy"
 
-    def value(self, z: jax.Array, labels: jax.Array, *where: jax.Array) -> jax.Array:
-        mask = where[0] if where else None
-        return optax.losses.softmax_cross_entropy(z, labels, where=mask)
+    def value(self, z: jax.Array, targets: Targets) -> jax.Array:
+        labels, *where = targets
+        return optax.losses.softmax_cross_entropy(z, labels, where=where[0] if where else None)
 
     def _target(self, z: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         labels = labels.astype(z.dtype)
@@ -135,23 +134,21 @@ class _SoftmaxSoft(_Softmax):
 class _Sigmoid(OutputLoss):
     """Bernoulli in its logit: H_z = q (1 - q), whatever the (possibly soft) label."""
 
-    @property
-    def name(self) -> str:
-        return "sigmoid_binary_cross_entropy"
+    _name: ClassVar[str] = "sigmoid_binary_cross_entropy"
 
-    def value(self, z: jax.Array, labels: jax.Array) -> jax.Array:
-        return optax.losses.sigmoid_binary_cross_entropy(z, labels)
+    def value(self, z: jax.Array, targets: Targets) -> jax.Array:
+        return optax.losses.sigmoid_binary_cross_entropy(z, targets[0])
 
-    def score(self, z: jax.Array, labels: jax.Array) -> jax.Array:
-        return jax.nn.sigmoid(z) - labels.astype(z.dtype)
+    def score(self, z: jax.Array, targets: Targets) -> jax.Array:
+        return jax.nn.sigmoid(z) - targets[0].astype(z.dtype)
 
-    def sampled_score(self, key: jax.Array, z: jax.Array, labels: jax.Array) -> jax.Array:
-        del labels
+    def sampled_score(self, key: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
+        del targets
         q = jax.nn.sigmoid(z)
         return q - jax.random.bernoulli(key, q).astype(z.dtype)
 
-    def root(self, vector: jax.Array, z: jax.Array, labels: jax.Array) -> jax.Array:
-        del labels
+    def root(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
+        del targets
         # sigmoid(-z) rather than 1 - sigmoid(z): no cancellation for large z.
         return jnp.sqrt(jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)) * vector
 
@@ -166,23 +163,23 @@ class _Squared(OutputLoss):
     def name(self) -> str:
         return {1: "l2_loss", 2: "squared_error"}[self.precision]
 
-    def value(self, z: jax.Array, targets: jax.Array) -> jax.Array:
+    def value(self, z: jax.Array, targets: Targets) -> jax.Array:
         loss = optax.losses.squared_error if self.precision == 2 else optax.losses.l2_loss
-        return loss(z, targets)
+        return loss(z, targets[0])
 
-    def score(self, z: jax.Array, targets: jax.Array) -> jax.Array:
-        return self.precision * (z - targets.astype(z.dtype))
+    def score(self, z: jax.Array, targets: Targets) -> jax.Array:
+        return self.precision * (z - targets[0].astype(z.dtype))
 
-    def sampled_score(self, key: jax.Array, z: jax.Array, targets: jax.Array) -> jax.Array:
+    def sampled_score(self, key: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
         return self.root(jax.random.normal(key, z.shape, z.dtype), z, targets)
 
-    def root(self, vector: jax.Array, z: jax.Array, targets: jax.Array) -> jax.Array:
+    def root(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
         del z, targets
         return jnp.sqrt(jnp.asarray(self.precision, vector.dtype)) * vector
 
 
 def _value(z: jax.Array, *targets: jax.Array, loss: OutputLoss) -> jax.Array:
-    return loss.value(z, *targets)
+    return loss.value(z, targets)
 
 
 TAG = "curvature_loss"
@@ -190,7 +187,7 @@ _primitive = _jax.loss_primitive(TAG, _value)
 
 
 def tag(loss: OutputLoss, z: jax.Array, *targets: jax.Array) -> jax.Array:
-    """The value of `loss` at `z, *targets`, marked in the trace as an output loss."""
+    """The value of `loss` at `z` and `targets`, marked in the trace as an output loss."""
     value: jax.Array = _primitive.bind(z, *targets, loss=loss)
     return value
 
@@ -213,7 +210,8 @@ def softmax_cross_entropy_with_integer_labels(
       The loss of every unit, shape of `labels`, as `optax.softmax_cross_entropy_with_integer_labels`.
 
     >>> import jax.numpy as jnp, curvature
-    >>> curvature.losses.softmax_cross_entropy_with_integer_labels(jnp.zeros((2, 4)), jnp.array([0, 3]))
+    >>> logits, labels = jnp.zeros((2, 4)), jnp.array([0, 3])
+    >>> curvature.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
     Array([1.3862944, 1.3862944], dtype=float32)
     """
     logits, mask = _classes_last(_floating(logits, "logits"), axis, where)

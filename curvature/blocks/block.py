@@ -34,7 +34,7 @@ class Block(Protocol):
         ...
 
     def logdet(self, damping: ArrayLike = 0.0) -> jax.Array:
-        """log det(G + damping I), summed over the stack."""
+        """Log det(G + damping I), summed over the stack."""
         ...
 
     def eigenvalues(self) -> jax.Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ class BlockDiagonal:
         return {
             name: {
                 field.name: getattr(block, field.name)
-                for field in dataclasses.fields(block)
+                for field in dataclasses.fields(cast(Any, block))
                 if not field.metadata.get("static")
             }
             for name, block in self.blocks.items()
@@ -74,7 +74,7 @@ class BlockDiagonal:
         return sum((b.trace() for b in self.blocks.values()), start=jnp.zeros(()))
 
     def logdet(self, damping: ArrayLike = 0.0) -> jax.Array:
-        """log det(G + damping I); -inf for a singular G without damping."""
+        """Log det(G + damping I); -inf for a singular G without damping."""
         return sum((b.logdet(damping) for b in self.blocks.values()), start=jnp.zeros(()))
 
     def eigenvalues(self) -> jax.Array:

@@ -41,7 +41,7 @@ class Diagonal:
         return jnp.sum(self.values)
 
     def logdet(self, damping: ArrayLike = 0.0) -> jax.Array:
-        """log det(G + damping I), summed over the stack."""
+        """Log det(G + damping I), summed over the stack."""
         return jnp.sum(jnp.log(self.values + damping))
 
     def eigenvalues(self) -> jax.Array:

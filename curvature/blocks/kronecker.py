@@ -14,6 +14,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from curvature.blocks.block import safe_power
@@ -58,7 +59,7 @@ class Kronecker:
         return jnp.sum(self._traces(self.input) * self._traces(self.output))
 
     def logdet(self, damping: ArrayLike = 0.0) -> jax.Array:
-        """log det(G + damping I), summed over the stack."""
+        """Log det(G + damping I), summed over the stack."""
         return jnp.sum(jnp.log(self.eigenvalues() + damping))
 
     def eigenvalues(self) -> jax.Array:
@@ -86,7 +87,10 @@ class Kronecker:
         the difference to G + damping I (Martens and Grosse 2015, section 6.3). Two Cholesky
         factorisations, about ten times cheaper than the eigendecompositions of `solve`.
         """
-        d_in, d_out = self._diagonal_of(self.input).shape[-1], self._diagonal_of(self.output).shape[-1]
+        d_in, d_out = (
+            self._diagonal_of(self.input).shape[-1],
+            self._diagonal_of(self.output).shape[-1],
+        )
         mean_a, mean_b = self._traces(self.input) / d_in, self._traces(self.output) / d_out
         both = (mean_a > 0) & (mean_b > 0)
         pi = jnp.sqrt(jnp.where(both, mean_a, 1) / jnp.where(both, mean_b, 1))
@@ -116,7 +120,7 @@ class Kronecker:
         if self._is_diagonal(factor):
             return jnp.maximum(factor, 0), None
         values, vectors = jnp.linalg.eigh(factor)
-        cutoff = values[..., -1:] * values.shape[-1] * jnp.finfo(values.dtype).eps
+        cutoff = values[..., -1:] * values.shape[-1] * float(np.finfo(values.dtype).eps)
         return jnp.where(values > cutoff, values, 0), vectors
 
 

@@ -17,6 +17,7 @@ from curvature.registry import Layer, Registry
 from curvature.registry.registry import Analysis
 
 PyTree = Any
+_FISHER = Fisher()
 _PASSES_AT_ONCE = 32  # backward passes vectorised together; more are run one group after another
 
 
@@ -32,7 +33,8 @@ class Estimator:
     >>> import jax, jax.numpy as jnp, curvature
     >>> def loss_fn(params, x, y):
     ...     return curvature.losses.l2_loss(x @ params["w"], y).sum()
-    >>> params, x, y = {"w": jnp.ones((2, 1))}, jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.zeros((2, 1))
+    >>> params, y = {"w": jnp.ones((2, 1))}, jnp.zeros((2, 1))
+    >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0]])
     >>> registry = curvature.register(loss_fn, params, x, y)
     >>> fisher = curvature.Estimator(registry, curvature.Fisher(samples=None))(params, x, y)
     >>> fisher @ {"w": jnp.ones((2, 1))}
@@ -41,7 +43,7 @@ class Estimator:
     """
 
     registry: Registry
-    kind: Kind = Fisher()
+    kind: Kind = _FISHER
     max_factor_dim: int = 8192
 
     @property
@@ -76,8 +78,8 @@ class Estimator:
         """
         if self.needs_key and key is None:
             raise ValueError(
-                f"{self.kind} needs a random key here: pass key=jax.random.key(...). Sampling needs "
-                "one, and so does every kind where some parameters are generic."
+                f"{self.kind} needs a random key here: pass key=jax.random.key(...). Sampling "
+                "needs one, and so does every kind where some parameters are generic."
             )
         analysis = self.registry.analyse(params, args)
         draws = self.kind.draw(analysis.losses, key)

@@ -4,8 +4,8 @@ The loss keeps its value. Two kinds of equations get another backward rule:
 
 - a *layer*: one more argument, a token of zeros, whose "gradient" is the layer's statistics, made
   from the input and the output cotangent that the rule has in hand anyway;
-- a *loss*: whatever cotangent w = dL/dl arrives for its units, sqrt(w) v leaves towards the network,
-  with v as the kind of curvature says.
+- a *loss*: whatever cotangent w = dL/dl arrives for its units, sqrt(|w|) v leaves towards the
+  network, with v as the kind of curvature says.
 
 Everything between them is differentiated by JAX: a token of a layer whose weight is scanned is
 scanned along and comes out stacked, one of a weight shared over time comes out summed, and remat,
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from curvature import _jax
 from curvature.estimator.kinds import Draw, Kind
 from curvature.estimator.statistics import Statistics, accumulator, dense
-from curvature.losses import OutputLoss
+from curvature.losses import OutputLoss, Targets
 from curvature.registry.layers import Layer
 from curvature.registry.plan import Plan, Step
 
@@ -148,16 +148,16 @@ def _loss(loss: OutputLoss, kind: Kind, draw: Draw, operands: list[Any]) -> jax.
     """A tagged loss that answers the cotangent w of its units with sqrt(|w|) v."""
 
     @jax.custom_vjp
-    def tagged(z: jax.Array, targets: tuple[jax.Array, ...], draw: Draw) -> jax.Array:
-        return loss.value(z, *targets)
+    def tagged(z: jax.Array, targets: Targets, draw: Draw) -> jax.Array:
+        return loss.value(z, targets)
 
-    def forward(z: jax.Array, targets: tuple[jax.Array, ...], draw: Draw) -> Any:
-        return loss.value(z, *targets), (z, targets, draw)
+    def forward(z: jax.Array, targets: Targets, draw: Draw) -> Any:
+        return loss.value(z, targets), (z, targets, draw)
 
     def backward(kept: Any, w: jax.Array) -> Any:
         z, targets, draw = kept
         exact = z.astype(accumulator(z.dtype))
-        v = kind.cotangent(loss, draw, exact, *targets)
+        v = kind.cotangent(loss, draw, exact, targets)
         root = jnp.sqrt(jnp.abs(w.astype(exact.dtype)))
         v = v * root.reshape(root.shape + (1,) * loss.event_ndim)
         return v.astype(z.dtype), None, None

@@ -3,13 +3,13 @@
 The curvature of a loss is G = sum_i w_i J_i' G_z(z_i) J_i over units i, with w_i = dL/dl_i. Every
 kind is a choice of random (or enumerated) cotangents v at the network's output with E[v v'] = G_z:
 
-| kind                      | v at the output z                          | passes                    |
-|---------------------------|--------------------------------------------|---------------------------|
-| `Fisher(samples=k)`       | score at targets sampled from the model    | k                         |
-| `EmpiricalFisher()`       | score at the targets in the data           | 1                         |
-| `GaussNewton(probes=k)`   | H_z^(1/2) times random signs               | k                         |
-| `GaussNewton()`           | the columns of H_z^(1/2)                   | entries of z per example  |
-| `Fisher(samples=None)`    | the same: F_z = H_z for these losses       | the same                  |
+| kind                    | v at the output z                       | passes                   |
+|-------------------------|-----------------------------------------|--------------------------|
+| `Fisher(samples=k)`     | score at targets sampled from the model | k                        |
+| `EmpiricalFisher()`     | score at the targets in the data        | 1                        |
+| `GaussNewton(probes=k)` | H_z^(1/2) times random signs            | k                        |
+| `GaussNewton()`         | the columns of H_z^(1/2)                | entries of z per example |
+| `Fisher(samples=None)`  | the same: F_z = H_z for these losses    | the same                 |
 
 `EmpiricalFisher` is no approximation of the others: it converges to another matrix (Kunstner,
 Hennig and Balles 2019).
@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvature.losses import OutputLoss
+from curvature.losses import OutputLoss, Targets
 from curvature.registry import LossTag
 
 Draw = Any  # the randomness or selection of one loss tag in one pass: a pytree of arrays
@@ -56,9 +56,7 @@ class Kind(Protocol):
         """For every loss tag, arrays with leading axes `(passes, *lead)`."""
         ...
 
-    def cotangent(
-        self, loss: OutputLoss, draw: Draw, z: jax.Array, *targets: jax.Array
-    ) -> jax.Array:
+    def cotangent(self, loss: OutputLoss, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
         """The cotangent v at z, for units of weight one."""
         ...
 
@@ -96,13 +94,11 @@ class GaussNewton:
         assert key is not None
         return _keys(key, self.probes, losses)
 
-    def cotangent(
-        self, loss: OutputLoss, draw: Draw, z: jax.Array, *targets: jax.Array
-    ) -> jax.Array:
+    def cotangent(self, loss: OutputLoss, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
         """See `Kind`."""
         if self.probes is None:
-            return _column(loss, draw, z, *targets)
-        return loss.root(jax.random.rademacher(draw, z.shape, z.dtype), z, *targets)
+            return _column(loss, draw, z, targets)
+        return loss.root(jax.random.rademacher(draw, z.shape, z.dtype), z, targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,13 +134,11 @@ class Fisher:
         assert key is not None
         return _keys(key, self.samples, losses)
 
-    def cotangent(
-        self, loss: OutputLoss, draw: Draw, z: jax.Array, *targets: jax.Array
-    ) -> jax.Array:
+    def cotangent(self, loss: OutputLoss, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
         """See `Kind`."""
         if self.samples is None:
-            return _column(loss, draw, z, *targets)
-        return loss.sampled_score(draw, z, *targets)
+            return _column(loss, draw, z, targets)
+        return loss.sampled_score(draw, z, targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,11 +165,9 @@ class EmpiricalFisher:
         # One sign per example: the same in every scan step, and for every loss.
         return tuple(jnp.broadcast_to(key, (1, *tag.lead)) for tag in losses)
 
-    def cotangent(
-        self, loss: OutputLoss, draw: Draw, z: jax.Array, *targets: jax.Array
-    ) -> jax.Array:
+    def cotangent(self, loss: OutputLoss, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
         """See `Kind`."""
-        return _signed(draw, loss, loss.score(z, *targets))
+        return _signed(draw, loss, loss.score(z, targets))
 
 
 def _check_count(name: str, count: int | None) -> None:
@@ -210,13 +202,13 @@ def _columns(losses: Sequence[LossTag], key: jax.Array | None) -> tuple[Draw, ..
     return tuple(draws)
 
 
-def _column(loss: OutputLoss, draw: Draw, z: jax.Array, *targets: jax.Array) -> jax.Array:
+def _column(loss: OutputLoss, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
     """One column of the square root of H_z, the same for every example but for its sign."""
     index, signs = draw
     per_example = z.shape[1:] if z.ndim > loss.event_ndim else z.shape
     lit = jnp.arange(math.prod(per_example)).reshape(per_example) == index
     vector = jnp.broadcast_to(lit, z.shape).astype(z.dtype)
-    return loss.root(_signed(signs, loss, vector), z, *targets)
+    return loss.root(_signed(signs, loss, vector), z, targets)
 
 
 def _signed(draw: jax.Array, loss: OutputLoss, vector: jax.Array) -> jax.Array:

@@ -43,7 +43,14 @@ class Product:
 
 Value = View | Wide | Product | None
 
-_PASSES = ("convert_element_type", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint")
+_PASSES = (
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "name",
+    "reduce_precision",
+    "sharding_constraint",
+)
 
 
 class Finder:
@@ -165,9 +172,7 @@ class Finder:
 
     # Parameters -------------------------------------------------------------------------------
 
-    def _meet(
-        self, equation: _jax.Equation, values: list[Value]
-    ) -> tuple[list[Value], Use | None]:
+    def _meet(self, equation: _jax.Equation, values: list[Value]) -> tuple[list[Value], Use | None]:
         """One live equation with a parameter among its operands."""
         none: list[Value] = [None] * len(equation.outvars)
         name = equation.primitive.name

@@ -83,7 +83,7 @@ class Layer:
         return jnp.concatenate([weight, bias[..., None, :]], axis=-2)
 
     def scatter(self, block: jax.Array) -> dict[int, jax.Array]:
-        """Leaf-shaped arrays, by leaf, from block coordinates; zero where the layer does not look."""
+        """Leaf-shaped arrays by leaf, from block coordinates; zero outside the layer's views."""
         if not self.bias:
             return {self.views[0].source: self.views[0].adjoint(block)}
         weight, bias = block[..., :-1, :], block[..., -1, :]

@@ -131,7 +131,8 @@ def register(
     ...     z = batch["x"] @ params["w"] + params["b"]
     ...     return curvature.losses.l2_loss(z, batch["y"]).mean()
     >>> params = {"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)}
-    >>> registry = curvature.register(loss_fn, params, {"x": jnp.ones((5, 3)), "y": jnp.ones((5, 2))})
+    >>> batch = {"x": jnp.ones((5, 3)), "y": jnp.ones((5, 2))}
+    >>> registry = curvature.register(loss_fn, params, batch)
     >>> [(layer.kind, layer.parameters) for layer in registry.layers]
     [('dense', ("['w']", "['b']"))]
     """
@@ -154,9 +155,7 @@ def _analyse(
     rest = len(jaxpr.invars) - len(leaves)
     values = [View.of(i, shape) for i, shape in enumerate(shapes)]
     finder = Finder()
-    plan, _ = finder.walk(
-        jaxpr, [*values, *[None] * rest], [False] * len(jaxpr.invars), outputs
-    )
+    plan, _ = finder.walk(jaxpr, [*values, *[None] * rest], [False] * len(jaxpr.invars), outputs)
     if not finder.losses:
         raise ValueError(
             "The loss function has no tagged loss: nothing says where the network ends. Use a loss "
@@ -233,19 +232,20 @@ def _check_scalar(loss: Any) -> None:
             "(loss, aux), pass has_aux=True."
         )
     if shape != ():
-        raise TypeError(f"loss_fn returned an array of shape {shape}, expected a scalar: average it.")
+        raise TypeError(
+            f"loss_fn returned an array of shape {shape}, expected a scalar: average it."
+        )
 
 
 def _check_tree(name: str, found: PyTree, expected: PyTree, *, exact: bool) -> None:
     """Raises where a tree is not of the registered kind, naming the first difference."""
-    have, want = jax.tree.structure(found), jax.tree.structure(expected)
+    have: Any = jax.tree.structure(found)
+    want: Any = jax.tree.structure(expected)
     if have != want:
         raise ValueError(
             f"{name} has another structure than was registered: found {have}, expected {want}."
         )
-    pairs = zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
-    )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
     for (path, leaf), shape in pairs:
         aval = _shape(leaf)
         same = aval.shape == shape.shape if exact else len(aval.shape) == len(shape.shape)

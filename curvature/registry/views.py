@@ -89,7 +89,9 @@ class View:
     def slice(self, starts: Shape, stops: Shape, strides: Shape | None) -> View:
         """Slices the inner axes."""
         steps = strides or (1,) * len(starts)
-        inner = tuple((int(a), int(b), int(c)) for a, b, c in zip(starts, stops, steps, strict=True))
+        inner = tuple(
+            (int(a), int(b), int(c)) for a, b, c in zip(starts, stops, steps, strict=True)
+        )
         full = (*((0, n, 1) for n in self.stacked), *inner)
         shape = tuple(len(range(*s)) for s in full)
         return self if shape == self.shape else self._then(Move("slice", full), shape)
