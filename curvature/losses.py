@@ -207,7 +207,7 @@ def softmax_cross_entropy_with_integer_labels(
       where: mask of the classes that count, broadcastable to `logits`.
 
     Returns:
-      The loss of every unit, shape of `labels`, as `optax.softmax_cross_entropy_with_integer_labels`.
+      The loss of every unit, shape of `labels`, as optax's function of the same name.
 
     >>> import jax.numpy as jnp, curvature
     >>> logits, labels = jnp.zeros((2, 4)), jnp.array([0, 3])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from curvature.blocks.block import Block
 from curvature.blocks.diagonal import Diagonal
 from curvature.blocks.kronecker import Kronecker
+from curvature.precision import accumulator
 from curvature.registry import Layer
 
 PyTree = Any
@@ -71,24 +72,20 @@ class BlockDiagonal:
 
     def trace(self) -> jax.Array:
         """The trace."""
-        return sum((b.trace() for b in self.blocks.values()), start=jnp.zeros(()))
+        return _total([block.trace() for block in self.blocks.values()])
 
     def logdet(self, damping: ArrayLike = 0.0) -> jax.Array:
         """Log det(G + damping I); -inf for a singular G without damping."""
-        return sum((b.logdet(damping) for b in self.blocks.values()), start=jnp.zeros(()))
+        return _total([block.logdet(damping) for block in self.blocks.values()])
 
     def eigenvalues(self) -> jax.Array:
         """All eigenvalues, ascending."""
         parts = [block.eigenvalues().ravel() for block in self.blocks.values()]
-        dtype = jnp.result_type(*parts)
-        return jnp.sort(jnp.concatenate([p.astype(dtype) for p in parts]))
+        return jnp.sort(jnp.concatenate(_alike(parts)))
 
     def diagonal(self) -> PyTree:
-        """The diagonal, as a tree."""
-        leaves: list[Any] = [None] * self.structure.num_leaves
-        for layer in self.layers:
-            for leaf, part in layer.scatter(self.blocks[layer.name].diagonal()).items():
-                leaves[leaf] = part if leaves[leaf] is None else leaves[leaf] + part
+        """The diagonal, as a tree of the parameters' structure."""
+        leaves = self._scatter([self.blocks[layer.name].diagonal() for layer in self.layers])
         return jax.tree.unflatten(self.structure, leaves)
 
     def _map(self, apply: Callable[[Block, jax.Array], jax.Array], tree: PyTree) -> PyTree:
@@ -98,11 +95,25 @@ class BlockDiagonal:
                 f"The operator acts on trees of the parameters' structure {self.structure}, "
                 f"found {structure}."
             )
-        out: list[Any] = [None] * len(leaves)
-        for layer in self.layers:
-            v = layer.gather(leaves)
-            v = v.astype(jnp.promote_types(v.dtype, jnp.float32))
-            for leaf, part in layer.scatter(apply(self.blocks[layer.name], v)).items():
-                part = part.astype(leaves[leaf].dtype)
-                out[leaf] = part if out[leaf] is None else out[leaf] + part
-        return jax.tree.unflatten(structure, out)
+        parts = [apply(self.blocks[layer.name], layer.gather(leaves)) for layer in self.layers]
+        out = self._scatter(parts)
+        return jax.tree.unflatten(
+            structure, [x.astype(leaf.dtype) for x, leaf in zip(out, leaves, strict=True)]
+        )
+
+    def _scatter(self, parts: Sequence[jax.Array]) -> list[jax.Array]:
+        """Leaves from the block coordinates of every layer; layers cover each leaf exactly once."""
+        leaves: list[Any] = [None] * self.structure.num_leaves
+        for layer, part in zip(self.layers, parts, strict=True):
+            for leaf, x in layer.scatter(part).items():
+                leaves[leaf] = x if leaves[leaf] is None else leaves[leaf] + x
+        return leaves
+
+
+def _alike(parts: list[jax.Array]) -> list[jax.Array]:
+    dtype = accumulator(*(p.dtype for p in parts))
+    return [p.astype(dtype) for p in parts]
+
+
+def _total(parts: list[jax.Array]) -> jax.Array:
+    return jnp.sum(jnp.stack(_alike(parts)))

@@ -34,7 +34,7 @@ class Diagonal:
 
     def power(self, v: jax.Array, p: float, damping: ArrayLike = 0.0) -> jax.Array:
         """(G + damping I)^p v; zero where G + damping I is."""
-        return safe_power(self.values + damping, p) * v
+        return safe_power(self._shifted(damping), p) * v
 
     def trace(self) -> jax.Array:
         """The trace, summed over the stack."""
@@ -42,7 +42,7 @@ class Diagonal:
 
     def logdet(self, damping: ArrayLike = 0.0) -> jax.Array:
         """Log det(G + damping I), summed over the stack."""
-        return jnp.sum(jnp.log(self.values + damping))
+        return jnp.sum(jnp.log(self._shifted(damping)))
 
     def eigenvalues(self) -> jax.Array:
         """All eigenvalues, shape `stack + (size,)`, ascending within each copy."""
@@ -59,7 +59,10 @@ class Diagonal:
 
     def damped_inverse(self, damping: ArrayLike) -> Diagonal:
         """(G + damping I)^-1."""
-        return Diagonal(safe_power(self.values + damping, -1.0), self.stack_ndim)
+        return Diagonal(safe_power(self._shifted(damping), -1.0), self.stack_ndim)
+
+    def _shifted(self, damping: ArrayLike) -> jax.Array:
+        return self.values + jnp.asarray(damping, self.values.dtype)
 
     def _flat(self) -> jax.Array:
         return self.values.reshape((*self.values.shape[: self.stack_ndim], -1))

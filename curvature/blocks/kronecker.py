@@ -18,9 +18,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from curvature.blocks.block import safe_power
-
-_HIGHEST = jax.lax.Precision.HIGHEST
-
+from curvature.precision import HIGHEST
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +48,8 @@ class Kronecker:
     def power(self, v: jax.Array, p: float, damping: ArrayLike = 0.0) -> jax.Array:
         """(G + damping I)^p v exactly, in the eigenbasis; zero on the null space."""
         (a, qa), (b, qb) = self._eigh(self.input), self._eigh(self.output)
-        scale = safe_power(a[..., :, None] * b[..., None, :] + damping, p)
+        products = a[..., :, None] * b[..., None, :]
+        scale = safe_power(products + jnp.asarray(damping, products.dtype), p)
         v = _rotate(qa, _rotate(qb, v.mT, back=False).mT, back=False)
         return _rotate(qa, _rotate(qb, (scale * v).mT, back=True).mT, back=True)
 
@@ -60,7 +59,8 @@ class Kronecker:
 
     def logdet(self, damping: ArrayLike = 0.0) -> jax.Array:
         """Log det(G + damping I), summed over the stack."""
-        return jnp.sum(jnp.log(self.eigenvalues() + damping))
+        eigenvalues = self.eigenvalues()
+        return jnp.sum(jnp.log(eigenvalues + jnp.asarray(damping, eigenvalues.dtype)))
 
     def eigenvalues(self) -> jax.Array:
         """Products of the factors' eigenvalues, shape `stack + (size,)`, ascending."""
@@ -76,7 +76,7 @@ class Kronecker:
     def to_dense(self) -> jax.Array:
         """The matrix A (x) B, shape `stack + (size, size)`."""
         a, b = self._full(self.input), self._full(self.output)
-        product = jnp.einsum("...ik,...jl->...ijkl", a, b, precision=_HIGHEST)
+        product = jnp.einsum("...ik,...jl->...ijkl", a, b, precision=HIGHEST)
         size = a.shape[-1] * b.shape[-1]
         return product.reshape((*product.shape[:-4], size, size))
 
@@ -127,13 +127,13 @@ class Kronecker:
 def _apply(factor: jax.Array, v: jax.Array, diagonal: bool) -> jax.Array:
     if diagonal:
         return factor[..., :, None] * v
-    return jnp.matmul(factor, v, precision=_HIGHEST)
+    return jnp.matmul(factor, v, precision=HIGHEST)
 
 
 def _rotate(vectors: jax.Array | None, v: jax.Array, *, back: bool) -> jax.Array:
     if vectors is None:
         return v
-    return jnp.matmul(vectors if back else vectors.mT, v, precision=_HIGHEST)
+    return jnp.matmul(vectors if back else vectors.mT, v, precision=HIGHEST)
 
 
 def _damped_inverse(factor: jax.Array, shift: jax.Array, diagonal: bool) -> jax.Array:

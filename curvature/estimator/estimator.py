@@ -13,6 +13,7 @@ from curvature.estimator import statistics as stats
 from curvature.estimator.evaluate import Sweep, evaluate
 from curvature.estimator.kinds import Draw, Fisher, Kind
 from curvature.estimator.statistics import Statistics
+from curvature.precision import accumulator
 from curvature.registry import Layer, Registry
 from curvature.registry.registry import Analysis
 
@@ -107,8 +108,7 @@ class Estimator:
 
     def _token(self, layer: Layer) -> Statistics:
         leaves = jax.tree.leaves(self.registry.params)
-        dtype = jnp.result_type(*(leaves[v.source].dtype for v in layer.views))
-        dtype = stats.accumulator(dtype)
+        dtype = accumulator(*(leaves[v.source].dtype for v in layer.views))
         return stats.tokens(layer, dtype, self.max_factor_dim, layer.examples)
 
     def _pass(
@@ -131,7 +131,7 @@ class Estimator:
         raw, gradients = jax.grad(loss, argnums=(0, 1))(structured, generic)
         done = {name: stats.squared(layers[name], raw[name]) for name in structured}
         for name, gradient in gradients.items():
-            gradient = gradient.astype(stats.accumulator(gradient.dtype))
+            gradient = gradient.astype(accumulator(gradient.dtype))
             done[name] = {"values": gradient**2}
         return done
 

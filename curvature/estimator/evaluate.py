@@ -23,8 +23,9 @@ import jax.numpy as jnp
 
 from curvature import _jax
 from curvature.estimator.kinds import Draw, Kind
-from curvature.estimator.statistics import Statistics, accumulator, dense
+from curvature.estimator.statistics import Statistics, dense
 from curvature.losses import OutputLoss, Targets
+from curvature.precision import accumulator
 from curvature.registry.layers import Layer
 from curvature.registry.plan import Plan, Step
 

@@ -6,29 +6,21 @@ g_r, which carry the square root of the loss weights:
 - `kronecker`: sums over rows of a a' and of g g', and the number of rows;
 - `diagonal`: the sum over examples of the squared per-example gradient (sum_r a_r g_r')^2.
 
-A factor wider than `max_factor_dim` keeps its diagonal only. All sums are in float32 (float64 where
-the model is) at full matmul precision: the default on GPU and TPU rounds to TF32 or bfloat16, which
-turns the small eigenvalues of a factor negative.
+A factor wider than `max_factor_dim` keeps its diagonal only.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from curvature.precision import HIGHEST
 from curvature.registry.layers import Layer
 from curvature.registry.plan import Contraction
 
-HIGHEST = jax.lax.Precision.HIGHEST
 Statistics = dict[str, jax.Array]
-
-
-def accumulator(dtype: Any) -> Any:
-    """The dtype in which statistics of values of `dtype` are summed."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def tokens(layer: Layer, dtype: Any, max_factor_dim: int, examples: int) -> Statistics:
@@ -129,7 +121,3 @@ def combined(layer: Layer, summed: Statistics, passes: int, averaged: bool) -> S
         "output": summed["output"] * share,
     }
 
-
-def size_of(layer: Layer) -> int:
-    """Entries of the block coordinates."""
-    return math.prod(layer.shape)

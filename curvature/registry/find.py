@@ -332,14 +332,15 @@ def _split(view: View, axis: int, sizes: Sequence[int]) -> list[Value]:
 
 def _add_bias(equation: _jax.Equation, values: list[Value]) -> bool:
     """Whether the sum is a dense layer's output plus its bias; the use then has it."""
+    shape = equation.outvars[0].aval.shape
     for product, bias in (values, values[::-1]):
-        if isinstance(product, Product) and isinstance(bias, (View, Wide)):
-            view = bias if isinstance(bias, View) else bias.view
-            use = product.use
-            if view.stack == use.view.stack and use.bias is None and use.contraction:
-                if _is_bias(equation.outvars[0].aval.shape, product, bias, use.contraction):
-                    use.bias = view.reshape((use.contraction.d_out,))
-                    return True
+        if not (isinstance(product, Product) and isinstance(bias, (View, Wide))):
+            continue
+        use, view = product.use, bias if isinstance(bias, View) else bias.view
+        assert use.contraction is not None
+        if view.stack == use.view.stack and _is_bias(shape, product, bias, use.contraction):
+            use.bias = view.reshape((use.contraction.d_out,))
+            return True
     return False
 
 

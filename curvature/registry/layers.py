@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvature.precision import accumulator
 from curvature.registry.plan import Use
 from curvature.registry.views import Shape, View, partitions
 
@@ -74,12 +75,12 @@ class Layer:
         return size
 
     def gather(self, leaves: Sequence[jax.Array]) -> jax.Array:
-        """The layer's block coordinates from the leaves of a parameter-shaped tree."""
-        parts = [view(leaves[view.source]) for view in self.views]
+        """The layer's block coordinates, at least float32, from the leaves of a tree."""
+        dtype = accumulator(*(leaves[v.source].dtype for v in self.views))
+        parts = [view(leaves[view.source]).astype(dtype) for view in self.views]
         if not self.bias:
-            return jnp.asarray(parts[0])
-        dtype = jnp.result_type(*parts)
-        weight, bias = (p.astype(dtype) for p in parts)
+            return parts[0]
+        weight, bias = parts
         return jnp.concatenate([weight, bias[..., None, :]], axis=-2)
 
     def scatter(self, block: jax.Array) -> dict[int, jax.Array]:

