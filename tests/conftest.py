@@ -1,7 +1,7 @@
 """Settings of every test: float64, strict dtype promotion, and one random key.
 
-The library has to live with both: curvature is compared with float64 brute force, and a library that
-mixes dtypes by accident is stopped by strict promotion at the line that does it.
+Curvature is compared with brute force in float64, and strict promotion stops a library that mixes
+dtypes by accident at the line that does it.
 """
 
 import jax

@@ -35,8 +35,8 @@ def factors(reference, loss_of_z, params, x, biased):
         return reference(params, x, tap).reshape(-1)
 
     zeros = {name: [jnp.zeros(s) for s in shape] for name, shape in shapes.items()}
-    jacobians = jax.jacrev(perturbed)(zeros)
-    hessian = jax.hessian(lambda flat: loss_of_z(flat.reshape(z.shape)))(z.reshape(-1))
+    jacobians = jax.jit(jax.jacrev(perturbed))(zeros)
+    hessian = jax.jit(jax.hessian(lambda flat: loss_of_z(flat.reshape(z.shape))))(z.reshape(-1))
     out = {}
     for name, rows in inputs.items():
         a = jnp.concatenate(rows)

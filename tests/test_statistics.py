@@ -219,12 +219,6 @@ CASES = {
     "recurrent": recurrent,
 }
 
-KINDS = {
-    "Gauss-Newton": curvature.GaussNewton(),
-    "exact Fisher": curvature.Fisher(samples=None),
-}
-
-
 def losses_of(shape, name):
     """(tagged loss of z, the same from optax), with uneven weights."""
     weights = jnp.arange(1.0, shape[0] + 1)
@@ -257,11 +251,11 @@ def test_factors_equal_brute_force(name, loss):
     expected = factors(reference, plain, params, x, biased)
     assert {layer.name for layer in registry.layers} == set(expected)
     assert registry.coverage == 1
-    for kind in KINDS.values():
-        operator = jax.jit(curvature.Estimator(registry, kind))(params, x)
-        for layer, (a, b) in expected.items():
-            np.testing.assert_allclose(operator.blocks[layer].input, a, rtol=1e-9, atol=1e-12)
-            np.testing.assert_allclose(operator.blocks[layer].output, b, rtol=1e-9, atol=1e-12)
+    kind = curvature.GaussNewton() if loss == "l2" else curvature.Fisher(samples=None)
+    operator = jax.jit(curvature.Estimator(registry, kind))(params, x)
+    for layer, (a, b) in expected.items():
+        np.testing.assert_allclose(operator.blocks[layer].input, a, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(operator.blocks[layer].output, b, rtol=1e-9, atol=1e-12)
 
 
 def test_scanned_layers_are_stacked_and_equal_unrolled_ones():
@@ -287,14 +281,14 @@ def test_scanned_layers_are_stacked_and_equal_unrolled_ones():
     many = curvature.register(unrolled, layers, x)
     assert [layer.stack for layer in one.layers] == [(3,)]
     for kind in (curvature.GaussNewton(), curvature.EmpiricalFisher()):
-        block = curvature.Estimator(one, kind)(params, x).blocks["w"]
-        operator = curvature.Estimator(many, kind)(layers, x)
+        block = jax.jit(curvature.Estimator(one, kind))(params, x).blocks["w"]
+        operator = jax.jit(curvature.Estimator(many, kind))(layers, x)
         for i, other in enumerate(operator.blocks.values()):
             np.testing.assert_allclose(block.input[i], other.input, rtol=1e-10)
             np.testing.assert_allclose(block.output[i], other.output, rtol=1e-10)
     one, many = (r.override("*", block="diagonal") for r in (one, many))
-    stacked = curvature.Estimator(one, curvature.GaussNewton())(params, x)
-    single = curvature.Estimator(many, curvature.GaussNewton())(layers, x)
+    stacked = jax.jit(curvature.Estimator(one, curvature.GaussNewton()))(params, x)
+    single = jax.jit(curvature.Estimator(many, curvature.GaussNewton()))(layers, x)
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *single.diagonal())
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), stacked.diagonal(), together)
 
@@ -337,7 +331,8 @@ def test_flax_scan_equals_the_same_blocks_unrolled():
 
             registry = curvature.register(loss_fn, p, x, y)
             kind = curvature.Fisher(samples=None)
-            dense = curvature.Estimator(registry, kind)(p, x, y, key=jax.random.key(3))
+            estimate = jax.jit(curvature.Estimator(registry, kind))
+            dense = estimate(p, x, y, key=jax.random.key(3))
             grads = jax.grad(loss_fn)(p, x, y)
             solved.append(dense.solve(grads, damping=1e-3)["params"])
         for i in range(3):
@@ -362,8 +357,8 @@ def test_diagonal_equals_per_example_gradients(name, kind):
         return curvature.losses.squared_error(model(p, x), targets).sum() / 7
 
     registry = curvature.register(loss_fn, params, x).override("*", block="diagonal")
-    diagonal = curvature.Estimator(registry, kind)(params, x).diagonal()
-    jacobian = jax.jacrev(lambda p: model(p, x).reshape(N, -1))(params)
+    diagonal = jax.jit(curvature.Estimator(registry, kind))(params, x).diagonal()
+    jacobian = jax.jit(jax.jacrev(lambda p: model(p, x).reshape(N, -1)))(params)
     if isinstance(kind, curvature.EmpiricalFisher):
         residual = 2 * (z - targets).reshape(N, -1)
         expected = jax.tree.map(
