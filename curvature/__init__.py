@@ -1,16 +1,18 @@
 """Curvature for JAX: K-FAC and its relatives for any model, in any framework."""
 
 from curvature import losses
-from curvature.blocks import Block, BlockDiagonal, Diagonal, Kronecker
+from curvature.blocks import Block, BlockDiagonal, Dense, Diagonal, Kronecker
 from curvature.estimator import EmpiricalFisher, Estimator, Fisher, GaussNewton
 from curvature.kfac import CurvatureState, CurvatureStats, KFACState, kfac, scale_by_curvature
 from curvature.registry import Layer, LossTag, Registry, register
+from curvature.tags import tag_layer
 
 __all__ = [
     "Block",
     "BlockDiagonal",
     "CurvatureState",
     "CurvatureStats",
+    "Dense",
     "Diagonal",
     "EmpiricalFisher",
     "Estimator",
@@ -25,4 +27,5 @@ __all__ = [
     "losses",
     "register",
     "scale_by_curvature",
+    "tag_layer",
 ]

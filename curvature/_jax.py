@@ -1,7 +1,7 @@
 """Everything this library uses that JAX does not promise to keep.
 
 A jaxpr is only *read* (`Jaxpr`, `call_of`, `location`) and *evaluated* (`bind`), and one primitive
-is defined (`loss_primitive`). No other module may import `jax.extend`, `jax.interpreters` or
+is defined (`tag_primitive`). No other module may import `jax.extend`, `jax.interpreters` or
 `jax._src`: a JAX release that moves something is answered here and nowhere else.
 
 Two differences between the supported releases are levelled here: JAX 0.12 merged `ClosedJaxpr` into
@@ -109,6 +109,18 @@ def nested(equation: Equation) -> tuple[Jaxpr, ...]:
     return tuple(found)
 
 
+def alike(one: Jaxpr, other: Jaxpr) -> bool:
+    """Whether two jaxprs list the same primitives on arrays of the same ranks."""
+
+    def ranks(equation: Equation) -> list[int | None]:
+        return [getattr(v.aval, "ndim", None) for v in equation.outvars]
+
+    pairs = zip(one.equations, other.equations, strict=False)
+    return len(one.equations) == len(other.equations) and all(
+        a.primitive.name == b.primitive.name and ranks(a) == ranks(b) for a, b in pairs
+    )
+
+
 def bind(equation: Equation, operands: Sequence[Any]) -> list[Any]:
     """Evaluates one equation on new operands, as `jax.core.eval_jaxpr` would."""
     params = equation.primitive.get_bind_params(equation.params)
@@ -130,11 +142,14 @@ def location(equation: Equation) -> str:
     return ""
 
 
-def loss_primitive(name: str, value: Callable[..., jax.Array]) -> Any:
+def tag_primitive(
+    name: str, value: Callable[..., jax.Array], fixed: Callable[[int], bool] = lambda _: False
+) -> Any:
     """A primitive whose result is `value(*operands, **params)`, an ordinary function to JAX.
 
     It exists to be seen in a jaxpr. It differentiates and lowers as `value` does. Under `vmap` the
-    mapped axis becomes the leading axis of every operand, so it stays one equation.
+    mapped axis becomes the leading axis of every operand, so it stays one equation; operands for
+    which `fixed(position)` holds must not be mapped.
     """
     primitive = jex_core.Primitive(name)
     primitive.def_impl(value)
@@ -149,10 +164,16 @@ def loss_primitive(name: str, value: Callable[..., jax.Array]) -> Any:
 
     def batch(operands: Sequence[Any], axes: Sequence[Any], **params: Any) -> tuple[Any, int]:
         size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
-        moved = [
-            jnp.broadcast_to(x, (size, *x.shape)) if a is None else jnp.moveaxis(x, a, 0)
-            for x, a in zip(operands, axes, strict=True)
-        ]
+        moved = []
+        for i, (x, axis) in enumerate(zip(operands, axes, strict=True)):
+            if fixed(i):
+                if axis is not None:
+                    raise ValueError(f"{name}: operand {i} is a parameter and must not be mapped.")
+                moved.append(x)
+            elif axis is None:
+                moved.append(jnp.broadcast_to(x, (size, *x.shape)))
+            else:
+                moved.append(jnp.moveaxis(x, axis, 0))
         return primitive.bind(*moved, **params), 0
 
     primitive.def_abstract_eval(abstract)

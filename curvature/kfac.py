@@ -48,6 +48,7 @@ class CurvatureState(NamedTuple):
       weight: total weight of the exponential average, which corrects its bias towards zero.
       statistics: the exponential averages before that correction, by layer and factor.
       inverse: the factors of the damped inverse, of the same shapes.
+      fallback: the state of the fallback transformation.
       stats: what happened.
     """
 
@@ -55,6 +56,7 @@ class CurvatureState(NamedTuple):
     weight: jax.Array
     statistics: BlockArrays
     inverse: BlockArrays
+    fallback: optax.OptState
     stats: CurvatureStats
 
 
@@ -84,6 +86,7 @@ def scale_by_curvature(
     statistics_every: int = 1,
     refresh_every: int = 1,
     max_factor_dim: int = 8192,
+    fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies gradients by the inverse of a running blockwise curvature.
 
@@ -102,6 +105,9 @@ def scale_by_curvature(
       statistics_every: steps between statistics.
       refresh_every: steps between inversions.
       max_factor_dim: a Kronecker factor wider than this keeps its diagonal only.
+      fallback: transformation of the gradients of generic and excluded parameters, such as
+        `optax.scale_by_adam()`. Without one, generic parameters have a diagonal block and the
+        gradients of excluded ones pass unchanged.
 
     Returns:
       An optax transformation with extra arguments; its state is a `CurvatureState`.
@@ -114,14 +120,18 @@ def scale_by_curvature(
     _check_range("decay", decay, 0.0, 1.0)
     _check_period("statistics_every", statistics_every)
     _check_period("refresh_every", refresh_every)
+    if fallback is not None:
+        registry = registry.without_generic()
     estimator = Estimator(registry, kind, max_factor_dim)
+    left = jax.tree.unflatten(jax.tree.structure(registry.params), registry.excluded)
+    rest = optax.with_extra_args_support(optax.masked(fallback or optax.identity(), left))
 
     def init(params: PyTree) -> CurvatureState:
-        del params  # shapes come from the registry
         zero = jnp.zeros((), jnp.int32)
         scalar = jnp.zeros((), jnp.result_type(float))
         stats = CurvatureStats(zero, zero, scalar)
-        return CurvatureState(zero, scalar, estimator.zeros(), estimator.zeros(), stats)
+        zeros = estimator.zeros()
+        return CurvatureState(zero, scalar, zeros, zeros, rest.init(params), stats)
 
     def update(
         updates: PyTree,
@@ -132,7 +142,6 @@ def scale_by_curvature(
         key: jax.Array | None = None,
         **extra: Any,
     ) -> tuple[PyTree, CurvatureState]:
-        del extra
         args = _check_update(params, loss_args)
 
         def sample() -> tuple[BlockArrays, jax.Array]:
@@ -156,9 +165,11 @@ def scale_by_curvature(
         nothing = (state.inverse, jnp.zeros((), jnp.int32), state.stats.damping)
         inverse, failed, used = _every(refresh_every, state.step, invert, nothing)
         direction = estimator.operator(inverse) @ updates
+        others, fallen = rest.update(updates, state.fallback, params, **extra)
+        direction = jax.tree.map(lambda out, o, d: o if out else d, left, others, direction)
         good = _finite((updates, averages, direction))
         stats = CurvatureStats(state.stats.skipped, state.stats.failed_refreshes + failed, used)
-        new = CurvatureState(state.step + 1, weight, averages, inverse, stats)
+        new = CurvatureState(state.step + 1, weight, averages, inverse, fallen, stats)
         kept = jax.tree.map(functools.partial(jnp.where, good), new, state)
         skipped = state.stats.skipped + jnp.where(good, 0, 1).astype(jnp.int32)
         kept = kept._replace(stats=kept.stats._replace(skipped=skipped))
@@ -178,6 +189,7 @@ def kfac(
     statistics_every: int = 1,
     refresh_every: int = 1,
     max_factor_dim: int = 8192,
+    fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural gradient with Kronecker-factored curvature (Martens and Grosse 2015).
 
@@ -194,6 +206,9 @@ def kfac(
       statistics_every: steps between statistics.
       refresh_every: steps between inversions.
       max_factor_dim: a Kronecker factor wider than this keeps its diagonal only.
+      fallback: transformation of the gradients of generic and excluded parameters, such as
+        `optax.scale_by_adam()`. Without one, generic parameters have a diagonal block and the
+        gradients of excluded ones pass unchanged.
 
     Returns:
       An optax transformation with extra arguments; its state is a `KFACState`.
@@ -226,6 +241,7 @@ def kfac(
         statistics_every=statistics_every,
         refresh_every=refresh_every,
         max_factor_dim=max_factor_dim,
+        fallback=fallback,
     )
     descend = optax.chain(optax.trace(momentum), optax.scale_by_learning_rate(learning_rate))
 

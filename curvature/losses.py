@@ -183,7 +183,7 @@ def _value(z: jax.Array, *targets: jax.Array, loss: OutputLoss) -> jax.Array:
 
 
 TAG = "curvature_loss"
-_primitive = _jax.loss_primitive(TAG, _value)
+_primitive = _jax.tag_primitive(TAG, _value)
 
 
 def tag(loss: OutputLoss, z: jax.Array, *targets: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
 """Brute force for Kronecker factors, written apart from the library.
 
-A case's `reference(params, x, tap)` is its model with `tap(name, a, y)` called at every layer, where
-`a` is the layer's input with its features last and `y` the output, features last. Taps record the
-inputs and perturb the outputs, so that dense Jacobians of the network's output in every layer's
+A case's `reference(params, x, tap)` is its model with `tap(name, a, y)` called at every layer,
+where `a` is the layer's input with its features last and `y` the output, features last. Taps record
+the inputs and perturb the outputs, so that dense Jacobians of the network's output in every layer's
 output can be taken. Nothing is shared with the library: no tokens, no custom rules, no tags.
 """
 

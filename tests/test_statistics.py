@@ -8,216 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import CASES, ELEMENTWISE, N, normal, same
 from reference import factors
 
 import curvature
 
-N = 6
-
-
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
-def same(name, a, y):
-    return y
-
-
-@jax.custom_jvp
-def activation(x):
-    return jnp.tanh(x)
-
-
-activation.defjvps(lambda t, ans, x: t * (1 - ans**2))
-
-
-# Each case: (params, x, model(params, x), reference(params, x, tap), layers with a bias).
-
-
-def mlp(wrap=lambda f: f, tap=None):
-    params = {"w": normal(0, 3, 4), "b": normal(1, 4), "v": normal(2, 4, 2)}
-
-    def layers(p, x, tap=same):
-        h = activation(tap("w", x, x @ p["w"] + p["b"]))
-        return tap("v", h, h @ p["v"])
-
-    return params, normal(3, N, 3), wrap(lambda p, x: layers(p, x)), layers, {"w"}
-
-
-def in_custom_jvp():
-    """The layer itself lies in a custom_jvp function."""
-
-    @jax.custom_jvp
-    def layer(w, x):
-        return jnp.tanh(x @ w)
-
-    @layer.defjvp
-    def layer_jvp(primals, tangents):
-        return jax.jvp(lambda w, x: jnp.tanh(x @ w), primals, tangents)
-
-    def reference(p, x, tap):
-        return jnp.tanh(tap("w", x, x @ p["w"]))
-
-    return {"w": normal(0, 3, 4)}, normal(1, N, 3), lambda p, x: layer(p["w"], x), reference, ()
-
-
-def sequence():
-    """Positions are rows; a bias added through a reshape."""
-    params = {"w": normal(0, 3, 4), "b": normal(1, 4)}
-
-    def model(p, x):
-        return jnp.tanh(x @ p["w"] + p["b"].reshape(1, 1, 4))
-
-    def reference(p, x, tap):
-        return jnp.tanh(tap("w", x, x @ p["w"] + p["b"]))
-
-    return params, normal(2, N, 5, 3), model, reference, {"w"}
-
-
-def heads():
-    """A (d, heads, k) kernel, its (heads, k) bias added after a transpose."""
-    params = {"w": normal(0, 3, 2, 4), "b": normal(1, 2, 4)}
-
-    def model(p, x):
-        y = jnp.einsum("btd,dhk->bthk", x, p["w"]).transpose(0, 2, 1, 3)
-        return jnp.tanh(y + p["b"][None, :, None, :])
-
-    def reference(p, x, tap):
-        y = tap("w", x, (x @ p["w"].reshape(3, 8)) + p["b"].reshape(8))
-        return jnp.tanh(y.reshape(*x.shape[:2], 2, 4).transpose(0, 2, 1, 3))
-
-    return params, normal(2, N, 5, 3), model, reference, {"w"}
-
-
-def heads_in():
-    """Two contracted axes, as in the output projection of attention."""
-    params = {"w": normal(0, 2, 4, 3)}
-
-    def model(p, x):
-        return jnp.tanh(jnp.einsum("bthk,hkd->btd", x, p["w"]))
-
-    def reference(p, x, tap):
-        flat = x.reshape(*x.shape[:2], 8)
-        return jnp.tanh(tap("w", flat, flat @ p["w"].reshape(8, 3)))
-
-    return params, normal(2, N, 3, 2, 4), model, reference, ()
-
-
-def weight_left():
-    """`W x` on columns, the bias a column."""
-    params = {"w": normal(0, 4, 3), "b": normal(1, 4)}
-
-    def model(p, x):
-        return jnp.tanh(p["w"] @ x.T + p["b"][:, None]).T
-
-    def reference(p, x, tap):
-        return jnp.tanh(tap("w", x, x @ p["w"].T + p["b"]))
-
-    return params, normal(2, N, 3), model, reference, {"w"}
-
-
-def transposed():
-    params = {"w": normal(0, 4, 3)}
-
-    def reference(p, x, tap):
-        return jnp.tanh(tap("w", x, x @ p["w"].T))
-
-    return params, normal(1, N, 3), lambda p, x: jnp.tanh(x @ p["w"].T), reference, ()
-
-
-def vmapped():
-    """Equinox's style: a single-example `W x + b` under vmap."""
-    params = {"w": normal(0, 4, 3), "b": normal(1, 4)}
-
-    def model(p, x):
-        return jax.vmap(lambda v: jnp.tanh(p["w"] @ v + p["b"]))(x)
-
-    def reference(p, x, tap):
-        return jnp.tanh(tap("w", x, x @ p["w"].T + p["b"]))
-
-    return params, normal(2, N, 3), model, reference, {"w"}
-
-
-def reshaped():
-    """A flat parameter vector."""
-    params = {"w": normal(0, 12)}
-
-    def reference(p, x, tap):
-        return jnp.tanh(tap("w", x, x @ p["w"].reshape(3, 4)))
-
-    return params, normal(1, N, 3), lambda p, x: jnp.tanh(x @ p["w"].reshape(3, 4)), reference, ()
-
-
-def fused():
-    """One kernel and one bias cut in two: two layers."""
-    params = {"w": normal(0, 3, 8), "b": normal(1, 8)}
-
-    def model(p, x):
-        w, v = jnp.split(p["w"], 2, axis=1)
-        return jnp.tanh(x @ w + p["b"][:4]) * (x @ v + p["b"][4:])
-
-    def reference(p, x, tap):
-        first = tap("w#0", x, x @ p["w"][:, :4] + p["b"][:4])
-        return jnp.tanh(first) * tap("w#1", x, x @ p["w"][:, 4:] + p["b"][4:])
-
-    return params, normal(2, N, 3), model, reference, {"w#0", "w#1"}
-
-
-def shared():
-    """One weight used twice: one block, pooled."""
-    params = {"w": normal(0, 3, 3) / 2, "b": normal(1, 3)}
-
-    def layers(p, x, tap=same):
-        h = jnp.tanh(tap("w", x, x @ p["w"] + p["b"]))
-        return tap("w", h, h @ p["w"] + p["b"])
-
-    return params, normal(2, N, 3), lambda p, x: layers(p, x), layers, {"w"}
-
-
-def recurrent():
-    """A weight that is constant over a scan: one block, summed over time."""
-    params = {"w": normal(0, 3, 3) / 2, "u": normal(1, 2, 3), "b": normal(2, 3)}
-
-    def cell(p, h, x, tap=same):
-        return jnp.tanh(tap("w", h, h @ p["w"] + p["b"]) + tap("u", x, x @ p["u"]))
-
-    def model(p, x):
-        def step(h, x):
-            h = cell(p, h, x)
-            return h, h
-
-        return jax.lax.scan(step, jnp.zeros((N, 3)), x.swapaxes(0, 1))[1].swapaxes(0, 1)
-
-    def reference(p, x, tap):
-        h, hs = jnp.zeros((N, 3)), []
-        for t in range(x.shape[1]):
-            h = cell(p, h, x[:, t], tap)
-            hs.append(h)
-        return jnp.stack(hs, 1)
-
-    return params, normal(3, N, 4, 2), model, reference, {"w"}
-
-
-CASES = {
-    "plain": mlp,
-    "jit": functools.partial(mlp, jax.jit),
-    "nested jit": functools.partial(mlp, lambda f: jax.jit(jax.jit(f))),
-    "remat": functools.partial(mlp, jax.checkpoint),
-    "remat with a policy": functools.partial(
-        mlp, functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
-    ),
-    "in custom_jvp": in_custom_jvp,
-    "sequence": sequence,
-    "heads": heads,
-    "heads in": heads_in,
-    "weight on the left": weight_left,
-    "transposed": transposed,
-    "vmapped": vmapped,
-    "reshaped": reshaped,
-    "fused": fused,
-    "shared": shared,
-    "recurrent": recurrent,
-}
 
 def losses_of(shape, name):
     """(tagged loss of z, the same from optax), with uneven weights."""
@@ -240,22 +35,53 @@ def losses_of(shape, name):
     return both(curvature.losses), both(optax.losses)
 
 
-@pytest.mark.parametrize("loss", ["l2", "softmax"])
+def stacked(expected, name):
+    """A layer's factors, members stacked in front."""
+    if name in expected:
+        return expected[name]
+    members = sorted(key for key in expected if key.startswith(f"{name}@"))
+    return tuple(np.stack(parts) for parts in zip(*(expected[m] for m in members), strict=True))
+
+
+def full(factor, block_ndim):
+    """A diagonal factor as a matrix."""
+    return factor if factor.ndim == block_ndim else np.eye(factor.shape[-1]) * factor[..., None]
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_factors_equal_brute_force(name, loss):
+def test_factors_equal_brute_force(name):
+    """Kronecker factors, and the preconditioned gradient against a dense solve of the same."""
     params, x, model, reference, biased = CASES[name]()
     z = model(params, x)
-    np.testing.assert_allclose(reference(params, x, same), z, rtol=1e-12)
-    tagged, plain = losses_of(z.shape, loss)
-    registry = curvature.register(lambda p, x: tagged(model(p, x)), params, x)
+    np.testing.assert_allclose(reference(params, x, same), z, rtol=1e-11, atol=1e-13)
+    tagged, plain = losses_of(z.shape, "l2" if len(name) % 2 else "softmax")
+
+    def loss_fn(p, x):
+        return tagged(model(p, x))
+
+    registry = curvature.register(loss_fn, params, x)
     expected = factors(reference, plain, params, x, biased)
-    assert {layer.name for layer in registry.layers} == set(expected)
+    assert {layer.name for layer in registry.layers} == {key.split("@")[0] for key in expected}
     assert registry.coverage == 1
-    kind = curvature.GaussNewton() if loss == "l2" else curvature.Fisher(samples=None)
+    kind = curvature.GaussNewton() if len(name) % 2 else curvature.Fisher(samples=None)
     operator = jax.jit(curvature.Estimator(registry, kind))(params, x)
-    for layer, (a, b) in expected.items():
-        np.testing.assert_allclose(operator.blocks[layer].input, a, rtol=1e-9, atol=1e-12)
-        np.testing.assert_allclose(operator.blocks[layer].output, b, rtol=1e-9, atol=1e-12)
+    grads = jax.jit(jax.grad(loss_fn))(params, x)
+    solved = operator.solve(grads, damping=0.1)
+    for layer in registry.layers:
+        a, b = stacked(expected, layer.name)
+        block = operator.blocks[layer.name]
+        np.testing.assert_allclose(full(block.input, a.ndim), a, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(full(block.output, b.ndim), b, rtol=1e-9, atol=1e-12)
+        matrix = np.einsum("...ij,...kl->...ikjl", a, b)
+        size = a.shape[-1] * b.shape[-1]
+        matrix = matrix.reshape(*a.shape[:-2], size, size) + 0.1 * np.eye(size)
+        v = layer.gather(jax.tree.leaves(grads)).reshape(*a.shape[:-2], size)
+        np.testing.assert_allclose(
+            layer.gather(jax.tree.leaves(solved)).ravel(),
+            np.linalg.solve(matrix, v[..., None]).ravel(),
+            rtol=1e-8,
+            atol=1e-10,
+        )
 
 
 def test_scanned_layers_are_stacked_and_equal_unrolled_ones():
@@ -290,7 +116,9 @@ def test_scanned_layers_are_stacked_and_equal_unrolled_ones():
     stacked = jax.jit(curvature.Estimator(one, curvature.GaussNewton()))(params, x)
     single = jax.jit(curvature.Estimator(many, curvature.GaussNewton()))(layers, x)
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *single.diagonal())
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), stacked.diagonal(), together)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-9), stacked.diagonal(), together
+    )
 
 
 def test_flax_scan_equals_the_same_blocks_unrolled():
@@ -345,26 +173,110 @@ def test_flax_scan_equals_the_same_blocks_unrolled():
                     )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES | ELEMENTWISE)
 @pytest.mark.parametrize("kind", [curvature.GaussNewton(), curvature.EmpiricalFisher()], ids=str)
-def test_diagonal_equals_per_example_gradients(name, kind):
-    """Squared per-example gradients by brute force, for shared and unshared layers."""
-    params, x, model, _, _ = CASES[name]()
+def test_diagonal_and_dense_blocks_equal_per_example_gradients(name, kind):
+    """Sums over examples of squares and outer products of gradients, for every kind of layer."""
+    params, x, model, *_ = (CASES | ELEMENTWISE)[name]()
     z = model(params, x)
     targets = normal(9, *z.shape)
 
-    def loss_fn(p, x):
+    def loss_fn(p, x, targets):
         return curvature.losses.squared_error(model(p, x), targets).sum() / 7
 
-    registry = curvature.register(loss_fn, params, x).override("*", block="diagonal")
-    diagonal = jax.jit(curvature.Estimator(registry, kind))(params, x).diagonal()
-    jacobian = jax.jit(jax.jacrev(lambda p: model(p, x).reshape(N, -1)))(params)
+    registry = curvature.register(loss_fn, params, x, targets)
+    assert registry.batch_found and registry.coverage == 1
+    diagonal = registry.override("*", block="diagonal")
+    dense = registry.override("*", block="dense")
+
+    @jax.jit
+    def both(*args):
+        return [curvature.Estimator(r, kind)(*args) for r in (diagonal, dense)]
+
+    squares, matrices = both(params, x, targets)
+    scores = jax.jit(jax.jacrev(lambda p: model(p, x).reshape(N, -1)))(params)
     if isinstance(kind, curvature.EmpiricalFisher):
         residual = 2 * (z - targets).reshape(N, -1)
-        expected = jax.tree.map(
-            lambda j: (jnp.einsum("nc,nc...->n...", residual, j) ** 2).sum(0) / 7, jacobian
-        )
+        scores = jax.tree.map(lambda j: jnp.einsum("nc,nc...->n...", residual, j)[:, None], scores)
+        scale = 1 / 7
     else:
-        expected = jax.tree.map(lambda j: 2 * (j**2).sum((0, 1)) / 7, jacobian)
+        scale = 2 / 7
+    scores = jax.tree.map(lambda j: j.reshape(-1, *j.shape[2:]), scores)
+    expected = jax.tree.map(lambda s: scale * (s**2).sum(0), scores)
+    found = squares.diagonal()
     for key, value in expected.items():
-        np.testing.assert_allclose(diagonal[key], value, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(found[key], value, rtol=1e-10, atol=1e-12)
+    for layer in dense.layers:
+        s = jax.vmap(lambda tree, layer=layer: layer.gather(jax.tree.leaves(tree)))(scores)
+        s = s.reshape(len(s), *layer.stack, -1)
+        outer = scale * np.einsum("n...i,n...j->...ij", s, s)
+        np.testing.assert_allclose(
+            matrices.blocks[layer.name].to_dense(), outer, rtol=1e-9, atol=1e-11
+        )
+
+
+def test_tied_embedding_and_head_are_one_layer():
+    """The diagonal is exact; the Kronecker factors have the partial traces of the two uses' sum."""
+    params = {"w": normal(0, 5, 3), "v": normal(1, 3, 3)}
+    x = jax.random.randint(jax.random.key(2), (N, 4), 0, 5)
+
+    def model(p, x):
+        return jnp.tanh(p["w"][x] @ p["v"]) @ p["w"].T
+
+    def untied(p, x):
+        return jnp.tanh(p["w"][x] @ p["v"]) @ p["u"]
+
+    def loss_of(model):
+        def loss_fn(p, x):
+            loss = curvature.losses.softmax_cross_entropy_with_integer_labels
+            return loss(model(p, x), (x + 1) % 5).mean()
+
+        return loss_fn
+
+    kind = curvature.GaussNewton()
+    tied = curvature.register(loss_of(model), params, x)
+    assert [(layer.kind, layer.uses) for layer in tied.layers] == [("dense", 1), ("embedding", 2)]
+    apart = params | {"u": params["w"].T}
+    other = curvature.register(loss_of(untied), apart, x)
+    one = jax.jit(curvature.Estimator(tied, kind))(params, x).blocks["w"]
+    two = jax.jit(curvature.Estimator(other, kind))(apart, x).blocks
+    dense = two["w"].to_dense().reshape(5, 3, 5, 3)
+    dense += two["u"].to_dense().reshape(3, 5, 3, 5).transpose(1, 0, 3, 2)
+    pooled = one.to_dense().reshape(5, 3, 5, 3)
+    np.testing.assert_allclose(
+        np.einsum("iaib->ab", pooled), np.einsum("iaib->ab", dense), rtol=1e-9
+    )
+    np.testing.assert_allclose(
+        np.einsum("iaja->ij", pooled).diagonal(), np.einsum("iaja->ij", dense).diagonal(), rtol=1e-9
+    )
+
+
+def test_tag_layer_gives_the_statistics_of_the_layer():
+    """A layer inside custom_vjp, tagged by hand, equals the same layer in the open."""
+
+    @jax.custom_vjp
+    def kernel(w, b, x):
+        return x @ w + b
+
+    kernel.defvjp(
+        lambda w, b, x: (x @ w + b, (w, x)), lambda r, g: (r[1].T @ g, g.sum(0), g @ r[0].T)
+    )
+    params = {"w": normal(0, 3, 4), "b": normal(1, 4), "v": normal(2, 4, 2)}
+    x, y = normal(3, N, 3), normal(4, N, 2)
+
+    def hidden(p, x, y):
+        h = curvature.tag_layer(kernel(p["w"], p["b"], x), x, p["w"], p["b"])
+        return curvature.losses.l2_loss(jnp.tanh(h) @ p["v"], y).mean()
+
+    def plain(p, x, y):
+        return curvature.losses.l2_loss(jnp.tanh(x @ p["w"] + p["b"]) @ p["v"], y).mean()
+
+    kind = curvature.GaussNewton()
+    one, two = (
+        jax.jit(curvature.Estimator(curvature.register(f, params, x, y), kind))(params, x, y)
+        for f in (hidden, plain)
+    )
+    for name, block in two.blocks.items():
+        np.testing.assert_allclose(one.blocks[name].to_dense(), block.to_dense(), rtol=1e-12)
+    with pytest.raises(ValueError, match=r"weight has shape \(4, 3\)"):
+        curvature.tag_layer(jnp.ones((5, 4)), jnp.ones((5, 3)), jnp.ones((4, 3)))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from curvature.blocks.block import Block
+from curvature.blocks.dense import Dense
 from curvature.blocks.diagonal import Diagonal
 from curvature.blocks.kronecker import Kronecker
 from curvature.precision import accumulator
@@ -21,8 +22,12 @@ PyTree = Any
 
 def block_of(layer: Layer, statistics: dict[str, jax.Array]) -> Block:
     """The block of a layer from its statistics (see `Estimator.statistics`)."""
-    kind = Kronecker if layer.block == "kronecker" else Diagonal
-    return kind(**statistics, stack_ndim=len(layer.stack))
+    depth = len(layer.stack)
+    if layer.block == "kronecker":
+        return Kronecker(**statistics, stack_ndim=depth)
+    if layer.block == "dense":
+        return Dense(**statistics, shape=layer.shape, stack_ndim=depth)
+    return Diagonal(**statistics, stack_ndim=depth)
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +35,8 @@ def block_of(layer: Layer, statistics: dict[str, jax.Array]) -> Block:
 class BlockDiagonal:
     """A block-diagonal linear operator on trees of the parameters' structure.
 
-    Results have the structure and dtypes of the tree that was given.
+    Results have the structure and dtypes of the tree that was given. Parameters that are excluded,
+    and entries of a parameter that never meet the data, are outside the operator: zero in results.
 
     Attributes:
       blocks: the block of each layer, by name.
@@ -84,7 +90,7 @@ class BlockDiagonal:
         return jnp.sort(jnp.concatenate(_alike(parts)))
 
     def diagonal(self) -> PyTree:
-        """The diagonal, as a tree of the parameters' structure."""
+        """The diagonal, as a tree of the parameters' structure; None for excluded parameters."""
         leaves = self._scatter([self.blocks[layer.name].diagonal() for layer in self.layers])
         return jax.tree.unflatten(self.structure, leaves)
 
@@ -97,12 +103,14 @@ class BlockDiagonal:
             )
         parts = [apply(self.blocks[layer.name], layer.gather(leaves)) for layer in self.layers]
         out = self._scatter(parts)
+        pairs = zip(out, leaves, strict=True)
         return jax.tree.unflatten(
-            structure, [x.astype(leaf.dtype) for x, leaf in zip(out, leaves, strict=True)]
+            structure,
+            [jnp.zeros_like(v) if x is None else x.astype(v.dtype) for x, v in pairs],
         )
 
-    def _scatter(self, parts: Sequence[jax.Array]) -> list[jax.Array]:
-        """Leaves from the block coordinates of every layer; layers cover each leaf exactly once."""
+    def _scatter(self, parts: Sequence[jax.Array]) -> list[jax.Array | None]:
+        """Leaves from the block coordinates of every layer; None for excluded parameters."""
         leaves: list[Any] = [None] * self.structure.num_leaves
         for layer, part in zip(self.layers, parts, strict=True):
             for leaf, x in layer.scatter(part).items():

@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 from curvature.blocks.block import safe_power
 from curvature.precision import HIGHEST
 
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Kronecker:

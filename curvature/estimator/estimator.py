@@ -15,6 +15,7 @@ from curvature.estimator.kinds import Draw, Fisher, Kind
 from curvature.estimator.statistics import Statistics
 from curvature.precision import accumulator
 from curvature.registry import Layer, Registry
+from curvature.registry.layers import EXCLUDED
 from curvature.registry.registry import Analysis
 
 PyTree = Any
@@ -50,8 +51,11 @@ class Estimator:
     @property
     def needs_key(self) -> bool:
         """Whether calls need a random key."""
-        pooled = any(not layer.structured for layer in self.registry.layers)
-        return self.kind.needs_key(pooled=pooled)
+        return self.kind.needs_key(pooled=any(layer.pooled for layer in self._blocks))
+
+    @property
+    def _blocks(self) -> list[Layer]:
+        return [layer for layer in self.registry.layers if layer.block != EXCLUDED]
 
     def __call__(
         self, params: PyTree, *args: PyTree, key: jax.Array | None = None
@@ -89,27 +93,25 @@ class Estimator:
         return {
             layer.name: stats.combined(layer, summed[layer.name], passes, self.kind.averaged)
             for layer in analysis.layers
+            if layer.block != EXCLUDED
         }
 
     def operator(self, statistics: dict[str, Statistics]) -> BlockDiagonal:
         """The operator made from (averages of) `statistics`."""
-        layers = self.registry.layers
+        layers = tuple(self._blocks)
         blocks = {layer.name: block_of(layer, statistics[layer.name]) for layer in layers}
         return BlockDiagonal(blocks, layers, jax.tree.structure(self.registry.params))
 
     def zeros(self) -> dict[str, Statistics]:
         """Statistics of nothing, of the shapes that `statistics` returns."""
-        zeros = {}
-        for layer in self.registry.layers:
-            unshared = dataclasses.replace(layer, shared=False)
-            zeros[layer.name] = self._token(unshared)
-            zeros[layer.name].pop("rows", None)
-        return zeros
+        return {
+            layer.name: stats.zeros(layer, self._dtype(layer), self.max_factor_dim)
+            for layer in self._blocks
+        }
 
-    def _token(self, layer: Layer) -> Statistics:
+    def _dtype(self, layer: Layer) -> Any:
         leaves = jax.tree.leaves(self.registry.params)
-        dtype = accumulator(*(leaves[v.source].dtype for v in layer.views))
-        return stats.tokens(layer, dtype, self.max_factor_dim, layer.examples)
+        return accumulator(*(leaves[v.source].dtype for v in layer.views))
 
     def _pass(
         self, analysis: Analysis, params: PyTree, args: PyTree, draws: tuple[Draw, ...]
@@ -117,22 +119,26 @@ class Estimator:
         """One backward pass: the raw statistics of every layer."""
         layers = {layer.name: layer for layer in analysis.layers}
         leaves = jax.tree.leaves(params)
-        structured = {n: self._token(x) for n, x in layers.items() if x.structured}
-        generic = {n: leaves[x.views[0].source] for n, x in layers.items() if not x.structured}
+        structured, generic = {}, {}
+        for name, layer in layers.items():
+            if layer.structured:
+                structured[name] = stats.tokens(layer, self._dtype(layer), self.max_factor_dim)
+            elif layer.block != EXCLUDED:
+                generic[name] = leaves[layer.views[0].source]
 
         def loss(tokens: dict[str, Statistics], generic: dict[str, jax.Array]) -> jax.Array:
             inputs = list(leaves)
             for name, leaf in generic.items():
                 inputs[layers[name].views[0].source] = leaf
             sweep = Sweep(layers, self.kind, tokens, dict(enumerate(draws)))
-            value: jax.Array = evaluate(analysis.plan, [*inputs, *jax.tree.leaves(args)], sweep)[0]
+            outs, _ = evaluate(analysis.plan, [*inputs, *jax.tree.leaves(args)], sweep)
+            value: jax.Array = outs[0]
             return value
 
         raw, gradients = jax.grad(loss, argnums=(0, 1))(structured, generic)
-        done = {name: stats.squared(layers[name], raw[name]) for name in structured}
+        done = {name: stats.finished(layers[name], raw[name]) for name in structured}
         for name, gradient in gradients.items():
-            gradient = gradient.astype(accumulator(gradient.dtype))
-            done[name] = {"values": gradient**2}
+            done[name] = stats.of_generic(gradient.astype(self._dtype(layers[name])))
         return done
 
 

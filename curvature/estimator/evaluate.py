@@ -23,11 +23,13 @@ import jax.numpy as jnp
 
 from curvature import _jax
 from curvature.estimator.kinds import Draw, Kind
-from curvature.estimator.statistics import Statistics, dense
+from curvature.estimator.rows import rows_of
+from curvature.estimator.statistics import Statistics, of_contraction, of_elementwise
 from curvature.losses import OutputLoss, Targets
 from curvature.precision import accumulator
 from curvature.registry.layers import Layer
-from curvature.registry.plan import Plan, Step
+from curvature.registry.plan import Plan, Step, Use
+from curvature.registry.taps import Convolution, Dense, Elementwise, Lookup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,50 +49,72 @@ class Sweep:
     draws: Mapping[int, Draw]
 
 
-def evaluate(plan: Plan, inputs: Sequence[Any], sweep: Sweep) -> list[Any]:
-    """The outputs of the plan's jaxpr."""
+def evaluate(
+    plan: Plan, inputs: Sequence[Any], sweep: Sweep, slopes: Sequence[Any] = ()
+) -> tuple[list[Any], list[Any]]:
+    """The outputs of the plan's jaxpr, and the slopes of those that are curved parameters.
+
+    A *slope* is the derivative of a value in the entries of the parameter that it is an elementwise
+    function of (`View.curved`); None where it is one, or where the value is no such function.
+    """
     jaxpr = plan.jaxpr
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, jaxpr.consts, strict=True))
     env.update(zip(jaxpr.invars, inputs, strict=True))
+    slope: dict[Any, Any] = dict(zip(jaxpr.invars, slopes, strict=False))
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, _jax.Literal) else env[atom]
+
+    def read_slope(atom: Any) -> Any:
+        return None if isinstance(atom, _jax.Literal) else slope.get(atom)
 
     for step in plan.steps:
         values = [read(v) for v in step.equation.invars]
         values = [
             jax.lax.stop_gradient(v) if cut else v for v, cut in zip(values, step.cut, strict=True)
         ]
-        env.update(zip(step.equation.outvars, _step(step, values, sweep), strict=True))
-    return [read(v) for v in jaxpr.outvars]
+        known = [read_slope(v) for v in step.equation.invars]
+        for position, use in step.taps:
+            values[position] = _broadcast(use, values[position], known[position], sweep)
+        if step.derive is not None:
+            slope[step.equation.outvars[0]] = _derived(step, values, known[step.derive])
+        outs, out_slopes = _step(step, values, known, sweep)
+        env.update(zip(step.equation.outvars, outs, strict=True))
+        slope.update(zip(step.equation.outvars, out_slopes, strict=False))
+    return [read(v) for v in jaxpr.outvars], [read_slope(v) for v in jaxpr.outvars]
 
 
-def _step(step: Step, values: list[Any], sweep: Sweep) -> list[Any]:
+def _step(
+    step: Step, values: list[Any], slopes: list[Any], sweep: Sweep
+) -> tuple[list[Any], list[Any]]:
     if step.loss is not None:
-        return [_loss(step.equation.params["loss"], sweep.kind, sweep.draws[step.loss], values)]
+        loss = step.equation.params["loss"]
+        return [_loss(loss, sweep.kind, sweep.draws[step.loss], values)], []
     if step.use is not None and step.use.layer is not None:
-        return [_layer(step, values, sweep)]
+        return [_contraction(step, step.use, values, sweep)], []
     if step.call is None:
-        return _jax.bind(step.equation, values)
+        return _jax.bind(step.equation, values), []
     if step.call.kind == "scan":
-        return _scan(step, values, sweep)
+        return _scan(step, values, slopes, sweep), []
     if step.call.kind == "cond":
         index, *operands = values
-        branches = [lambda *xs, b=body: evaluate(b, xs, sweep) for body in step.bodies]
-        return jax.lax.switch(index, branches, *operands)
+        branches = [
+            lambda *xs, b=body: evaluate(b, xs, sweep, slopes[1:])[0] for body in step.bodies
+        ]
+        return jax.lax.switch(index, branches, *operands), []
     (body,) = step.bodies
     if step.call.kind == "remat":
         params = step.equation.params
         run = jax.checkpoint(
-            lambda *xs: evaluate(body, xs, sweep),
+            lambda xs, slopes: evaluate(body, xs, sweep, slopes),
             policy=params["policy"],
             prevent_cse=params["prevent_cse"],
         )
-        return run(*values)
-    return evaluate(body, values, sweep)
+        return run(values, slopes)
+    return evaluate(body, values, sweep, slopes)
 
 
-def _scan(step: Step, values: list[Any], sweep: Sweep) -> list[Any]:
+def _scan(step: Step, values: list[Any], slopes: list[Any], sweep: Sweep) -> list[Any]:
     call, params, (body,) = step.call, step.equation.params, step.bodies
     assert call is not None
     consts = values[: call.num_consts]
@@ -104,7 +128,7 @@ def _scan(step: Step, values: list[Any], sweep: Sweep) -> list[Any]:
         inner = dataclasses.replace(
             sweep, tokens={**sweep.tokens, **tokens}, draws={**sweep.draws, **drawn}
         )
-        outs = evaluate(body, [*consts, *carry, *xs], inner)
+        outs, _ = evaluate(body, [*consts, *carry, *xs], inner, slopes[: call.num_consts])
         return outs[: call.num_carry], outs[call.num_carry :]
 
     carry, ys = jax.lax.scan(
@@ -118,11 +142,31 @@ def _scan(step: Step, values: list[Any], sweep: Sweep) -> list[Any]:
     return [*carry, *ys]
 
 
-def _layer(step: Step, values: list[Any], sweep: Sweep) -> jax.Array:
-    """A dense layer whose token's gradient is its statistics."""
-    use = step.use
-    assert use is not None and use.contraction is not None and use.layer is not None
-    how, layer = use.contraction, sweep.layers[use.layer]
+def _derived(step: Step, values: list[Any], slope: Any) -> jax.Array:
+    """The slope of an equation's output: its derivative in the operand, times that one's slope.
+
+    The equation takes entries to entries, so a tangent of ones gives the derivative of each.
+    """
+    position = step.derive
+    assert position is not None
+    values = [jax.lax.stop_gradient(v) for v in values]
+
+    def one(x: Any) -> Any:
+        operands = [*values[:position], x, *values[position + 1 :]]
+        return _jax.bind(step.equation, operands)[0]
+
+    x = values[position]
+    return jax.jvp(one, (x,), (jnp.ones_like(x) if slope is None else slope,))[1]
+
+
+def _contraction(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.Array:
+    """A contraction of data and parameter whose token's gradient is its statistics."""
+    how, layer = use.how, sweep.layers[str(use.layer)]
+    assert isinstance(how, (Dense, Convolution, Lookup))
+    bias = use.bias.scale if use.bias is not None else None
+    if use.manual:
+        assert isinstance(how, Dense)
+        return _manual(layer, use, how, values, sweep)
 
     def apply(x: jax.Array, w: jax.Array) -> jax.Array:
         (y,) = _jax.bind(step.equation, (x, w) if how.operand == 0 else (w, x))
@@ -137,12 +181,59 @@ def _layer(step: Step, values: list[Any], sweep: Sweep) -> jax.Array:
 
     def backward(kept: Any, g: jax.Array) -> Any:
         x, w, token = kept
-        (dx,) = jax.linear_transpose(lambda y: apply(y, w), x)(g)
-        return dx, None, dense(layer, how, token, x, g)
+        dx = None
+        if not isinstance(how, Lookup):
+            (dx,) = jax.linear_transpose(lambda y: apply(y, w), x)(g)
+        rows = rows_of(how, x, g, bias, jax.tree.leaves(token)[0].dtype)
+        return dx, None, of_contraction(layer, rows, token, flipped=use.flipped)
 
     tapped.defvjp(forward, backward)
     w = jax.lax.stop_gradient(values[1 - how.operand])
-    return tapped(values[how.operand], w, sweep.tokens[use.layer])
+    return tapped(values[how.operand], w, sweep.tokens[layer.name])
+
+
+def _manual(layer: Layer, use: Use, how: Dense, values: list[Any], sweep: Sweep) -> jax.Array:
+    """The output of a layer tagged by hand, whose token's gradient is its statistics."""
+    bias = use.bias.scale if use.bias is not None else None
+
+    @jax.custom_vjp
+    def tapped(y: jax.Array, x: jax.Array, token: Statistics) -> jax.Array:
+        return y
+
+    def backward(kept: Any, g: jax.Array) -> Any:
+        x, token = kept
+        rows = rows_of(how, x, g, bias, jax.tree.leaves(token)[0].dtype)
+        return g, None, of_contraction(layer, rows, token, flipped=use.flipped)
+
+    tapped.defvjp(lambda y, x, token: (y, (x, token)), backward)
+    return tapped(values[0], values[1], sweep.tokens[layer.name])
+
+
+def _broadcast(use: Use, value: jax.Array, slope: Any, sweep: Sweep) -> jax.Array:
+    """A parameter broadcast against the data, whose token's gradient is its statistics."""
+    how, layer = use.how, sweep.layers[str(use.layer)]
+    assert isinstance(how, Elementwise)
+
+    @jax.custom_vjp
+    def tapped(token: Statistics, value: jax.Array, slope: Any) -> jax.Array:
+        return value
+
+    def forward(token: Statistics, value: jax.Array, slope: Any) -> Any:
+        return value, (token, slope)
+
+    def backward(kept: Any, g: jax.Array) -> Any:
+        token, slope = kept
+        g = g.astype(jax.tree.leaves(token)[0].dtype)
+        return of_elementwise(layer, how, slope, g), None, None
+
+    tapped.defvjp(forward, backward)
+
+    def wide(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(jax.lax.stop_gradient(x), how.shape)
+
+    token = sweep.tokens[layer.name]
+    slope = None if slope is None else wide(slope).astype(jax.tree.leaves(token)[0].dtype)
+    return tapped(token, wide(value), slope)
 
 
 def _loss(loss: OutputLoss, kind: Kind, draw: Draw, operands: list[Any]) -> jax.Array:

@@ -3,8 +3,8 @@
 The curvature of a loss flows backwards from the operand z of every tagged loss. `reaches_loss`
 walks backwards and finds the equations it flows through; an equation that z does not depend on (a
 metric, a penalty on the weights) is no use of a parameter. `after_loss` walks forwards and finds
-the values that depend on a loss; where such a value meets another one (mean loss + penalty), the other one is
-cut off by `stop_gradient`, so that only the tagged losses send cotangents back.
+the values that depend on a loss; where such a value meets another one (mean loss + penalty), the
+other one is cut off by `stop_gradient`, so that only the tagged losses send cotangents back.
 """
 
 from __future__ import annotations

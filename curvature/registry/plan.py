@@ -13,28 +13,8 @@ from typing import Any
 
 from curvature import _jax
 from curvature.losses import OutputLoss
+from curvature.registry.taps import Tap
 from curvature.registry.views import Shape, View
-
-
-@dataclasses.dataclass(frozen=True)
-class Contraction:
-    """The data side of a dense layer, `dot_general` of an input with a weight.
-
-    Attributes:
-      operand: which operand the input is (0 or 1).
-      contracted: the input's axes that are summed over, in the order of the weight's rows.
-      rows: the input's other axes: examples, positions.
-      out_axes: the output's axes that come from the weight; the rows are its other ones, in order.
-      d_in: number of contracted entries.
-      d_out: number of output entries per row.
-    """
-
-    operand: int
-    contracted: Shape
-    rows: Shape
-    out_axes: Shape
-    d_in: int
-    d_out: int
 
 
 @dataclasses.dataclass(eq=False)
@@ -42,23 +22,27 @@ class Use:
     """One equation in which a parameter view meets the data.
 
     Attributes:
-      view: the parameter's entries: `stack + (d_in, d_out)` for a dense use.
-      contraction: how they meet the data; None where no layer is recognised.
+      view: the parameter's entries, in block coordinates but for a bias.
+      how: how they meet the data; None where no layer is recognised.
+      kind: `"dense"`, `"conv"`, `"embedding"`, `"scale"`, `"shift"` or `"generic"`.
       reason: where the use is, or why it is no layer.
-      rows: number of examples x positions of the input.
-      examples: the size of the leading row axis.
       loops: the scans around the use, outermost first.
-      bias: the parameter added to the output, `stack + (d_out,)`.
+      joins: the dense or convolutional use whose output the parameter is added to, as its bias.
+      bias: that bias's entries, `stack + members + (d_out,)`, on the use it joins.
+      flipped: whether the layer's block coordinates are this view transposed.
+      manual: whether the user tagged it by hand: then other uses of the parameter do not matter.
       layer: the name of the layer the use was assigned to.
     """
 
     view: View
-    contraction: Contraction | None
+    how: Tap | None
+    kind: str
     reason: str
-    rows: int = 0
-    examples: int = 0
     loops: tuple[Any, ...] = ()
+    joins: Use | None = None
     bias: View | None = None
+    flipped: bool = False
+    manual: bool = False
     layer: str | None = None
 
 
@@ -98,7 +82,9 @@ class Step:
       equation: the equation.
       cut: for each operand, whether `stop_gradient` cuts it off (see `flow`).
       call: what the equation runs, with one plan per body in `bodies`; None: bind it.
-      use: the parameter use this equation is.
+      use: the contraction with a parameter that this equation is.
+      taps: operands that are parameters broadcast against the data, with their uses.
+      derive: the operand whose elementwise derivative is brought along.
       loss: the index of the tagged loss this equation is.
       stacked: names of the layers whose statistics a scan stacks, one per iteration.
       losses: indices of the losses inside a scan.
@@ -109,9 +95,16 @@ class Step:
     call: _jax.Call | None = None
     bodies: tuple[Plan, ...] = ()
     use: Use | None = None
+    taps: list[tuple[int, Use]] = dataclasses.field(default_factory=list)
+    derive: int | None = None
     loss: int | None = None
     stacked: tuple[str, ...] = ()
     losses: tuple[int, ...] = ()
+
+    def uses(self) -> Iterator[Use]:
+        """The uses that belong to a layer."""
+        found = [use for _, use in self.taps]
+        yield from (u for u in [*found, self.use] if u is not None and u.layer is not None)
 
 
 @dataclasses.dataclass(eq=False)
@@ -136,21 +129,17 @@ def settle(plan: Plan) -> bool:
     """
     active = False
     for step in plan.steps:
+        step.taps = [(i, use) for i, use in step.taps if use.layer is not None]
         if step.call is not None:
             if any([settle(body) for body in step.bodies]):
                 inside = [s for body in step.bodies for s in body.walk()]
                 step.losses = tuple(s.loss for s in inside if s.loss is not None)
-                step.stacked = tuple(
-                    sorted(
-                        {
-                            s.use.layer
-                            for s in inside
-                            if s.use and s.use.layer and id(step.equation) in s.use.view.stack
-                        }
-                    )
-                )
+                scan = id(step.equation)
+                names = {u.layer for s in inside for u in s.uses() if scan in u.view.stack}
+                step.stacked = tuple(sorted(name for name in names if name))
                 active = True
             else:
                 step.call, step.bodies = None, ()
-        active |= bool(step.loss is not None or any(step.cut) or (step.use and step.use.layer))
+        active |= any(step.cut) or any(True for _ in step.uses())
+        active |= step.loss is not None or step.derive is not None
     return active

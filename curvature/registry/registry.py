@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import glob
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +13,12 @@ import jax.numpy as jnp
 
 from curvature import _jax
 from curvature.registry import table
+from curvature.registry.assemble import assemble
 from curvature.registry.find import Finder
-from curvature.registry.layers import BLOCKS, Layer, assemble
+from curvature.registry.frame import Inputs
+from curvature.registry.layers import BLOCKS, EXCLUDED, Layer
 from curvature.registry.plan import LossTag, Plan, settle
+from curvature.registry.twin import one_more_example
 from curvature.registry.views import View
 
 PyTree = Any
@@ -27,6 +31,7 @@ class Analysis:
     plan: Plan
     layers: tuple[Layer, ...]
     losses: tuple[LossTag, ...]
+    batch_found: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,6 +48,8 @@ class Registry:
       params: shapes and dtypes of the parameters.
       args: shapes and dtypes of the other arguments.
       overrides: pairs of (path pattern, block), applied in order.
+      batch_found: whether batch axes were found by tracing with one more example; where that is
+        impossible, the leading axis of everything that depends on the data is taken for it.
     """
 
     layers: tuple[Layer, ...]
@@ -52,6 +59,7 @@ class Registry:
     params: PyTree
     args: tuple[PyTree, ...]
     overrides: tuple[tuple[str, str], ...] = ()
+    batch_found: bool = True
 
     @property
     def coverage(self) -> float:
@@ -59,25 +67,52 @@ class Registry:
         return table.coverage(self.layers)
 
     def __str__(self) -> str:
-        return table.render(self.layers, self.losses)
+        return table.render(self.layers, self.losses, self.batch_found)
 
-    def override(self, pattern: str, *, block: str) -> Registry:
-        """A registry in which the layers of some parameters get another block.
+    def override(
+        self, pattern: str, *, block: str | None = None, exclude: bool = False
+    ) -> Registry:
+        """A registry in which the layers of some parameters get another block, or none.
 
         Args:
           pattern: glob over parameter paths written with slashes, such as `"decoder/*/kernel"`;
             it may start at any level of the path.
-          block: `"kronecker"` or `"diagonal"`.
+          block: `"kronecker"`, `"diagonal"` or `"dense"` (a full matrix: for small layers).
+          exclude: leaves the layers out of the curvature: gradients pass unchanged, or go to the
+            optimizer's `fallback`.
 
         Returns:
-          A new registry; this one is unchanged.
+          A new registry; this one is unchanged. Later overrides win.
 
         Raises:
-          ValueError: no parameter matches, or the layer cannot have that block.
+          ValueError: no parameter matches, the layer cannot have that block, or `exclude` would
+            tear a layer apart.
         """
-        layers = _override(self.layers, pattern, block, self.params)
-        overrides = (*self.overrides, (pattern, block))
+        if (block is None) == (not exclude):
+            raise ValueError(
+                f"Expected either block=... or exclude=True, found {block=}, {exclude=}."
+            )
+        choice = EXCLUDED if exclude else str(block)
+        layers = _override(self.layers, pattern, choice, self.params)
+        overrides = (*self.overrides, (pattern, choice))
         return dataclasses.replace(self, layers=layers, overrides=overrides)
+
+    @property
+    def excluded(self) -> tuple[bool, ...]:
+        """For each parameter leaf, whether it is left out of the curvature."""
+        out = {v.source for x in self.layers if x.block == EXCLUDED for v in x.views}
+        return tuple(i in out for i in range(len(jax.tree.leaves(self.params))))
+
+    def without_generic(self) -> Registry:
+        """A registry in which generic parameters are excluded, too."""
+        names = {path for x in self.layers if not x.structured for path in x.parameters}
+        leaves = jax.tree_util.tree_leaves_with_path(self.params)
+        registry = self
+        for path, _ in leaves:
+            if jax.tree_util.keystr(path) in names:
+                exact = glob.escape(jax.tree_util.keystr(path, simple=True, separator="/"))
+                registry = registry.override(exact, exclude=True)
+        return registry
 
     def analyse(self, params: PyTree, args: tuple[PyTree, ...]) -> Analysis:
         """Traces the loss at these arguments, which must be of the registered kind.
@@ -139,32 +174,42 @@ def register(
     shapes = _param_shapes(params)
     arg_shapes = jax.tree.map(_shape, args)
     analysis = _analyse(loss_fn, has_aux, shapes, args)
-    return Registry(analysis.layers, analysis.losses, loss_fn, has_aux, shapes, arg_shapes)
+    return Registry(
+        analysis.layers,
+        analysis.losses,
+        loss_fn,
+        has_aux,
+        shapes,
+        arg_shapes,
+        batch_found=analysis.batch_found,
+    )
 
 
 def _analyse(
     loss_fn: Callable[..., Any], has_aux: bool, params: PyTree, args: tuple[PyTree, ...]
 ) -> Analysis:
     jaxpr, out = _jax.trace(loss_fn, params, *args)
-    loss = out[0] if has_aux else out
-    _check_scalar(loss)
-    outputs = [False] * len(jaxpr.outvars)
+    _check_scalar(out[0] if has_aux else out)
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    paths = [path for path, _ in leaves]
     shapes = [tuple(leaf.shape) for _, leaf in leaves]
     rest = len(jaxpr.invars) - len(leaves)
-    values = [View.of(i, shape) for i, shape in enumerate(shapes)]
     finder = Finder()
-    plan, _ = finder.walk(jaxpr, [*values, *[None] * rest], [False] * len(jaxpr.invars), outputs)
+    inputs = Inputs(
+        values=[*(View.of(i, shape) for i, shape in enumerate(shapes)), *[None] * rest],
+        after=[False] * len(jaxpr.invars),
+        varies=[False] * len(leaves) + [True] * rest,
+    )
+    twin = one_more_example(loss_fn, params, args, jaxpr)
+    plan, _ = finder.walk(jaxpr, twin, inputs, [False] * len(jaxpr.outvars))
     if not finder.losses:
         raise ValueError(
             "The loss function has no tagged loss: nothing says where the network ends. Use a loss "
             "of curvature.losses in place of its namesake in optax.losses, for example "
             "curvature.losses.softmax_cross_entropy_with_integer_labels."
         )
-    layers = assemble(finder.uses, paths, shapes, finder.stopped)
+    layers = assemble(finder.uses, [path for path, _ in leaves], shapes, finder.stopped)
     settle(plan)
-    return Analysis(plan, layers, tuple(finder.losses))
+    return Analysis(plan, layers, tuple(finder.losses), twin is not None)
 
 
 def _override(
@@ -184,17 +229,26 @@ def _override(
             f"No parameter matches the pattern {pattern!r}. The parameters are: "
             f"{', '.join(paths.values())}."
         )
-    replaced = []
-    for layer in layers:
-        if hit.intersection(layer.parameters):
-            if block not in BLOCKS[layer.kind]:
-                raise ValueError(
-                    f"Layer {layer.name!r} is {layer.kind} and cannot have the block {block!r}; "
-                    f"expected one of {BLOCKS[layer.kind]}."
-                )
-            layer = dataclasses.replace(layer, block=block)
-        replaced.append(layer)
-    return tuple(replaced)
+    return tuple(
+        _with_block(layer, block, hit, pattern) if hit.intersection(layer.parameters) else layer
+        for layer in layers
+    )
+
+
+def _with_block(layer: Layer, block: str, hit: set[str], pattern: str) -> Layer:
+    if block == EXCLUDED:
+        missed = [path for path in layer.parameters if path not in hit]
+        if missed:
+            raise ValueError(
+                f"The pattern {pattern!r} excludes a part of layer {layer.name!r} but not "
+                f"{', '.join(missed)}: match all parameters of the layer, or none."
+            )
+    elif block not in BLOCKS[layer.kind]:
+        raise ValueError(
+            f"Layer {layer.name!r} ({', '.join(layer.parameters)}) is {layer.kind} and cannot have "
+            f"the block {block!r}; expected one of {BLOCKS[layer.kind]}."
+        )
+    return dataclasses.replace(layer, block=block)
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -17,7 +17,7 @@ def coverage(layers: Sequence[Layer]) -> float:
     return covered / total if total else 0.0
 
 
-def render(layers: Sequence[Layer], losses: Sequence[LossTag]) -> str:
+def render(layers: Sequence[Layer], losses: Sequence[LossTag], batch_found: bool) -> str:
     """The table, the covered share and the tagged losses as text."""
     rows = [_HEAD]
     for layer in layers:
@@ -41,4 +41,9 @@ def render(layers: Sequence[Layer], losses: Sequence[LossTag]) -> str:
         times = "".join(f"{n} x " for n in tag.lead)
         shape = ", ".join(map(str, tag.z.shape))
         text.append(f"loss {tag.name} on {times}[{shape}] at {tag.location}")
+    if not batch_found:
+        text.append(
+            "The loss could not be traced with one more example: leading axes are taken for the "
+            "batch (it matters to diagonal and dense blocks only)."
+        )
     return "\n".join(text)

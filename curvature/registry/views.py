@@ -1,9 +1,9 @@
 """Parameter views: which entries of a leaf meet the data, and in which shape.
 
-A view is a selection and permutation of the entries of one array (its *source*), written as a chain
-of reshapes, transposes and slices. Casts do not matter to it. The same chain runs on NumPy index
-arrays (to compare views), on gradients (`view(leaf)`, to bring them into view space) and backwards
-(`view.adjoint`, to bring them home).
+A view is a selection and permutation of the entries of one array (its *source*), written as a
+chain of reshapes, transposes, slices and reversals. Casts do not matter to it. The same chain runs
+on NumPy index arrays (to compare views), on gradients (`view(leaf)`, to bring them into view space)
+and backwards (`view.adjoint`, to bring them home).
 
 A leaf that a scan slices keeps its scanned axes in front: they are the *stack* of the view, and
 inside the scan's body only the axes behind them are seen.
@@ -23,9 +23,9 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """One step of a view, on all axes: `argument` is a shape, a permutation or slices."""
+    """One step of a view: `argument` is a shape, a permutation, slices, or axes to reverse."""
 
-    kind: Literal["reshape", "transpose", "slice"]
+    kind: Literal["reshape", "transpose", "slice", "reverse"]
     argument: tuple[Any, ...]
 
     def __call__(self, x: Any) -> Any:
@@ -34,6 +34,9 @@ class Move:
             return x.reshape(self.argument)
         if self.kind == "transpose":
             return x.transpose(self.argument)
+        if self.kind == "reverse":
+            back, keep = slice(None, None, -1), slice(None)
+            return x[tuple(back if a in self.argument else keep for a in range(x.ndim))]
         return x[tuple(slice(*s) for s in self.argument)]
 
 
@@ -47,6 +50,8 @@ class View:
       shape: the shape of the view, stacked axes in front.
       moves: the chain from the source to the view.
       stack: the scans that slice the leading axes, outermost first.
+      scale: the constant that multiplies the entries. No part of the map: a view selects.
+      curved: whether what is met is an elementwise function of the entries.
     """
 
     source: Any
@@ -54,6 +59,8 @@ class View:
     shape: Shape
     moves: tuple[Move, ...] = ()
     stack: tuple[Any, ...] = ()
+    scale: float = 1.0
+    curved: bool = False
 
     @classmethod
     def of(cls, source: Any, shape: Shape) -> View:
@@ -96,6 +103,16 @@ class View:
         shape = tuple(len(range(*s)) for s in full)
         return self if shape == self.shape else self._then(Move("slice", full), shape)
 
+    def reverse(self, axes: Shape) -> View:
+        """Reverses inner axes."""
+        return self._then(
+            Move("reverse", tuple(len(self.stack) + int(a) for a in axes)), self.shape
+        )
+
+    def scaled(self, factor: float) -> View:
+        """The view of entries multiplied by a constant."""
+        return dataclasses.replace(self, scale=self.scale * factor)
+
     def pushed(self, scan: Any) -> View:
         """The view inside the body of a scan that slices its leading inner axis."""
         return dataclasses.replace(self, stack=(*self.stack, scan))
@@ -130,16 +147,11 @@ class View:
         return self.moves == other.moves or bool(np.array_equal(self.indices(), other.indices()))
 
 
-def partitions(views: list[View]) -> str | None:
-    """None where different views cover their source exactly once; otherwise what is wrong."""
-    size = int(np.prod(views[0].source_shape, dtype=np.int64))
-    if len(views) == 1 and int(np.prod(views[0].shape, dtype=np.int64)) == size:
-        return None
-    seen = np.zeros(size, np.int32)
+def overlap(views: list[View]) -> bool:
+    """Whether an entry of the source is in two of the views."""
+    if len(views) == 1:
+        return False
+    seen = np.zeros(int(np.prod(views[0].source_shape, dtype=np.int64)), np.int32)
     for view in views:
         np.add.at(seen, view.indices().ravel(), 1)
-    if seen.max(initial=0) > 1:
-        return f"met in {len(views)} different shapes that overlap"
-    if seen.min(initial=1) < 1:
-        return f"only {int(seen.sum())} of its {size} entries meet the data"
-    return None
+    return bool(seen.max(initial=0) > 1)

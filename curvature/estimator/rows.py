@@ -1,0 +1,178 @@
+"""The rows of a layer in one backward pass: inputs and output cotangents, and their moments.
+
+`Rows` holds arrays of shape `members + (examples, positions, features)`. A convolution makes its
+patches for a few examples at a time, so that no patch tensor is larger than the layer's input (or
+one example's patches); a lookup never makes its one-hot input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvature.precision import HIGHEST
+from curvature.registry.taps import Contraction, Convolution, Dense, Lookup
+from curvature.registry.views import Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Inputs and output cotangents of one use.
+
+    Attributes:
+      how: the use.
+      x: the layer's input: `members + (examples, positions, d_in)`; for a convolution the image
+        `(examples, channels, spatial...)`, for a lookup the indices `(examples, positions)`.
+      g: output cotangents, `members + (examples, positions, d_out)`.
+      bias: the homogeneous coordinate (1 times the bias's scale); None without a bias.
+    """
+
+    how: Contraction
+    x: jax.Array
+    g: jax.Array
+    bias: float | None
+
+    @property
+    def count(self) -> int:
+        """Rows of one member."""
+        return math.prod(self.g.shape[len(self.how.members) : -1])
+
+    def input_moment(self, diagonal: bool) -> jax.Array:
+        """Sum over rows of a a', or its diagonal."""
+        if isinstance(self.how, Lookup):
+            counts = self._scattered(jnp.ones((*self.x.shape, 1), self.g.dtype))
+            return counts[:, 0] * self.how.scale**2
+        if isinstance(self.how, Convolution):
+            chunk = max(1, self.x.shape[0] // math.prod(self.how.window))
+
+            def moment(x: jax.Array) -> jax.Array:
+                return _moment(self._with_bias(self._patches(x)), diagonal)
+
+            return _sum_over_examples(moment, chunk, self.x)
+        return _moment(self._with_bias(self.x * _scale(self.how, self.x)), diagonal)
+
+    def output_moment(self, diagonal: bool) -> jax.Array:
+        """Sum over rows of g g', or its diagonal."""
+        return _moment(self.g, diagonal)
+
+    def gradients(self) -> jax.Array:
+        """Per-example gradients, `(examples,) + members + (d_in [+ 1], d_out)`."""
+        if isinstance(self.how, Lookup):
+            tables: jax.Array = jax.vmap(functools.partial(_scatter, self.how))(self.x, self.g)
+            return tables * self.how.scale
+        x = self._patches(self.x) if isinstance(self.how, Convolution) else self.x
+        a = self._with_bias(x * _scale(self.how, x))
+        products = jnp.einsum("...nti,...nto->n...io", a, self.g, precision=HIGHEST)
+        return products
+
+    def squares(self) -> jax.Array:
+        """Sum over examples of the squared per-example gradients."""
+        if isinstance(self.how, Lookup):
+            return self._lookup_squares()
+        if isinstance(self.how, Convolution):
+
+            def squares(x: jax.Array, g: jax.Array) -> jax.Array:
+                return jnp.sum(dataclasses.replace(self, x=x, g=g).gradients() ** 2, axis=0)
+
+            if self.how.members or self.how.examples == 1:
+                return squares(self.x, self.g)
+            return _sum_over_examples(squares, 1, self.x, self.g)
+        if self.g.shape[-2] == 1:  # one row an example: (a^2)' g^2, no per-example gradients
+            a = self._with_bias(self.x * _scale(self.how, self.x))[..., 0, :]
+            g = self.g[..., 0, :]
+            return jnp.einsum("...ni,...no->...io", a * a, g * g, precision=HIGHEST)
+        return jnp.sum(self.gradients() ** 2, axis=0)
+
+    def _lookup_squares(self) -> jax.Array:
+        """As `squares`, without tables for every example.
+
+        An entry's gradient in one example is the sum of the cotangents at the places where it is
+        looked up; each of those places adds the same square, so it is shared among them.
+        """
+        same = (self.x[:, :, None] == self.x[:, None, :]).astype(self.g.dtype)
+        sums = jnp.einsum("nst,nto->nso", same, self.g, precision=HIGHEST)
+        shared = sums**2 / same.sum(axis=-1, keepdims=True)
+        return self._scattered(shared) * self.how.scale**2
+
+    def _scattered(self, values: jax.Array) -> jax.Array:
+        return _scatter(self.how, self.x.ravel(), values.reshape((-1, values.shape[-1])))
+
+    def _with_bias(self, a: jax.Array) -> jax.Array:
+        if self.bias is None:
+            return a
+        return jnp.concatenate([a, jnp.full((*a.shape[:-1], 1), self.bias, a.dtype)], axis=-1)
+
+    def _patches(self, x: jax.Array) -> jax.Array:
+        """The windows of images `(examples, channels, spatial...)` as rows."""
+        how = self.how
+        assert isinstance(how, Convolution)
+        groups = how.members[0] if how.members else 1
+        patches = jax.lax.conv_general_dilated_patches(
+            x * _scale(how, x),
+            how.window,
+            how.strides,
+            how.padding,
+            lhs_dilation=how.x_dilation,
+            rhs_dilation=how.window_dilation,
+            precision=HIGHEST,
+        )
+        split = patches.reshape((x.shape[0], groups, how.d_in, -1))
+        rows = split.transpose((1, 0, 3, 2))
+        return rows if how.members else rows[0]
+
+
+def rows_of(how: Contraction, x: jax.Array, g: jax.Array, bias: float | None, dtype: Any) -> Rows:
+    """The rows of one use, from the equation's data operand and its output's cotangent."""
+    g = g.transpose(how.y_order).astype(dtype)
+    if isinstance(how, Convolution):
+        x = x.transpose(how.x_order).astype(dtype)
+        if how.examples == 1:  # examples cannot be told apart: all rows are one example's
+            g = g.reshape((1, -1, g.shape[-1]))
+        else:
+            g = g.reshape((g.shape[0], -1, g.shape[-1]))
+        if how.members:
+            g = g.reshape((*g.shape[:2], *how.members, how.d_out)).transpose((2, 0, 1, 3))
+        return Rows(how, x, g, bias)
+    lead = (*how.members, how.examples)
+    g = g.reshape((*lead, -1, how.d_out))
+    if isinstance(how, Lookup):
+        indices = x.transpose(how.i_order)[..., 0].reshape((how.examples, -1))
+        return Rows(how, indices, g, bias)
+    x = x.transpose(how.x_order).astype(dtype).reshape((*lead, -1, how.d_in))
+    return Rows(how, x, g, bias)
+
+
+def _scale(how: Dense | Convolution | Lookup, x: jax.Array) -> jax.Array:
+    return jnp.asarray(how.scale, x.dtype)
+
+
+def _moment(x: jax.Array, diagonal: bool) -> jax.Array:
+    if diagonal:
+        return jnp.sum(x * x, axis=(-3, -2))
+    return jnp.einsum("...nti,...ntj->...ij", x, x, precision=HIGHEST)
+
+
+def _scatter(how: Contraction, indices: jax.Array, values: jax.Array) -> jax.Array:
+    """Adds rows of `values` into a table; indices out of bounds as the lookup treats them."""
+    assert isinstance(how, Lookup)
+    mode = "clip" if how.clip else "drop"
+    return jnp.zeros((how.d_in, values.shape[-1]), values.dtype).at[indices].add(values, mode=mode)
+
+
+def _sum_over_examples(one: Callable[..., jax.Array], chunk: int, *arrays: jax.Array) -> jax.Array:
+    """The sum of `one` over chunks of the arrays' leading axis."""
+    examples = arrays[0].shape[0]
+    if chunk >= examples:
+        return one(*arrays)
+    groups, rest = divmod(examples, chunk)
+    head = [x[: groups * chunk].reshape((groups, chunk, *x.shape[1:])) for x in arrays]
+    shape: Shape = jax.eval_shape(one, *(x[0] for x in head)).shape
+    zero = jnp.zeros(shape, arrays[0].dtype)
+    total, _ = jax.lax.scan(lambda sum_, part: (sum_ + one(*part), None), zero, tuple(head))
+    return total + one(*(x[groups * chunk :] for x in arrays)) if rest else total

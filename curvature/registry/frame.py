@@ -1,0 +1,148 @@
+"""What is known of the variables of one jaxpr while it is walked."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from curvature._jax import Jaxpr, Literal
+from curvature.registry.plan import Use
+from curvature.registry.taps import Batch
+from curvature.registry.views import Shape, View
+
+
+@dataclasses.dataclass(frozen=True)
+class Wide:
+    """`broadcast_in_dim(view, shape, axes)`: a view repeated along new axes."""
+
+    view: View
+    shape: Shape
+    axes: Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """The output of a contraction with a parameter, moved but not otherwise touched."""
+
+    use: Use
+    view: View
+
+
+@dataclasses.dataclass(frozen=True)
+class OneHot:
+    """Data with a single one along its last axis."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Known:
+    """A value that does not depend on any input, such as an `arange`."""
+
+    value: np.ndarray
+
+
+# What a variable is: a parameter (View, Wide), or data (None) with something worth knowing.
+Value = View | Wide | Product | OneHot | Known | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What is known of a jaxpr's inputs, one entry each.
+
+    Attributes:
+      values: what they are.
+      after: whether they depend on a tagged loss.
+      varies: whether they depend on the data (the loss function's arguments after the parameters).
+    """
+
+    values: Sequence[Value]
+    after: Sequence[bool]
+    varies: Sequence[bool]
+
+
+class Frame:
+    """The variables of one jaxpr.
+
+    The batch axis of a value is where its shape differs in the jaxpr's *twin*, the trace of the
+    same function with one more example. Without a twin, it is the leading axis of what depends on
+    the data.
+    """
+
+    def __init__(
+        self,
+        jaxpr: Jaxpr,
+        twin: Jaxpr | None,
+        inputs: Inputs,
+        live: Sequence[bool],
+        out_live: Sequence[bool],
+    ) -> None:
+        """Starts a frame; `live` and `out_live` as in `flow.reaches_loss`."""
+        self._values: dict[Any, Value] = dict(zip(jaxpr.invars, inputs.values, strict=True))
+        for variable, const in zip(jaxpr.constvars, jaxpr.consts, strict=True):
+            if isinstance(const, np.ndarray):
+                self._values[variable] = Known(const)
+        self._after = _chosen(jaxpr.invars, inputs.after)
+        self._varies = _chosen(jaxpr.invars, inputs.varies)
+        self._twins: dict[Any, Shape] | None = None
+        if twin is not None:
+            self._twins = dict(zip(jaxpr.invars, map(_shape, twin.invars), strict=True))
+            for mine, other in zip(jaxpr.equations, twin.equations, strict=True):
+                self._twins.update(zip(mine.outvars, map(_shape, other.outvars), strict=True))
+        self._readers: collections.Counter[Any] = collections.Counter()
+        for equation, keep in zip(jaxpr.equations, live, strict=True):
+            if keep:
+                self._readers.update(v for v in equation.invars if not isinstance(v, Literal))
+        self._readers.update(_chosen(jaxpr.outvars, out_live))
+
+    def sole(self, variable: Any) -> Value:
+        """What a variable is; a product only for its sole reader, who may add a bias to it."""
+        if isinstance(variable, Literal):
+            return Known(np.asarray(variable.val))
+        value = self._values.get(variable)
+        return None if isinstance(value, Product) and self._readers[variable] > 1 else value
+
+    def after(self, variable: Any) -> bool:
+        """Whether a value depends on a tagged loss."""
+        return not isinstance(variable, Literal) and variable in self._after
+
+    def varies(self, variable: Any) -> bool:
+        """Whether a value depends on the data."""
+        return not isinstance(variable, Literal) and variable in self._varies
+
+    def is_live(self, variable: Any) -> bool:
+        """Whether something reads a variable that a tagged loss depends on."""
+        return self._readers[variable] > 0
+
+    def batch(self, variable: Any) -> Batch | None:
+        """The batch axis of a value, None where it has none."""
+        if isinstance(variable, Literal):
+            return None
+        shape = _shape(variable)
+        if self._twins is None:
+            return Batch(0) if shape and variable in self._varies else None
+        other = self._twins.get(variable, shape)
+        for axis, (n, more) in enumerate(zip(shape, other, strict=True)):
+            if n != more:
+                return Batch(axis, max(abs(more - n), 1))
+        return None
+
+    def define(self, variables: Sequence[Any], values: Sequence[Value]) -> None:
+        """Notes what variables are."""
+        self._values.update(zip(variables, values, strict=True))
+
+    def mark(self, variables: Sequence[Any], after: Sequence[bool], varies: Sequence[bool]) -> None:
+        """Notes which variables depend on a loss, and which on the data."""
+        self._after |= _chosen(variables, after)
+        self._varies |= _chosen(variables, varies)
+
+
+def _chosen(variables: Sequence[Any], chosen: Sequence[bool]) -> set[Any]:
+    pairs = zip(variables, chosen, strict=True)
+    return {v for v, keep in pairs if keep and not isinstance(v, Literal)}
+
+
+def _shape(variable: Any) -> Shape:
+    return tuple(getattr(variable.aval, "shape", ()))

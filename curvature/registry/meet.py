@@ -1,0 +1,260 @@
+"""How one equation meets a parameter: moves it, contracts it with data, adds it as a bias, ...
+
+Every function looks at one live equation with a parameter among its operands and says what its
+outputs are, or None where the rule does not apply.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from curvature import _jax
+from curvature.registry import taps
+from curvature.registry.frame import Frame, Known, OneHot, Product, Value, Wide
+from curvature.registry.plan import Use
+from curvature.registry.taps import Elementwise
+from curvature.registry.views import Shape, View
+
+PASSES = ("convert_element_type", "copy", "copy_p", "name", "reduce_precision")
+
+
+def moved(equation: _jax.Equation, value: Value, batched: bool) -> list[Value] | None:
+    """The outputs of an equation that only moves its operand's entries."""
+    if isinstance(value, Product):
+        views = _moved(equation, value.view, batched)
+        if views is None or not all(isinstance(v, View) for v in views):
+            return None
+        return [dataclasses.replace(value, view=v) for v in views if isinstance(v, View)]
+    if isinstance(value, View):
+        return _moved(equation, value, batched)
+    if isinstance(value, Wide):
+        name, params = equation.primitive.name, equation.params
+        if name in PASSES:
+            return [value]
+        if name == "broadcast_in_dim":
+            axes = tuple(params["broadcast_dimensions"][a] for a in value.axes)
+            return [Wide(value.view, tuple(params["shape"]), axes)]
+    return None
+
+
+def _moved(equation: _jax.Equation, view: View, batched: bool) -> list[Value] | None:
+    name, params = equation.primitive.name, equation.params
+    shape = tuple(equation.outvars[0].aval.shape)
+    if name in PASSES:
+        floating = jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating)
+        return [view] if floating else None
+    if name == "squeeze" or (name == "reshape" and params.get("dimensions") is None):
+        return [view.reshape(shape)]
+    if name == "transpose":
+        return [view.transpose(tuple(params["permutation"]))]
+    if name == "slice":
+        return [view.slice(params["start_indices"], params["limit_indices"], params["strides"])]
+    if name == "rev":
+        return [view.reverse(tuple(params["dimensions"]))]
+    if name == "split":
+        return _split(view, params["axis"], params["sizes"])
+    if name == "broadcast_in_dim":
+        # Where only axes of size one are new, and none of them is the batch, it is a reshape.
+        if math.prod(shape) == math.prod(view.inner) and not batched:
+            return [view.reshape(shape)]
+        return [Wide(view, shape, tuple(params["broadcast_dimensions"]))]
+    return None
+
+
+def _split(view: View, axis: int, sizes: Sequence[int]) -> list[Value]:
+    parts: list[Value] = []
+    start = 0
+    for size in sizes:
+        starts, stops = [0] * len(view.inner), list(view.inner)
+        starts[axis], stops[axis] = start, start + int(size)
+        parts.append(view.slice(tuple(starts), tuple(stops), None))
+        start += int(size)
+    return parts
+
+
+def scaled(equation: _jax.Equation, values: Sequence[Value]) -> View | None:
+    """A view multiplied by, divided by, or subtracted from nothing but a constant number."""
+    name = equation.primitive.name
+    if name == "neg" and isinstance(values[0], View):
+        return values[0].scaled(-1.0)
+    if name not in ("mul", "div") or len(values) != 2:
+        return None
+    for view, other in (values, values[::-1]):
+        if isinstance(view, View) and isinstance(other, Known) and other.value.ndim == 0:
+            factor = float(other.value)
+            if name == "div":
+                return view.scaled(1 / factor) if view is values[0] and factor else None
+            return view.scaled(factor)
+    return None
+
+
+def contraction(
+    equation: _jax.Equation, values: Sequence[Value], frame: Frame
+) -> tuple[Use, Product] | None:
+    """A dense, convolutional or embedding layer."""
+    sides = [i for i in range(min(len(values), 2)) if isinstance(values[i], View)]
+    parameters = [v for v in values if isinstance(v, (View, Wide))]
+    if len(sides) != 1 or len(parameters) != 1:
+        return None
+    view = values[sides[0]]
+    assert isinstance(view, View)
+    other = 1 - sides[0]
+    if view.curved or other >= len(equation.invars):
+        return None
+    x = tuple(equation.invars[other].aval.shape)
+    batch = frame.batch(equation.invars[other])
+    name, shape = equation.primitive.name, tuple(equation.outvars[0].aval.shape)
+    how: taps.Contraction
+    if name == "dot_general":
+        how, order, matrix = taps.dense(equation, other, x, view.inner, batch)
+        one_hot = isinstance(values[other], OneHot) and how.x_order[-1] == len(x) - 1
+        how = dataclasses.replace(how, one_hot=one_hot and how.d_in == x[-1])
+        target = view.transpose(order).reshape(matrix)
+    elif name == "conv_general_dilated" and other == 0:
+        found = taps.convolution(equation, x, view.inner, batch)
+        if found is None:
+            return None
+        how, order, apart, matrix = found
+        target = view.transpose(order).reshape(apart).transpose((1, 0, 2)).reshape(matrix)
+    elif name == "gather" and other == 1:
+        looked = taps.lookup(equation, view.inner, x, batch)
+        if looked is None:
+            return None
+        how, order, matrix = looked
+        target = view.transpose(order).reshape(matrix)
+    else:
+        return None
+    kind = "embedding" if how.one_hot else "conv" if name.startswith("conv") else "dense"
+    use = Use(target, dataclasses.replace(how, scale=view.scale), kind, name)
+    return use, Product(use, View.of(use, shape))
+
+
+def picked(equation: _jax.Equation, values: Sequence[Value]) -> View | None:
+    """A gather of consecutive rows with known indices (a positional table): a slice."""
+    view, index = values[0], values[1] if len(values) > 1 else None
+    if equation.primitive.name != "gather" or not isinstance(view, View):
+        return None
+    if not isinstance(index, Known):
+        return None
+    found = taps.lookup(equation, view.inner, index.value.shape, None)
+    flat = index.value.ravel()
+    if found is None or not len(flat) or not np.array_equal(flat, flat[0] + np.arange(len(flat))):
+        return None
+    how, order, _ = found
+    rest = tuple(view.inner[a] for a in order[1:])
+    rows = view.transpose(order).slice(
+        (int(flat[0]), *[0] * len(rest)), (int(flat[-1]) + 1, *rest), None
+    )
+    # The gathered axes lie where the indices' axes go in the output.
+    lead = index.value.shape[:-1]
+    rows = rows.reshape((*lead, *rest))
+    inverse = np.argsort(how.y_order)
+    return rows.transpose(tuple(int(a) for a in inverse))
+
+
+def bias(equation: _jax.Equation, values: Sequence[Value]) -> tuple[Use, View] | None:
+    """A parameter added to the output of a contraction: the use it joins, and its entries."""
+    if equation.primitive.name not in ("add", "add_any"):
+        return None
+    shape = tuple(equation.outvars[0].aval.shape)
+    for product, other in (values, values[::-1]):
+        if not (isinstance(product, Product) and isinstance(other, (View, Wide))):
+            continue
+        use, view = product.use, other if isinstance(other, View) else other.view
+        how = use.how
+        assert isinstance(how, (taps.Dense, taps.Convolution, taps.Lookup))
+        joined = use.bias is not None or how.one_hot or view.curved
+        if not joined and view.stack == use.view.stack and _is_bias(shape, product, other):
+            return use, view.reshape((*how.members, how.d_out))
+    return None
+
+
+def _is_bias(shape: Shape, product: Product, bias: View | Wide) -> bool:
+    """Whether entry o of the bias is added to output o of every row, for every o in order.
+
+    Both operands are followed as arrays of output indices, broadcast with stride 0 along the rows,
+    so nothing of the size of the activations is made.
+    """
+    view = bias if isinstance(bias, View) else bias.view
+    full = product.view.source_shape
+    how = product.use.how
+    assert isinstance(how, (taps.Dense, taps.Convolution, taps.Lookup))
+    count = math.prod(full[a] for a in how.bias_axes)
+    if math.prod(view.inner) != count or product.view.shape != shape:
+        return False
+    aligned = tuple(n if a in how.bias_axes else 1 for a, n in enumerate(full))
+    outputs = product.view(np.broadcast_to(np.arange(count).reshape(aligned), full))
+    entries = np.arange(count).reshape(view.inner)
+    if isinstance(bias, Wide):
+        expanded = [1] * len(bias.shape)
+        for axis, size in zip(bias.axes, view.inner, strict=True):
+            expanded[axis] = size
+        entries = np.broadcast_to(entries.reshape(expanded), bias.shape)
+    if entries.ndim != len(shape):
+        return False
+    entries = np.broadcast_to(entries, shape)
+    constant = tuple(
+        slice(0, 1) if outputs.strides[a] == 0 and entries.strides[a] == 0 else slice(None)
+        for a in range(len(shape))
+    )
+    return bool(np.array_equal(outputs[constant], entries[constant]))
+
+
+def broadcast(
+    equation: _jax.Equation, position: int, value: View | Wide, frame: Frame
+) -> Use | None:
+    """The use of an operand that is a parameter broadcast against the batch, if it is.
+
+    It may be so before the equation (`broadcast_in_dim` to the batch) or by an elementwise equation
+    itself, which stretches axes of size one.
+    """
+    variable, out = equation.invars[position], equation.outvars[0]
+    view = value if isinstance(value, View) else value.view
+    shape, batch = tuple(variable.aval.shape), frame.batch(variable)
+    axes = tuple(range(len(shape))) if isinstance(value, View) else value.axes
+    if batch is None:
+        if equation.primitive.name not in taps.ELEMENTWISE or len(shape) not in (0, out.aval.ndim):
+            return None
+        shape, batch = tuple(out.aval.shape), frame.batch(out)
+    kept = [i for i, n in enumerate(view.inner) if n != 1]
+    axes = tuple(axes[i] for i in kept)
+    if batch is None or batch.each != 1 or batch.axis in axes:
+        return None
+    how = Elementwise(shape, axes, batch.axis, shape[batch.axis], view.curved, view.scale)
+    kind = "scale" if equation.primitive.name in ("mul", "div") else "shift"
+    view = view.reshape(tuple(view.inner[i] for i in kept))
+    return Use(view, how, kind, equation.primitive.name)
+
+
+def carried_along(
+    equation: _jax.Equation, values: Sequence[Value], frame: Frame
+) -> tuple[int, View] | None:
+    """An elementwise function of one parameter and of values without a batch axis.
+
+    Returns the operand and the view of the output: still an entry for an entry, whose derivative
+    the evaluator brings along (`View.curved`).
+    """
+    positions = [i for i, v in enumerate(values) if isinstance(v, (View, Wide))]
+    if len(positions) != 1 or len(equation.outvars) != 1 or not is_elementwise(equation):
+        return None
+    view, aval = values[positions[0]], equation.outvars[0].aval
+    if not isinstance(view, View) or not jnp.issubdtype(aval.dtype, jnp.floating):
+        return None
+    if frame.batch(equation.outvars[0]) is not None or aval.size != math.prod(view.inner):
+        return None
+    return positions[0], dataclasses.replace(view.reshape(tuple(aval.shape)), curved=True)
+
+
+def is_elementwise(equation: _jax.Equation) -> bool:
+    """Whether every output entry depends on the operands' entries in the same place only."""
+    if equation.primitive.name in taps.ELEMENTWISE:
+        return True
+    call = _jax.call_of(equation)
+    if call is None or call.kind not in ("jit", "custom_jvp"):
+        return False
+    return all(is_elementwise(e) for e in call.bodies[0].equations)

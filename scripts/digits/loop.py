@@ -1,0 +1,191 @@
+"""The training loop, and a clock that treats every optimizer alike.
+
+The clock runs only while a step does. Not counted, for any optimizer: registering the model and
+compiling the step (done ahead and reported as `setup_seconds`), one warm-up call whose result is
+thrown away, drawing the batch, measuring the loss on the whole training set, and the progress bar.
+
+LAPACK gets one thread, for every optimizer alike. The factors of these networks are small, and
+where another program shares the cores, OpenBLAS's threads waiting for each other make a step of
+K-FAC ten times slower.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax import Array
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+import curvature
+
+from . import data as digits_data
+from . import optimizers
+from .data import Batch, Digits
+from .problems import Problem, PyTree
+
+
+class TrainState(NamedTuple):
+    """Everything that a step carries forward."""
+
+    params: PyTree
+    model_state: PyTree
+    opt_state: PyTree
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and on what to train; shared by all optimizers of a comparison."""
+
+    steps: int
+    batch_size: int
+    seed: int = 0
+    record_every: int = 1
+    progress: bool = True
+
+
+@dataclass
+class Curve:
+    """Loss and accuracy on the whole training set, against steps and against seconds."""
+
+    steps: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+
+    def append(self, step: int, seconds: float, loss: float, accuracy: float) -> None:
+        self.steps.append(step)
+        self.seconds.append(seconds)
+        self.loss.append(loss)
+        self.accuracy.append(accuracy)
+
+    def first_at_most(self, loss: float) -> int | None:
+        """The position of the first point that is no higher than `loss`."""
+        return next((i for i, value in enumerate(self.loss) if value <= loss), None)
+
+
+@dataclass
+class Run:
+    """A finished training run."""
+
+    settings: optimizers.Settings
+    plan: Plan
+    curve: Curve
+    state: TrainState
+    setup_seconds: float
+    median_step_seconds: float
+    test_loss: float
+    test_accuracy: float
+    stopped: str | None = None
+
+    @property
+    def final_loss(self) -> float:
+        """The last training loss; infinite after a divergence, so that it compares as the worst."""
+        return self.curve.loss[-1] if math.isfinite(self.curve.loss[-1]) else math.inf
+
+
+def register(problem: Problem, batch: Batch, plan: Plan) -> Any:
+    """The registry of a problem, traced at the plan's batch size; no arithmetic is done."""
+    params, model_state = problem.init(jax.random.key(plan.seed))
+    part = Batch(batch.x[: plan.batch_size], batch.y[: plan.batch_size])
+    return curvature.register(
+        problem.loss_fn, params, model_state, part, jax.random.key(plan.seed), has_aux=True
+    )
+
+
+def make_step(
+    problem: Problem, tx: optax.GradientTransformationExtraArgs
+) -> Callable[[TrainState, Batch, Array], TrainState]:
+    """One training step; the same code for every framework and every optimizer."""
+
+    def step(state: TrainState, batch: Batch, key: Array) -> TrainState:
+        loss_key, curvature_key = jax.random.split(key)
+        loss_args = (state.model_state, batch, loss_key)
+        grads, (model_state, _) = jax.grad(problem.loss_fn, has_aux=True)(state.params, *loss_args)
+        updates, opt_state = tx.update(
+            grads, state.opt_state, state.params, loss_args=loss_args, key=curvature_key
+        )
+        return TrainState(optax.apply_updates(state.params, updates), model_state, opt_state)
+
+    return step
+
+
+@threadpool_limits.wrap(limits=1, user_api="blas")
+def train(
+    problem: Problem,
+    data: Digits,
+    settings: optimizers.Settings,
+    plan: Plan,
+    registry: Any,
+    bar_label: str | None = None,
+    leave_bar: bool = True,
+) -> Run:
+    """Trains from the initialisation and the batch order that `plan.seed` fixes.
+
+    A run whose loss is no longer finite stops there, and says so in `Run.stopped`.
+    """
+    began = time.perf_counter()
+    batch_stream = digits_data.batches(data.train, plan.batch_size, plan.seed)
+    batch = next(batch_stream)
+    tx = optimizers.make(settings, registry)
+    params, model_state = problem.init(jax.random.key(plan.seed))
+    state = TrainState(params, model_state, tx.init(params))
+    key = jax.random.key(plan.seed + 1)
+    step = jax.jit(make_step(problem, tx)).lower(state, batch, key).compile()
+    jax.block_until_ready(step(state, batch, key))  # Warms up; the result is not kept.
+    setup_seconds = time.perf_counter() - began
+
+    evaluate = jax.jit(problem.evaluate)
+    curve = Curve()
+    stopped = None
+    times: list[float] = []
+    with tqdm(
+        total=plan.steps,
+        desc=bar_label or settings.label,
+        disable=not plan.progress,
+        leave=leave_bar,
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 5.0,  # A log file has no use for more lines.
+    ) as bar:
+
+        def record(done: int) -> float:
+            loss, accuracy = map(float, evaluate(state.params, state.model_state, data.train))
+            curve.append(done, sum(times), loss, accuracy)
+            bar.set_postfix_str(f"loss {loss:.2e}, accuracy {accuracy:.2%}", refresh=False)
+            return loss
+
+        record(0)
+        for done in range(1, plan.steps + 1):
+            step_key = jax.random.fold_in(key, done)
+            jax.block_until_ready((batch, step_key))
+            start = time.perf_counter()
+            state = jax.block_until_ready(step(state, batch, step_key))
+            times.append(time.perf_counter() - start)
+            batch = next(batch_stream)
+            bar.update()
+            if (done % plan.record_every == 0 or done == plan.steps) and not math.isfinite(
+                record(done)
+            ):
+                stopped = f"the training loss was no longer finite after {done} steps"
+                break
+
+    test_loss, test_accuracy = map(float, evaluate(state.params, state.model_state, data.test))
+    return Run(
+        settings=settings,
+        plan=plan,
+        curve=curve,
+        state=state,
+        setup_seconds=setup_seconds,
+        median_step_seconds=statistics.median(times),
+        test_loss=test_loss,
+        test_accuracy=test_accuracy,
+        stopped=stopped,
+    )

@@ -1,0 +1,265 @@
+"""Trains a small network on handwritten digits with K-FAC, Adam or SGD.
+
+One plain-JAX loop serves Flax linen, Flax NNX and Haiku; nothing is downloaded. Writes metrics.json
+(settings, versions, curves, final figures) and training.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from digits import data, loop, optimizers, options, plots, problems, report
+
+EPILOG = """\
+models (64 inputs, 10 classes):
+  mlp        64-64-64-10, ReLU
+  deep       64-20-20-20-20-20-10, tanh: narrow and deep, hard for first-order methods
+  batchnorm  as mlp, with batch norm (its statistics are model state) and dropout (needs keys)
+
+examples:
+  python scripts/train.py
+  python scripts/train.py --framework haiku --model deep --batch-size 1500 --steps 100
+  python scripts/train.py --framework nnx --model batchnorm --fisher exact --damping 0.01
+  python scripts/train.py --optimizer adam --learning-rate 0.01 --out runs/adam
+"""
+
+# K-FAC options are None unless given, so that giving one to Adam or SGD can be refused.
+KFAC_OPTIONS = (
+    "damping",
+    "initial_damping",
+    "halve_damping_every",
+    "fisher",
+    "samples",
+    "decay",
+    "statistics_every",
+    "refresh_every",
+)
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(optimizers.Settings)}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog="train.py",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=options.HelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_problem(result.add_argument_group("problem"))
+    _add_training(result.add_argument_group("training"))
+    _add_kfac(result.add_argument_group("K-FAC (refused with another optimizer)"))
+    _add_output(result.add_argument_group("output"))
+    return result
+
+
+def _add_problem(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--framework",
+        choices=problems.FRAMEWORKS,
+        default="linen",
+        help="what the model is written in (default: linen)",
+    )
+    group.add_argument(
+        "--model",
+        choices=tuple(problems.ARCHITECTURES),
+        default="mlp",
+        help="see below (default: mlp)",
+    )
+
+
+def _add_training(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--optimizer", choices=optimizers.OPTIMIZERS, default="kfac", help="default: kfac"
+    )
+    group.add_argument(
+        "--steps", type=options.positive_int, default=200, metavar="N", help="default: 200"
+    )
+    group.add_argument(
+        "--batch-size",
+        type=options.batch_size,
+        default=250,
+        metavar="N",
+        help=f"{data.TRAIN_IMAGES} is the full batch (default: 250)",
+    )
+    rates = ", ".join(
+        f"{rate:g} for {name}" for name, rate in optimizers.DEFAULT_LEARNING_RATE.items()
+    )
+    group.add_argument(
+        "--learning-rate",
+        type=options.positive_float,
+        metavar="X",
+        help=f"default: {rates}",
+    )
+    group.add_argument(
+        "--momentum",
+        type=options.fraction,
+        default=0.9,
+        metavar="X",
+        help="in [0, 1); Adam's first decay rate (default: 0.9)",
+    )
+    group.add_argument(
+        "--seed",
+        type=options.seed,
+        default=0,
+        metavar="N",
+        help="data split, initialisation, batches, dropout and sampled targets (default: 0)",
+    )
+
+
+def _add_kfac(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--damping",
+        type=options.positive_float,
+        metavar="X",
+        help=f"added to the curvature (default: {DEFAULTS['damping']:g})",
+    )
+    group.add_argument(
+        "--initial-damping",
+        type=options.positive_float,
+        metavar="X",
+        help="where damping starts, to fall towards --damping (default: constant)",
+    )
+    group.add_argument(
+        "--halve-damping-every",
+        type=options.positive_int,
+        metavar="N",
+        help="steps in which the difference of the two is halved "
+        f"(default: {DEFAULTS['halve_damping_every']})",
+    )
+    group.add_argument(
+        "--fisher",
+        choices=optimizers.FISHERS,
+        help="targets drawn from the model, all of the model's targets in closed form, or the "
+        f"data's own labels (default: {DEFAULTS['fisher']})",
+    )
+    group.add_argument(
+        "--samples",
+        type=options.positive_int,
+        metavar="N",
+        help=f"draws an example, for --fisher sampled (default: {DEFAULTS['samples']})",
+    )
+    group.add_argument(
+        "--decay",
+        type=options.fraction,
+        metavar="X",
+        help=f"of the running average of the curvature, in [0, 1) (default: {DEFAULTS['decay']:g})",
+    )
+    group.add_argument(
+        "--statistics-every",
+        type=options.positive_int,
+        metavar="N",
+        help=f"steps between curvature estimates (default: {DEFAULTS['statistics_every']})",
+    )
+    group.add_argument(
+        "--refresh-every",
+        type=options.positive_int,
+        metavar="N",
+        help=f"steps between inversions (default: {DEFAULTS['refresh_every']})",
+    )
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--out",
+        type=options.out_folder,
+        default=Path("runs/train"),
+        metavar="FOLDER",
+        help="default: runs/train",
+    )
+    group.add_argument(
+        "--record-every",
+        type=options.positive_int,
+        default=1,
+        metavar="N",
+        help="steps between measurements on the whole training set (default: 1)",
+    )
+    group.add_argument("--quiet", action="store_true", help="no progress bar and no layer table")
+
+
+def settings_from(
+    command: argparse.ArgumentParser, args: argparse.Namespace
+) -> optimizers.Settings:
+    """The optimizer that the options describe; stops on options that contradict each other."""
+    given = {name: getattr(args, name) for name in KFAC_OPTIONS if getattr(args, name) is not None}
+    if given and args.optimizer != "kfac":
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        command.error(f"--optimizer {args.optimizer} has no {names}: only kfac does")
+    if "samples" in given and given.get("fisher", "sampled") != "sampled":
+        command.error(f"--samples needs --fisher sampled, not --fisher {given['fisher']}")
+    if "halve_damping_every" in given and "initial_damping" not in given:
+        command.error("--halve-damping-every needs --initial-damping to start from")
+    rate = args.learning_rate or optimizers.DEFAULT_LEARNING_RATE[args.optimizer]
+    return optimizers.Settings(args.optimizer, rate, args.momentum, **given)
+
+
+def metrics(problem: problems.Problem, plan: loop.Plan, run: loop.Run) -> dict[str, Any]:
+    """Everything that metrics.json holds."""
+    return {
+        "program": "train",
+        "problem": problem.name,
+        "network": str(problem.architecture),
+        "optimizer": run.settings.describe(),
+        "plan": dataclasses.asdict(plan),
+        "final": {
+            "training_loss": run.curve.loss[-1],
+            "training_accuracy": run.curve.accuracy[-1],
+            "test_loss": run.test_loss,
+            "test_accuracy": run.test_accuracy,
+        },
+        "seconds_in_steps": run.curve.seconds[-1],
+        "setup_seconds": run.setup_seconds,
+        "median_step_seconds": run.median_step_seconds,
+        "stopped": run.stopped,
+        "curve": dataclasses.asdict(run.curve),
+        "environment": report.environment(),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; the exit status is 1 if the training diverged."""
+    command = parser()
+    args = command.parse_args(argv)
+    settings = settings_from(command, args)
+    options.check_framework(command, args.framework)
+
+    digits = data.load(args.seed)
+    problem = problems.make(args.framework, args.model)
+    plan = loop.Plan(args.steps, args.batch_size, args.seed, args.record_every, not args.quiet)
+    registry = loop.register(problem, digits.train, plan)
+    if settings.name == "kfac" and not args.quiet:
+        print(registry, flush=True)
+
+    run = loop.train(problem, digits, settings, plan, registry)
+    args.out.mkdir(parents=True, exist_ok=True)
+    report.write_json(args.out / "metrics.json", metrics(problem, plan, run))
+    title = f"{settings.label}, {problem.name} network ({problem.architecture})"
+    plots.single(args.out / "training.png", run, title)
+    _print_result(problem, run, args.out)
+    return 1 if run.stopped else 0
+
+
+def _print_result(problem: problems.Problem, run: loop.Run, out: Path) -> None:
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
+    print(f"{run.settings.label} on the {problem.name} network, {parameters:,} parameters")
+    print(f"training  loss {run.curve.loss[-1]:.3e}, accuracy {run.curve.accuracy[-1]:.2%}")
+    print(f"test      loss {run.test_loss:.3e}, accuracy {run.test_accuracy:.2%}")
+    median = 1e3 * run.median_step_seconds
+    print(
+        f"time      {run.curve.seconds[-1]:.2f} s in steps (median {median:.2f} ms), "
+        f"{run.setup_seconds:.1f} s to compile"
+    )
+    print(f"written   {out / 'metrics.json'}, {out / 'training.png'}")
+    if run.stopped:
+        print(f"train.py: {run.stopped}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
