@@ -72,7 +72,7 @@ class _Softmax(OutputLoss):
     event_ndim: ClassVar[int] = 1
 
     @abc.abstractmethod
-    def _target(self, z: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _target(self, z: jax.Array, targets: Targets) -> tuple[jax.Array, jax.Array]:
         """The target's distribution over classes times m, and m with a trailing axis of one."""
 
     @staticmethod
@@ -85,18 +85,18 @@ class _Softmax(OutputLoss):
         return self._masked(jax.nn.softmax(z, where=mask), targets)
 
     def score(self, z: jax.Array, targets: Targets) -> jax.Array:
-        target, mass = self._target(z, targets[0])
-        return self._masked(mass * self._probabilities(z, targets) - target, targets)
+        target, mass = self._target(z, targets)
+        return mass * self._probabilities(z, targets) - target
 
     def sampled_score(self, key: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
-        _, mass = self._target(z, targets[0])
+        _, mass = self._target(z, targets)
         drawn = jax.random.categorical(key, self._masked(z, targets, -jnp.inf))
         one_hot = jax.nn.one_hot(drawn, z.shape[-1], dtype=z.dtype)
         return jnp.sqrt(mass) * self._masked(self._probabilities(z, targets) - one_hot, targets)
 
     def root(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
         # S = sqrt(m) (diag(sqrt q) - q sqrt(q)'):  S S' = m (diag q - q q')  because sum(q) = 1.
-        _, mass = self._target(z, targets[0])
+        _, mass = self._target(z, targets)
         q = self._probabilities(z, targets)
         scaled = jnp.sqrt(q) * vector
         return jnp.sqrt(mass) * (scaled - q * scaled.sum(-1, keepdims=True))
@@ -112,9 +112,12 @@ class _SoftmaxInteger(_Softmax):
             z, labels, where=where[0] if where else None
         )
 
-    def _target(self, z: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        one_hot = jax.nn.one_hot(labels, z.shape[-1], dtype=z.dtype)
-        return one_hot, jnp.ones((*labels.shape, 1), z.dtype)
+    def _target(self, z: jax.Array, targets: Targets) -> tuple[jax.Array, jax.Array]:
+        one_hot = jax.nn.one_hot(targets[0], z.shape[-1], dtype=z.dtype)
+        mass = jnp.ones((*z.shape[:-1], 1), z.dtype)
+        if len(targets) > 1:  # a unit with no class left has loss zero
+            mass = jnp.any(targets[1], axis=-1, keepdims=True).astype(z.dtype)
+        return one_hot * mass, mass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +128,8 @@ class _SoftmaxSoft(_Softmax):
         labels, *where = targets
         return optax.losses.softmax_cross_entropy(z, labels, where=where[0] if where else None)
 
-    def _target(self, z: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        labels = labels.astype(z.dtype)
+    def _target(self, z: jax.Array, targets: Targets) -> tuple[jax.Array, jax.Array]:
+        labels = self._masked(targets[0].astype(z.dtype), targets)
         return labels, labels.sum(-1, keepdims=True)
 
 
@@ -246,7 +249,16 @@ def softmax_cross_entropy(
     Returns:
       The loss of every unit, shape `[...]`, as `optax.softmax_cross_entropy`.
     """
-    logits, labels = jnp.broadcast_arrays(_floating(logits, "logits"), jnp.asarray(labels))
+    logits, labels = _floating(logits, "logits"), jnp.asarray(labels)
+    shape = jnp.broadcast_shapes(logits.shape, labels.shape)
+    if logits.shape != shape and (
+        axis != -1 or where is not None or logits.shape[-1:] != shape[-1:]
+    ):
+        raise ValueError(
+            f"labels have shape {labels.shape}, expected one that broadcasts to the logits' "
+            f"{logits.shape}."
+        )
+    logits, labels = jnp.broadcast_to(logits, shape), jnp.broadcast_to(labels, shape)
     axes = tuple(range(logits.ndim)) if axis is None else axis
     last, _ = _classes_last(labels, axes, None)
     logits, mask = _classes_last(logits, axes, where)
@@ -313,6 +325,8 @@ def _classes_last(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Moves the axes of classes to the end, as one axis; the mask likewise, broadcast to `x`."""
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    if any(not -x.ndim <= a < x.ndim for a in axes) or len({a % x.ndim for a in axes}) < len(axes):
+        raise ValueError(f"axis is {axis}, expected distinct axes of an array of shape {x.shape}.")
     axes = tuple(a % x.ndim for a in axes)
 
     def last(y: jax.Array) -> jax.Array:

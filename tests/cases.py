@@ -185,10 +185,10 @@ def recurrent():
             h = cell(p, h, x)
             return h, h
 
-        return jax.lax.scan(step, jnp.zeros((N, 3)), x.swapaxes(0, 1))[1].swapaxes(0, 1)
+        return jax.lax.scan(step, jnp.zeros((len(x), 3)), x.swapaxes(0, 1))[1].swapaxes(0, 1)
 
     def reference(p, x, tap):
-        h, hs = jnp.zeros((N, 3)), []
+        h, hs = jnp.zeros((len(x), 3)), []
         for t in range(x.shape[1]):
             h = cell(p, h, x[:, t], tap)
             hs.append(h)

@@ -203,14 +203,14 @@ class Finder:
         number = meet.scaled(equation, values)
         if number is not None:
             return [number]
+        picked = meet.picked(equation, values)
+        if picked is not None:
+            return [picked]
         found = meet.contraction(equation, values, frame)
         if found is not None:
             step.use, product = found
             self._add(step.use, equation)
             return [product]
-        picked = meet.picked(equation, values)
-        if picked is not None:
-            return [picked]
         carried = meet.carried_along(equation, values, frame)
         if carried is not None:
             step.derive, view = carried

@@ -1,4 +1,4 @@
-"""Small integer constants in a trace: enough to see through `arange` indices and `one_hot`."""
+"""Small constants in a trace: enough to see through `arange` indices, `one_hot` and numbers."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ _RULES: dict[str, Callable[..., np.ndarray]] = {
     "add": lambda p, a, b: a + b,
     "sub": lambda p, a, b: a - b,
     "mul": lambda p, a, b: a * b,
+    "div": lambda p, a, b: a / b,
+    "sqrt": lambda p, a: np.sqrt(a),
+    "rsqrt": lambda p, a: 1 / np.sqrt(a),
     "lt": lambda p, a, b: a < b,
     "ge": lambda p, a, b: a >= b,
     "max": lambda p, a, b: np.maximum(a, b),
@@ -42,7 +45,7 @@ _RULES: dict[str, Callable[..., np.ndarray]] = {
 
 
 def known(equation: _jax.Equation, values: Sequence[Value]) -> Value:
-    """What an equation of integers makes from known operands; None where that is not known."""
+    """What an equation of integers, or of single numbers, makes from known operands."""
     aval = equation.outvars[0].aval
     name = equation.primitive.name
     if name == "eq" and _is_one_hot(equation, values):
@@ -50,13 +53,15 @@ def known(equation: _jax.Equation, values: Sequence[Value]) -> Value:
     if name == "convert_element_type" and isinstance(values[0], OneHot):
         return values[0]
     kind = getattr(getattr(aval, "dtype", None), "kind", "?")
-    if kind not in "iub" or aval.size > _LARGEST:
+    if not (kind in "iub" and aval.size <= _LARGEST or kind == "f" and aval.size == 1):
         return None
     arrays = [v.value for v in values if isinstance(v, Known)]
     if len(arrays) < len(values):
         return None
     if name in ("reshape", "squeeze"):
         return Known(arrays[0].reshape(aval.shape))
+    if name == "div" and kind != "f":
+        return None
     rule = _RULES.get(name)
     return Known(rule(equation.params, *arrays)) if rule else None
 

@@ -58,6 +58,10 @@ def _moved(equation: _jax.Equation, view: View, batched: bool) -> list[Value] | 
         return [view.reverse(tuple(params["dimensions"]))]
     if name == "split":
         return _split(view, params["axis"], params["sizes"])
+    if name == "tile":
+        stretched = [n for n, times in zip(view.inner, params["reps"], strict=True) if times > 1]
+        whole = all(n == 1 for n in stretched)
+        return [Wide(view, shape, tuple(range(len(shape))))] if whole else None
     if name == "broadcast_in_dim":
         # Where only axes of size one are new, and none of them is the batch, it is a reshape.
         if math.prod(shape) == math.prod(view.inner) and not batched:

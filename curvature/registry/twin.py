@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from curvature import _jax
+from curvature.losses import TAG
 
 PyTree = Any
 
@@ -18,31 +19,46 @@ def one_more_example(
 ) -> _jax.Jaxpr | None:
     """The jaxpr of `loss_fn` on a batch one larger; None where no such trace can be had.
 
-    The batch is the commonest leading size of the arguments' arrays. Model state may happen to have
-    that size, too: where growing every such array fails, each argument is tried alone.
+    The batch is a leading size of the arguments' arrays, the commonest that makes the network's
+    output grow. Model state may happen to have that size, too: where growing every such array
+    fails, growing fewer arguments is tried.
     """
+    outputs = _outputs(jaxpr)
     for grown in _grown(args):
         try:
             twin, _ = _jax.trace(loss_fn, params, *grown)
         except Exception:  # whatever the user's function raises at shapes that do not fit
             continue
-        if _jax.alike(jaxpr, twin):
+        if _jax.alike(jaxpr, twin) and _outputs(twin) != outputs:
             return twin
     return None
 
 
+def _outputs(jaxpr: _jax.Jaxpr) -> list[tuple[int, ...]]:
+    """The shapes of the predictions at the tagged losses."""
+    shapes = []
+    for equation in jaxpr.equations:
+        if equation.primitive.name == TAG:
+            shapes.append(tuple(equation.invars[0].aval.shape))
+        for inner in _jax.nested(equation):
+            shapes.extend(_outputs(inner))
+    return shapes
+
+
 def _grown(args: tuple[PyTree, ...]) -> Iterator[tuple[PyTree, ...]]:
     leading = [leaf.shape[0] for leaf in jax.tree.leaves(args) if getattr(leaf, "ndim", 0)]
-    if not leading:
-        return
-    size, _ = collections.Counter(leading).most_common(1)[0]
+    sizes = [size for size, _ in collections.Counter(leading).most_common(3)]
+    for size in sorted(sizes, key=lambda n: n == 1):  # one example is the last thing to believe
 
-    def grow(leaf: Any) -> Any:
-        if getattr(leaf, "ndim", 0) and leaf.shape[0] == size:
-            return jax.ShapeDtypeStruct((size + 1, *leaf.shape[1:]), leaf.dtype)
-        return leaf
+        def grow(leaf: Any, size: int = size) -> Any:
+            if getattr(leaf, "ndim", 0) and leaf.shape[0] == size:
+                return jax.ShapeDtypeStruct((size + 1, *leaf.shape[1:]), leaf.dtype)
+            return leaf
 
-    yield tuple(jax.tree.map(grow, arg) for arg in args)
-    if len(args) > 1:
-        for i, arg in enumerate(args):
-            yield (*args[:i], jax.tree.map(grow, arg), *args[i + 1 :])
+        grown = [jax.tree.map(grow, arg) for arg in args]
+        yield tuple(grown)
+        if len(args) > 1:
+            for i in range(len(args)):
+                yield (*grown[:i], args[i], *grown[i + 1 :])
+            for i in range(len(args)):
+                yield (*args[:i], grown[i], *args[i + 1 :])
