@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 
-def factors(reference, loss_of_z, params, x, biased):
+def factors(reference, loss_of_z, params, x, biased, compiled=jax.jit):
     """{layer: (A, B)}: A = mean of a a' over rows, B = sum over rows r of J_r' H J_r.
 
     H is the Hessian of the total loss in the network's output, J_r the Jacobian of that output in
@@ -35,8 +35,8 @@ def factors(reference, loss_of_z, params, x, biased):
         return reference(params, x, tap).reshape(-1)
 
     zeros = {name: [jnp.zeros(s) for s in shape] for name, shape in shapes.items()}
-    jacobians = jax.jit(jax.jacrev(perturbed))(zeros)
-    hessian = jax.jit(jax.hessian(lambda flat: loss_of_z(flat.reshape(z.shape))))(z.reshape(-1))
+    jacobians = compiled(jax.jacrev(perturbed))(zeros)
+    hessian = compiled(jax.hessian(lambda flat: loss_of_z(flat.reshape(z.shape))))(z.reshape(-1))
     out = {}
     for name, rows in inputs.items():
         a = jnp.concatenate(rows)

@@ -35,8 +35,8 @@ def block_of(layer: Layer, statistics: dict[str, jax.Array]) -> Block:
 class BlockDiagonal:
     """A block-diagonal linear operator on trees of the parameters' structure.
 
-    Results have the structure and dtypes of the tree that was given. Parameters that are excluded,
-    and entries of a parameter that never meet the data, are outside the operator: zero in results.
+    Results have the structure and dtypes of the tree that was given. Excluded parameters are
+    outside the operator: zero in results.
 
     Attributes:
       blocks: the block of each layer, by name.

@@ -138,7 +138,8 @@ class Estimator:
         raw, gradients = jax.grad(loss, argnums=(0, 1))(structured, generic)
         done = {name: stats.finished(layers[name], raw[name]) for name in structured}
         for name, gradient in gradients.items():
-            done[name] = stats.of_generic(gradient.astype(self._dtype(layers[name])))
+            layer = layers[name]
+            done[name] = stats.of_generic(layer.gather({layer.views[0].source: gradient}))
         return done
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from curvature.registry.layers import Layer, build, generic
 from curvature.registry.plan import Use
 from curvature.registry.taps import Elementwise
-from curvature.registry.views import Shape, View, overlap
+from curvature.registry.views import Shape, View, overlap, remainder
 
 ByLeaf = dict[int, list[Use]]
 
@@ -40,7 +40,8 @@ def assemble(
     for leaf, path in enumerate(paths):
         reason = reasons[leaf]
         if reason is not None:
-            layers.append(generic(path, shapes[leaf], leaf, reason, len(by_leaf[leaf])))
+            whole = View.of(leaf, shapes[leaf])
+            layers.append(generic(path, whole, reason, len(by_leaf[leaf])))
             members.append([])
             continue
         groups = [g for g in groups_of(by_leaf[leaf]) if g[0].joins is None]
@@ -48,6 +49,11 @@ def assemble(
             suffix = f"#{number}" if len(groups) > 1 else ""
             layers.append(build(group, paths, suffix))
             members.append(group)
+        rest = remainder([group[0].view for group in groups_of(by_leaf[leaf])])
+        if rest is not None:
+            reason = "no curvature: these entries do not meet the data"
+            layers.append(generic(path, rest, reason, 0, "#rest"))
+            members.append([])
     names = _names(layers)
     for layer, group in zip(layers, members, strict=True):
         for use in group:

@@ -53,7 +53,7 @@ def known(equation: _jax.Equation, values: Sequence[Value]) -> Value:
     if name == "convert_element_type" and isinstance(values[0], OneHot):
         return values[0]
     kind = getattr(getattr(aval, "dtype", None), "kind", "?")
-    if not (kind in "iub" and aval.size <= _LARGEST or kind == "f" and aval.size == 1):
+    if not ((kind in "iub" and aval.size <= _LARGEST) or (kind == "f" and aval.size == 1)):
         return None
     arrays = [v.value for v in values if isinstance(v, Known)]
     if len(arrays) < len(values):

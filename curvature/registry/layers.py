@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -88,14 +88,14 @@ class Layer:
     def pooled(self) -> bool:
         """Whether its block sees only cotangents summed over examples."""
         squares = self.block in ("diagonal", "dense")
-        return not self.structured or (squares and self.examples == 1)
+        return self.uses > 0 and (not self.structured or (squares and self.examples == 1))
 
     @property
     def size(self) -> int:
         """Number of parameter entries in the layer."""
         return math.prod(self.shape)
 
-    def gather(self, leaves: Sequence[jax.Array]) -> jax.Array:
+    def gather(self, leaves: Sequence[jax.Array] | Mapping[int, jax.Array]) -> jax.Array:
         """The layer's block coordinates, at least float32, from the leaves of a tree."""
         dtype = accumulator(*(leaves[v.source].dtype for v in self.views))
         parts = [view(leaves[view.source]).astype(dtype) for view in self.views]
@@ -138,13 +138,10 @@ def build(group: Sequence[Use], paths: Sequence[Any], suffix: str) -> Layer:
     )
 
 
-def generic(path: Any, shape: Shape, leaf: int, reason: str, uses: int) -> Layer:
-    """The layer of a parameter without structure."""
-    text = jax.tree_util.keystr(path)
-    view = View.of(leaf, shape)
-    return Layer(
-        slashed(path) or "parameters", "generic", (text,), "diagonal", reason, uses, (view,)
-    )
+def generic(path: Any, view: View, reason: str, uses: int, suffix: str = "") -> Layer:
+    """The layer of a parameter, or of some of its entries, without structure."""
+    name, text = slashed(path) or "parameters", jax.tree_util.keystr(path)
+    return Layer(name + suffix, "generic", (text,), "diagonal", reason, uses, (view,))
 
 
 def slashed(path: Any) -> str:

@@ -23,9 +23,9 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """One step of a view: `argument` is a shape, a permutation, slices, or axes to reverse."""
+    """One step of a view: `argument` is a shape, permutation, slices, axes to reverse, indices."""
 
-    kind: Literal["reshape", "transpose", "slice", "reverse"]
+    kind: Literal["reshape", "transpose", "slice", "reverse", "take"]
     argument: tuple[Any, ...]
 
     def __call__(self, x: Any) -> Any:
@@ -37,6 +37,8 @@ class Move:
         if self.kind == "reverse":
             back, keep = slice(None, None, -1), slice(None)
             return x[tuple(back if a in self.argument else keep for a in range(x.ndim))]
+        if self.kind == "take":
+            return x[np.asarray(self.argument)]
         return x[tuple(slice(*s) for s in self.argument)]
 
 
@@ -155,3 +157,17 @@ def overlap(views: list[View]) -> bool:
     for view in views:
         np.add.at(seen, view.indices().ravel(), 1)
     return bool(seen.max(initial=0) > 1)
+
+
+def remainder(views: list[View]) -> View | None:
+    """The entries of the source that none of the (disjoint) views holds, flat; None without any."""
+    source, shape = views[0].source, views[0].source_shape
+    size = int(np.prod(shape, dtype=np.int64))
+    if sum(int(np.prod(view.shape, dtype=np.int64)) for view in views) == size:
+        return None
+    left = np.ones(size, bool)
+    for view in views:
+        left[view.indices().ravel()] = False
+    where = tuple(int(i) for i in np.flatnonzero(left))
+    moves = (Move("reshape", (size,)), Move("take", where))
+    return View(source, shape, (len(where),), moves)
