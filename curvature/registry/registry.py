@@ -159,7 +159,8 @@ def register(
 
     Raises:
       TypeError: a parameter is not a floating-point array, or the loss is not a scalar.
-      ValueError: the loss function has no tagged loss, or there are no parameters.
+      ValueError: the loss function has no tagged loss or has side effects, or there are no
+        parameters.
 
     >>> import jax.numpy as jnp, curvature
     >>> def loss_fn(params, batch):
@@ -190,6 +191,7 @@ def _analyse(
 ) -> Analysis:
     jaxpr, out = _jax.trace(loss_fn, params, *args)
     _check_scalar(out[0] if has_aux else out)
+    _check_pure(jaxpr)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     shapes = [tuple(leaf.shape) for _, leaf in leaves]
     rest = len(jaxpr.invars) - len(leaves)
@@ -278,12 +280,31 @@ def _param_shapes(params: PyTree) -> PyTree:
     return jax.tree.map(_shape, params)
 
 
+def _check_pure(jaxpr: _jax.Jaxpr) -> None:
+    """Raises for side effects other than debugging output: the loss is evaluated once more."""
+    for equation in jaxpr.equations:
+        for inner in _jax.nested(equation):
+            _check_pure(inner)
+        name = equation.primitive.name
+        if equation.effects and not name.startswith("debug") and not _jax.nested(equation):
+            raise ValueError(
+                f"The loss function has a side effect, {name} at {_jax.location(equation)}. "
+                "Curvature evaluates it once more: return what you need as aux instead, or move "
+                "the effect out of the loss."
+            )
+
+
 def _check_scalar(loss: Any) -> None:
     shape = getattr(loss, "shape", None)
     if shape is None:
         raise TypeError(
             f"loss_fn returned {type(loss).__name__}, expected a scalar array. If it returns "
             "(loss, aux), pass has_aux=True."
+        )
+    if not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise TypeError(
+            f"loss_fn returned an array of {loss.dtype}, expected floating point: a loss that "
+            "can be differentiated."
         )
     if shape != ():
         raise TypeError(

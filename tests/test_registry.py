@@ -1,0 +1,181 @@
+"""The registry as its user sees it: table, overrides, exclusion, errors, and what it costs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental import io_callback
+
+import curvature
+
+X = jax.random.normal(jax.random.key(0), (6, 3))
+Y = jax.random.normal(jax.random.key(1), (6, 2))
+
+
+def parameters():
+    key = functools.partial(jax.random.fold_in, jax.random.key(2))
+    return {
+        "dense": {"w": jax.random.normal(key(0), (3, 4)), "b": jax.random.normal(key(1), (4,))},
+        "gain": jax.random.normal(key(2), (4,)),
+        "head": jax.random.normal(key(3), (4, 2)),
+        "odd": jax.random.normal(key(4), (4,)),
+        "unused": jnp.ones(2),
+    }
+
+
+def loss_fn(p, x, y):
+    h = jnp.tanh(x @ p["dense"]["w"] + p["dense"]["b"]) * p["gain"]
+    z = (h * jnp.cumsum(p["odd"])) @ p["head"]
+    penalty = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(p))
+    return curvature.losses.l2_loss(z, y).mean() + 1e-3 * penalty
+
+
+REGISTRY = curvature.register(loss_fn, parameters(), X, Y)
+KEY = jax.random.key(3)
+
+
+def kinds(registry):
+    return {layer.name: (layer.kind, layer.block) for layer in registry.layers}
+
+
+def test_layers_are_found_and_a_penalty_on_the_weights_is_no_use():
+    assert kinds(REGISTRY) == {
+        "dense": ("dense", "kronecker"),
+        "gain": ("scale", "diagonal"),
+        "head": ("dense", "kronecker"),
+        "odd": ("generic", "diagonal"),
+        "unused": ("generic", "diagonal"),
+    }
+    assert [layer.uses for layer in REGISTRY.layers] == [1, 1, 1, 1, 0]
+    assert REGISTRY.layers[0].parameters == ("['dense']['w']", "['dense']['b']")
+    assert REGISTRY.coverage == (16 + 4 + 8) / 34
+
+
+def test_the_table_names_every_parameter_with_its_reason():
+    lines = str(REGISTRY).splitlines()
+    row = {line.split()[0]: line for line in lines[2:8]}
+    assert row["['dense']['b']"].split()[1:5] == ["4", "dense", "kronecker", "1"]
+    assert "cumsum at test_registry.py:" in row["['odd']"]
+    assert "no curvature: no tagged loss depends on it" in row["['unused']"]
+    assert "28 of 34 parameters (82.4%) are in structured blocks." in lines
+    assert any(line.startswith("loss l2_loss on [6, 2] at test_registry.py:") for line in lines)
+
+
+def test_shapes_are_enough():
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (parameters(), X, Y))
+    assert str(curvature.register(loss_fn, *shapes)) == str(REGISTRY)
+
+
+def test_the_loss_is_traced_twice_and_scanned_layers_do_not_cost_more():
+    calls = []
+
+    def deep(p, x, y, depth):
+        calls.append(1)
+        h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"], length=depth)
+        return curvature.losses.l2_loss(h, y).mean()
+
+    steps = []
+    for depth in (2, 40):
+        calls.clear()
+        loss = functools.partial(deep, depth=depth)
+        params = {"w": jnp.ones((depth, 3, 3))}
+        registry = curvature.register(loss, params, X, X)
+        assert len(calls) == 2
+        steps.append(len(list(registry.analyse(params, (X, X)).plan.walk())))
+    assert steps[0] == steps[1]
+
+
+def test_override_by_glob_is_a_new_registry():
+    changed = REGISTRY.override("dense/*", block="diagonal").override("hea*", block="dense")
+    assert kinds(changed)["dense"] == ("dense", "diagonal")
+    assert kinds(changed)["head"] == ("dense", "dense")
+    assert kinds(REGISTRY)["dense"] == ("dense", "kronecker")
+    operator = jax.jit(curvature.Estimator(changed))(parameters(), X, Y, key=KEY)
+    assert operator.blocks["head"].to_dense().shape == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda r: r.override("dens/*", block="diagonal"), "No parameter matches .*dense/w"),
+        (lambda r: r.override("dense/w", exclude=True), "a part of layer 'dense' .*'b'"),
+        (lambda r: r.override("gain", block="kronecker"), "'gain' .*is scale and cannot"),
+        (lambda r: r.override("gain"), "either block=.* or exclude=True"),
+    ],
+)
+def test_bad_overrides_say_what_to_do(call, words):
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        call(REGISTRY)
+
+
+def step(registry, **options):
+    params = parameters()
+    tx = curvature.scale_by_curvature(registry, damping=0.1, **options)
+    grads = jax.grad(loss_fn)(params, X, Y)
+    run = jax.jit(lambda g, p: tx.update(g, tx.init(p), p, loss_args=(X, Y), key=KEY)[0])
+    return grads, run(grads, params)
+
+
+def test_gradients_of_excluded_parameters_pass_unchanged():
+    grads, updates = step(REGISTRY.override("dense/*", exclude=True))
+    _, plain = step(REGISTRY)
+    jax.tree.map(np.testing.assert_array_equal, updates["dense"], grads["dense"])
+    np.testing.assert_allclose(updates["head"], plain["head"], rtol=1e-10)
+    assert np.abs(plain["dense"]["w"] - grads["dense"]["w"]).max() > 1e-3
+
+
+def test_the_fallback_takes_what_is_generic_or_excluded():
+    registry = REGISTRY.override("gain", exclude=True)
+    grads, updates = step(registry, fallback=optax.scale_by_adam())
+    adam = optax.scale_by_adam()
+    expected, _ = adam.update(grads, adam.init(grads))
+    for name in ("odd", "unused", "gain"):
+        np.testing.assert_allclose(updates[name], expected[name], rtol=1e-12)
+    _, plain = step(REGISTRY)
+    np.testing.assert_allclose(updates["head"], plain["head"], rtol=1e-10)
+
+
+def test_a_loss_with_side_effects_is_refused():
+    def noisy(p, x, y):
+        io_callback(lambda v: None, None, x.sum())
+        return loss_fn(p, x, y)
+
+    with pytest.raises(ValueError, match=r"side effect, io_callback at test_registry\.py:"):
+        curvature.register(noisy, parameters(), X, Y)
+
+
+def test_a_loss_that_cannot_be_differentiated_is_refused():
+    def integer(p, x, y):
+        return jnp.round(loss_fn(p, x, y)).astype(int)
+
+    with pytest.raises(TypeError, match="int64, expected floating point"):
+        curvature.register(integer, parameters(), X, Y)
+
+
+def test_a_prediction_that_depends_on_another_loss_is_refused():
+    def nested(p, x, y):
+        first = curvature.losses.l2_loss(x @ p["dense"]["w"][:, :2], y)
+        return curvature.losses.l2_loss(x @ p["dense"]["w"][:, 2:] * first, y).mean()
+
+    with pytest.raises(ValueError, match="depend on the value of another tagged loss"):
+        curvature.register(nested, parameters(), X, Y)
+
+
+def test_entries_that_never_meet_the_data_are_in_the_table():
+    def part(p, x, y):
+        return curvature.losses.l2_loss(x @ p["w"][:, 1:3], y).mean()
+
+    params = {"w": jnp.ones((3, 4))}
+    registry = curvature.register(part, params, X, Y)
+    assert [(x.name, x.kind, x.size) for x in registry.layers] == [
+        ("w", "dense", 6),
+        ("w#rest", "generic", 6),
+    ]
+    operator = curvature.Estimator(registry, curvature.GaussNewton())(params, X, Y)
+    solved = operator.solve({"w": jnp.ones((3, 4))}, damping=0.5)["w"]
+    np.testing.assert_allclose(solved[:, [0, 3]], 2.0)
+    expected = np.linalg.solve(X.T @ X / 12 + 0.5 * np.eye(3), np.ones((3, 2)))
+    np.testing.assert_allclose(solved[:, 1:3], expected, rtol=1e-9)
