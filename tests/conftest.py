@@ -8,7 +8,8 @@ import jax
 import pytest
 
 jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_numpy_dtype_promotion", "standard")  # TODO(lead): strict, see report
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_disable_most_optimizations", True)  # the time of tests is compilation
 
 
 @pytest.fixture

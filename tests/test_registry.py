@@ -127,7 +127,7 @@ def test_gradients_of_excluded_parameters_pass_unchanged():
     assert np.abs(plain["dense"]["w"] - grads["dense"]["w"]).max() > 1e-3
 
 
-def test_the_fallback_takes_what_is_generic_or_excluded():
+def test_the_fallback_takes_what_is_generic_or_excluded(standard_promotion):
     registry = REGISTRY.override("gain", exclude=True)
     grads, updates = step(registry, fallback=optax.scale_by_adam())
     adam = optax.scale_by_adam()
@@ -179,3 +179,12 @@ def test_entries_that_never_meet_the_data_are_in_the_table():
     np.testing.assert_allclose(solved[:, [0, 3]], 2.0)
     expected = np.linalg.solve(X.T @ X / 12 + 0.5 * np.eye(3), np.ones((3, 2)))
     np.testing.assert_allclose(solved[:, 1:3], expected, rtol=1e-9)
+
+
+def test_data_in_a_closure_has_its_batch_in_front():
+    def closed(p):
+        return loss_fn(p, X, Y)
+
+    registry = curvature.register(closed, parameters())
+    assert kinds(registry) == kinds(REGISTRY)
+    assert not registry.batch_found and "leading axes are taken" in str(registry)

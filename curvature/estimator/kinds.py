@@ -206,7 +206,7 @@ def _column(loss: OutputLoss, draw: Draw, z: jax.Array, targets: Targets) -> jax
     """One column of the square root of H_z, the same for every example but for its sign."""
     index, signs = draw
     per_example = z.shape[1:] if z.ndim > loss.event_ndim else z.shape
-    lit = jnp.arange(math.prod(per_example)).reshape(per_example) == index
+    lit = jnp.arange(math.prod(per_example), dtype=index.dtype).reshape(per_example) == index
     vector = jnp.broadcast_to(lit, z.shape).astype(z.dtype)
     return loss.root(_signed(signs, loss, vector), z, targets)
 

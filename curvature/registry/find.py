@@ -220,8 +220,10 @@ class Finder:
             for i, v in enumerate(values)
             if isinstance(v, _PARAMETER) and not self._tap(step, i, v, frame)
         ]
-        several = f" of {len(left)} parameters" if len(left) > 1 else ""
-        self._generic(left, f"{equation.primitive.name}{several} at {self._where(equation)}")
+        what = equation.primitive.name + (f" of {len(left)} parameters" if len(left) > 1 else "")
+        if meet.is_elementwise(equation) and frame.batch(equation.outvars[0]) is None:
+            what += " where no batch axis was found,"
+        self._generic(left, f"{what} at {self._where(equation)}")
         return nothing
 
     def _manual(self, step: Step, values: list[Value], frame: Frame) -> None:

@@ -56,11 +56,13 @@ class Inputs:
       values: what they are.
       after: whether they depend on a tagged loss.
       varies: whether they depend on the data (the loss function's arguments after the parameters).
+      closure: whether the data is in the jaxpr's constants, because there are no such arguments.
     """
 
     values: Sequence[Value]
     after: Sequence[bool]
     varies: Sequence[bool]
+    closure: bool = False
 
 
 class Frame:
@@ -86,6 +88,8 @@ class Frame:
                 self._values[variable] = Known(const)
         self._after = _chosen(jaxpr.invars, inputs.after)
         self._varies = _chosen(jaxpr.invars, inputs.varies)
+        if inputs.closure:
+            self._varies |= set(jaxpr.constvars)
         self._twins: dict[Any, Shape] | None = None
         if twin is not None:
             self._twins = dict(zip(jaxpr.invars, map(_shape, twin.invars), strict=True))

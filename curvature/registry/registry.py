@@ -200,6 +200,7 @@ def _analyse(
         values=[*(View.of(i, shape) for i, shape in enumerate(shapes)), *[None] * rest],
         after=[False] * len(jaxpr.invars),
         varies=[False] * len(leaves) + [True] * rest,
+        closure=rest == 0,
     )
     twin = one_more_example(loss_fn, params, args, jaxpr)
     plan, _ = finder.walk(jaxpr, twin, inputs, [False] * len(jaxpr.outvars))
