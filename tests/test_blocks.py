@@ -545,6 +545,18 @@ def test_excluded_parameters_are_outside_the_operator():
     assert len(rest.eigenvalues()) == 90 - 40
 
 
+@pytest.mark.xfail(
+    reason="BUG in block_diagonal._total and _alike: nothing to stack or concatenate"
+)
+def test_an_operator_without_blocks_is_zero():
+    params, x, y = setup()
+    registry = curvature.register(loss_fn, params, x, y).override("*", exclude=True)
+    op = curvature.Estimator(registry, curvature.GaussNewton())(params, x, y)
+    assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(op @ params))
+    assert op.trace() == op.logdet(0.1) == 0
+    assert op.eigenvalues().shape == (0,)
+
+
 def test_logdet_of_a_regular_operator_without_damping():
     rng = np.random.default_rng(8)
     x, y = rng.normal(size=(6, 3)), rng.normal(size=(6, 2))

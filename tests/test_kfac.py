@@ -702,6 +702,9 @@ BAD_MODELS = {
     "has_aux is forgotten": (
         lambda: curvature.register(lambda p, b: (loss_fn(p, b), {}), PARAMS, BATCH), TypeError,
         "returned tuple, expected a scalar.*has_aux=True"),
+    "has_aux without aux": (
+        lambda: curvature.register(loss_fn, PARAMS, BATCH, has_aux=True), TypeError,
+        r"loss_fn returned .*expected .*\(loss, aux\)"),
     "nothing is returned": (lambda: curvature.register(lambda p, b: None, PARAMS, BATCH), TypeError,
                             "returned NoneType, expected a scalar"),
     "override of an unknown path": (
@@ -746,6 +749,7 @@ BAD_KFAC = {
 BAD_KINDS = {
     "no samples": (lambda: curvature.Fisher(samples=0), "samples is 0, expected a positive"),
     "negative samples": (lambda: curvature.Fisher(samples=-1), "samples is -1, expected"),
+    "half a sample": (lambda: curvature.Fisher(samples=1.5), "samples is 1.5, expected"),
     "no probes": (lambda: curvature.GaussNewton(probes=0), "probes is 0, expected a positive"),
 }
 
@@ -777,12 +781,28 @@ BAD_UPDATES = {
     "params of another dtype": (
         {"params": {**PARAMS, "c": PARAMS["c"].astype(jnp.bfloat16)}}, ValueError,
         r"params\['c'\] is bfloat16\[4, 2\], but float64\[4, 2\]"),
+    "gradient of another shape": ({"updates": {**GRADS, "c": GRADS["c"].T}}, ValueError,
+                                  r"\['c'\].*\[2, 4\].*\[4, 2\]"),
     "gradient of another structure": ({"updates": {"a": GRADS["a"]}}, ValueError,
                                       "structure .*'c'.*found"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD_MODELS)
+def xfail(name, table, reason):
+    """All names of a table, one of them with a known bug."""
+    mark = pytest.mark.xfail(reason=f"BUG: {reason}")
+    return [pytest.param(n, marks=mark) if n == name else n for n in table]
+
+
+@pytest.mark.parametrize(
+    "name",
+    xfail(
+        "has_aux without aux",
+        BAD_MODELS,
+        "registry._analyse indexes what the loss returned: 'ShapeDtypeStruct' object is not "
+        "subscriptable",
+    ),
+)
 def test_bad_models_raise(name):
     call, exception, words = BAD_MODELS[name]
     with pytest.raises(exception, match=f"(?s){words}"):
@@ -807,7 +827,9 @@ def test_bad_settings_of_kfac_raise_when_it_is_made(name):
         curvature.kfac(REGISTRY, **({"learning_rate": 0.1} | settings))
 
 
-@pytest.mark.parametrize("name", BAD_KINDS)
+@pytest.mark.parametrize(
+    "name", xfail("half a sample", BAD_KINDS, "kinds._check_count lets fractions through")
+)
 def test_bad_kinds_raise_when_they_are_made(name):
     call, words = BAD_KINDS[name]
     with pytest.raises(ValueError, match=words):
@@ -816,7 +838,15 @@ def test_bad_kinds_raise_when_they_are_made(name):
 
 @pytest.mark.parametrize("transform", [lambda f: f(), lambda f: jax.jit(f)()], ids=["eager", "jit"])
 @pytest.mark.parametrize("recipe", ["scale_by_curvature", "kfac"])
-@pytest.mark.parametrize("name", BAD_UPDATES)
+@pytest.mark.parametrize(
+    "name",
+    xfail(
+        "gradient of another shape",
+        BAD_UPDATES,
+        "a tree of the right structure but wrong shapes reaches the blocks, where NumPy or XLA "
+        "complains of shapes without a name; see also BlockDiagonal._map",
+    ),
+)
 def test_bad_updates_raise(name, recipe, transform):
     changes, exception, words = BAD_UPDATES[name]
     more = {"learning_rate": 0.1} if recipe == "kfac" else {}
@@ -848,6 +878,30 @@ def test_only_kinds_that_draw_need_a_key():
             else:
                 updates, _ = call()
                 assert all(np.any(np.asarray(u) != 0) for u in jax.tree.leaves(updates))
+
+
+OLD_KEY_BUG = pytest.mark.xfail(
+    reason="BUG in kinds._signed and EmpiricalFisher.draw: a key of jax.random.PRNGKey is no array "
+    "of keys. EmpiricalFisher cannot broadcast it; GaussNewton() silently uses no signs, which "
+    "biases generic blocks (here by far more than the tolerance)"
+)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        curvature.Fisher(),
+        curvature.GaussNewton(probes=2),
+        pytest.param(curvature.GaussNewton(), marks=OLD_KEY_BUG),
+        pytest.param(curvature.EmpiricalFisher(), marks=OLD_KEY_BUG),
+    ],
+    ids=str,
+)
+def test_old_keys_do_what_new_keys_do(kind):
+    estimator = curvature.Estimator(registered(generic=True), kind)
+    params, data = parameters(generic=True), batch()
+    new = estimator.statistics(params, data, key=jax.random.key(3))
+    all_close(estimator.statistics(params, data, key=jax.random.PRNGKey(3)), new)
 
 
 def test_the_message_of_one_bad_argument_does_not_hide_in_a_trace():
