@@ -545,9 +545,6 @@ def test_excluded_parameters_are_outside_the_operator():
     assert len(rest.eigenvalues()) == 90 - 40
 
 
-@pytest.mark.xfail(
-    reason="BUG in block_diagonal._total and _alike: nothing to stack or concatenate"
-)
 def test_an_operator_without_blocks_is_zero():
     params, x, y = setup()
     registry = curvature.register(loss_fn, params, x, y).override("*", exclude=True)

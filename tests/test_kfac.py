@@ -788,21 +788,7 @@ BAD_UPDATES = {
 }  # fmt: skip
 
 
-def xfail(name, table, reason):
-    """All names of a table, one of them with a known bug."""
-    mark = pytest.mark.xfail(reason=f"BUG: {reason}")
-    return [pytest.param(n, marks=mark) if n == name else n for n in table]
-
-
-@pytest.mark.parametrize(
-    "name",
-    xfail(
-        "has_aux without aux",
-        BAD_MODELS,
-        "registry._analyse indexes what the loss returned: 'ShapeDtypeStruct' object is not "
-        "subscriptable",
-    ),
-)
+@pytest.mark.parametrize("name", BAD_MODELS)
 def test_bad_models_raise(name):
     call, exception, words = BAD_MODELS[name]
     with pytest.raises(exception, match=f"(?s){words}"):
@@ -827,9 +813,7 @@ def test_bad_settings_of_kfac_raise_when_it_is_made(name):
         curvature.kfac(REGISTRY, **({"learning_rate": 0.1} | settings))
 
 
-@pytest.mark.parametrize(
-    "name", xfail("half a sample", BAD_KINDS, "kinds._check_count lets fractions through")
-)
+@pytest.mark.parametrize("name", BAD_KINDS)
 def test_bad_kinds_raise_when_they_are_made(name):
     call, words = BAD_KINDS[name]
     with pytest.raises(ValueError, match=words):
@@ -838,15 +822,7 @@ def test_bad_kinds_raise_when_they_are_made(name):
 
 @pytest.mark.parametrize("transform", [lambda f: f(), lambda f: jax.jit(f)()], ids=["eager", "jit"])
 @pytest.mark.parametrize("recipe", ["scale_by_curvature", "kfac"])
-@pytest.mark.parametrize(
-    "name",
-    xfail(
-        "gradient of another shape",
-        BAD_UPDATES,
-        "a tree of the right structure but wrong shapes reaches the blocks, where NumPy or XLA "
-        "complains of shapes without a name; see also BlockDiagonal._map",
-    ),
-)
+@pytest.mark.parametrize("name", BAD_UPDATES)
 def test_bad_updates_raise(name, recipe, transform):
     changes, exception, words = BAD_UPDATES[name]
     more = {"learning_rate": 0.1} if recipe == "kfac" else {}
@@ -880,20 +856,13 @@ def test_only_kinds_that_draw_need_a_key():
                 assert all(np.any(np.asarray(u) != 0) for u in jax.tree.leaves(updates))
 
 
-OLD_KEY_BUG = pytest.mark.xfail(
-    reason="BUG in kinds._signed and EmpiricalFisher.draw: a key of jax.random.PRNGKey is no array "
-    "of keys. EmpiricalFisher cannot broadcast it; GaussNewton() silently uses no signs, which "
-    "biases generic blocks (here by far more than the tolerance)"
-)
-
-
 @pytest.mark.parametrize(
     "kind",
     [
         curvature.Fisher(),
         curvature.GaussNewton(probes=2),
-        pytest.param(curvature.GaussNewton(), marks=OLD_KEY_BUG),
-        pytest.param(curvature.EmpiricalFisher(), marks=OLD_KEY_BUG),
+        curvature.GaussNewton(),
+        curvature.EmpiricalFisher(),
     ],
     ids=str,
 )

@@ -87,7 +87,7 @@ class BlockDiagonal:
     def eigenvalues(self) -> jax.Array:
         """All eigenvalues, ascending."""
         parts = [block.eigenvalues().ravel() for block in self.blocks.values()]
-        return jnp.sort(jnp.concatenate(_alike(parts)))
+        return jnp.sort(jnp.concatenate(_alike(parts))) if parts else jnp.zeros((0,))
 
     def diagonal(self) -> PyTree:
         """The diagonal, as a tree of the parameters' structure; None for excluded parameters."""
@@ -101,6 +101,7 @@ class BlockDiagonal:
                 f"The operator acts on trees of the parameters' structure {self.structure}, "
                 f"found {structure}."
             )
+        self._check_shapes(leaves)
         parts = [apply(self.blocks[layer.name], layer.gather(leaves)) for layer in self.layers]
         out = self._scatter(parts)
         pairs = zip(out, leaves, strict=True)
@@ -108,6 +109,16 @@ class BlockDiagonal:
             structure,
             [jnp.zeros_like(v) if x is None else x.astype(v.dtype) for x, v in pairs],
         )
+
+    def _check_shapes(self, leaves: Sequence[jax.Array]) -> None:
+        for layer in self.layers:
+            for path, view in zip(layer.parameters, layer.views, strict=True):
+                shape = tuple(leaves[view.source].shape)
+                if shape != view.source_shape:
+                    raise ValueError(
+                        f"The tree's {path} has shape {list(shape)}, expected that of the "
+                        f"parameter, {list(view.source_shape)}."
+                    )
 
     def _scatter(self, parts: Sequence[jax.Array]) -> list[jax.Array | None]:
         """Leaves from the block coordinates of every layer; None for excluded parameters."""
@@ -124,4 +135,4 @@ def _alike(parts: list[jax.Array]) -> list[jax.Array]:
 
 
 def _total(parts: list[jax.Array]) -> jax.Array:
-    return jnp.sum(jnp.stack(_alike(parts)))
+    return jnp.sum(jnp.stack(_alike(parts))) if parts else jnp.zeros(())

@@ -86,6 +86,8 @@ class Estimator:
                 f"{self.kind} needs a random key here: pass key=jax.random.key(...). Sampling "
                 "needs one, and so does every kind where some parameters are generic."
             )
+        if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            key = jax.random.wrap_key_data(key)  # a key of jax.random.PRNGKey
         analysis = self.registry.analyse(params, args)
         draws = self.kind.draw(analysis.losses, key)
         passes = jax.tree.leaves(draws)[0].shape[0]

@@ -171,7 +171,7 @@ class EmpiricalFisher:
 
 
 def _check_count(name: str, count: int | None) -> None:
-    if count is not None and count < 1:
+    if count is not None and (not isinstance(count, (int, np.integer)) or count < 1):
         raise ValueError(f"{name} is {count}, expected a positive integer or None (exact).")
 
 

@@ -190,6 +190,10 @@ def _analyse(
     loss_fn: Callable[..., Any], has_aux: bool, params: PyTree, args: tuple[PyTree, ...]
 ) -> Analysis:
     jaxpr, out = _jax.trace(loss_fn, params, *args)
+    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+        raise TypeError(
+            f"loss_fn returned {type(out).__name__}, expected (loss, aux) because has_aux is True."
+        )
     _check_scalar(out[0] if has_aux else out)
     _check_pure(jaxpr)
     leaves = jax.tree_util.tree_leaves_with_path(params)
