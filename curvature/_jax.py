@@ -22,7 +22,6 @@ from jax.extend import source_info_util
 from jax.interpreters import ad, batching, mlir
 
 Literal = jex_core.Literal
-Var = jex_core.Var
 Equation = Any  # jax.extend.core.JaxprEqn: .primitive.name, .params, .invars, .outvars
 
 

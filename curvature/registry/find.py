@@ -195,8 +195,9 @@ class Finder:
             self._join(step, values, frame, *added)
             return nothing
         for i, value in enumerate(values):
-            wide = isinstance(value, Wide) and frame.batch(equation.invars[i]) is not None
-            if wide and isinstance(value, Wide) and self._tap(step, i, value, frame):
+            if not isinstance(value, Wide) or frame.batch(equation.invars[i]) is None:
+                continue
+            if self._tap(step, i, value, frame):
                 values[i] = None
         if not any(isinstance(v, _PARAMETER) for v in values):
             return nothing
