@@ -58,7 +58,7 @@ class Call:
     are `num_consts` constants, `num_carry` carries, and the scanned arrays.
     """
 
-    kind: str  # "jit", "remat", "custom_jvp", "scan" or "cond"
+    kind: str  # "jit", "remat", "custom_jvp", "scan", "cond" or "shard_map"
     bodies: tuple[Jaxpr, ...]
     skip: int = 0
     num_consts: int = 0
@@ -77,7 +77,7 @@ _REMAT_CALLS = ("remat2", "remat", "checkpoint")
 def call_of(equation: Equation) -> Call | None:
     """The `Call` behind an equation, or None where the equation is to be taken as a whole.
 
-    `while`, `custom_vjp_call`, `shard_map` and whatever is unknown are taken as a whole.
+    `while`, `custom_vjp_call` and whatever is unknown are taken as a whole.
     """
     name, params = equation.primitive.name, equation.params
     if name in _INLINE_CALLS:
@@ -88,6 +88,8 @@ def call_of(equation: Equation) -> Call | None:
         return Call("custom_jvp", (Jaxpr.wrap(params["call_jaxpr"]),))
     if name == "cond":
         return Call("cond", tuple(Jaxpr.wrap(b) for b in params["branches"]), skip=1)
+    if name == "shard_map":
+        return Call("shard_map", (Jaxpr.wrap(params["jaxpr"]),))
     if name == "scan":
         if "ft_in" in params:
             consts, carry, _ = params["ft_in"].elts
@@ -96,6 +98,44 @@ def call_of(equation: Equation) -> Call | None:
             num_consts, num_carry = params["num_consts"], params["num_carry"]
         return Call("scan", (Jaxpr.wrap(params["jaxpr"]),), 0, num_consts, num_carry)
     return None
+
+
+def sharded_operands(equation: Equation) -> list[bool]:
+    """For each operand of a `shard_map`, whether a device sees only a part of it."""
+    return [any(axis is not None for axis in spec) for spec in equation.params["in_specs"]]
+
+
+def shard_map(
+    equation: Equation, body: Callable[..., list[Any]], operands: list[Any], rest: Any
+) -> list[Any]:
+    """Runs `body(*operands, rest)` as a `shard_map` does its jaxpr; `rest` is on every device."""
+    params = equation.params
+    mapped = jax.shard_map(
+        lambda *xs: tuple(body(*xs)),
+        mesh=params["mesh"],
+        in_specs=(*params["in_specs"], jax.sharding.PartitionSpec()),
+        out_specs=params["out_specs"],
+        axis_names=set(params["newly_manual_axes"]),
+        check_vma=params["check_vma"],
+    )
+    return list(mapped(*operands, rest))  # type: ignore[no-untyped-call]
+
+
+def devices_apart(equation: Equation) -> tuple[tuple[str, ...], bool]:
+    """The mesh axes over which a `shard_map` runs, and whether it tracks what varies over them."""
+    return tuple(sorted(equation.params["newly_manual_axes"])), equation.params["check_vma"]
+
+
+def varying_over(x: Any) -> frozenset[str]:
+    """The mesh axes over which a value is known to vary, inside a `shard_map`."""
+    axes: frozenset[str] = jax.typeof(x).manual_axis_type.varying
+    return axes
+
+
+def varying_like(x: Any, like: Any) -> Any:
+    """`x`, allowed to vary over the mesh axes over which `like` does."""
+    missing = tuple(sorted(varying_over(like) - varying_over(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def nested(equation: Equation) -> tuple[Jaxpr, ...]:
@@ -108,15 +148,25 @@ def nested(equation: Equation) -> tuple[Jaxpr, ...]:
     return tuple(found)
 
 
-def alike(one: Jaxpr, other: Jaxpr) -> bool:
-    """Whether two jaxprs list the same primitives on arrays of the same ranks."""
+def has_side_effect(equation: Equation) -> bool:
+    """Whether an equation does more than give its outputs (and print them, for debugging)."""
+    effects = [e for e in equation.effects if type(e).__name__ != "NamedAxisEffect"]
+    return bool(effects) and not equation.primitive.name.startswith("debug")
 
-    def ranks(equation: Equation) -> list[int | None]:
-        return [getattr(v.aval, "ndim", None) for v in equation.outvars]
+
+def alike(one: Jaxpr, other: Jaxpr, *, lengths: bool = False) -> bool:
+    """Whether two jaxprs list the same primitives on arrays of the same ranks.
+
+    With `lengths`, scans must be equally long, too.
+    """
+
+    def signature(equation: Equation) -> Any:
+        ranks = [getattr(v.aval, "ndim", None) for v in equation.outvars]
+        return equation.primitive.name, ranks, lengths and equation.params.get("length")
 
     pairs = zip(one.equations, other.equations, strict=False)
     return len(one.equations) == len(other.equations) and all(
-        a.primitive.name == b.primitive.name and ranks(a) == ranks(b) for a, b in pairs
+        signature(a) == signature(b) for a, b in pairs
     )
 
 

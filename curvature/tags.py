@@ -37,7 +37,8 @@ def tag_layer(
       `y`. It is the result that has to be used: a tag whose result goes nowhere is dead code.
 
     Raises:
-      ValueError: the shapes do not fit.
+      ValueError: by `register`, which knows the parameters' names: the shapes do not fit, or the
+        weight is no parameter.
 
     >>> import jax, jax.numpy as jnp, curvature
     >>> @jax.custom_vjp
@@ -51,17 +52,7 @@ def tag_layer(
     >>> [layer.kind for layer in curvature.register(loss_fn, params, x, t).layers]
     ['dense']
     """
-    y, x, weight = jnp.asarray(y), jnp.asarray(x), jnp.asarray(weight)
-    parameters = [weight] if bias is None else [weight, jnp.asarray(bias)]
-    expected = (*x.shape[-1:], *y.shape[-1:])
-    if weight.shape != expected or x.shape[:-1] != y.shape[:-1]:
-        raise ValueError(
-            f"tag_layer: weight has shape {weight.shape}, input {x.shape} and output {y.shape}; "
-            "expected (d_in, d_out), [..., d_in] and [..., d_out] with equal leading axes."
-        )
-    if bias is not None and parameters[1].shape != y.shape[-1:]:
-        raise ValueError(
-            f"tag_layer: bias has shape {parameters[1].shape}, expected {y.shape[-1:]}."
-        )
-    tagged: jax.Array = _primitive.bind(y, x, *parameters)
+    parameters = [weight] if bias is None else [weight, bias]
+    operands = [jnp.asarray(operand) for operand in (y, x, *parameters)]
+    tagged: jax.Array = _primitive.bind(*operands)
     return tagged

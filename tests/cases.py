@@ -137,6 +137,40 @@ def vmapped():
     return params, normal(2, N, 3), model, reference, {"w"}
 
 
+def joined():
+    """Kernels and biases of two gates, concatenated into one operand: columns of one block."""
+    params = {"w": normal(0, 3, 2), "v": normal(1, 3, 4), "b": normal(2, 2), "c": normal(3, 4)}
+
+    def both(p):
+        return jnp.concatenate([p["w"], p["v"]], 1), jnp.concatenate([p["b"], p["c"]])
+
+    def model(p, x):
+        kernel, bias = both(p)
+        return jnp.tanh(x @ kernel + bias)
+
+    def reference(p, x, tap):
+        kernel, bias = both(p)
+        return jnp.tanh(tap("{w,v}", x, x @ kernel + bias))
+
+    return params, normal(4, N, 3), model, reference, {"{w,v}"}
+
+
+def joined_rows():
+    """A kernel stacked from the rows of one leaf and the columns of another, then transposed."""
+    params = {"w": normal(0, 2, 3), "v": normal(1, 3, 2)}
+
+    def kernel(p):
+        return jnp.concatenate([p["w"], p["v"].T], 0)
+
+    def model(p, x):
+        return jnp.tanh(jnp.einsum("nti,oi->nto", x, kernel(p).T))
+
+    def reference(p, x, tap):
+        return jnp.tanh(tap("{w,v}", x, x @ kernel(p)))
+
+    return params, normal(2, N, 5, 4), model, reference, ()
+
+
 def reshaped():
     """A flat parameter vector."""
     params = {"w": normal(0, 12)}
@@ -356,6 +390,8 @@ CASES = {
     "weight on the left": weight_left,
     "transposed": transposed,
     "vmapped": vmapped,
+    "joined": joined,
+    "joined rows": joined_rows,
     "reshaped": reshaped,
     "fused": fused,
     "shared": shared,

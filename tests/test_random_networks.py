@@ -28,6 +28,11 @@ def weight(key, *shape):
     return jax.random.normal(key, shape) / np.sqrt(D)
 
 
+def halves(k):
+    one, two = weight(k, D, 1), weight(jax.random.fold_in(k, 7), D, D - 1)
+    return {"left": one, "right": two}
+
+
 LAYOUTS = {
     "plain": (lambda k: weight(k, D, D), lambda w, x: x @ w, lambda w: w),
     "transposed": (lambda k: weight(k, D, D), lambda w, x: x @ w.T, lambda w: w.T),

@@ -104,6 +104,10 @@ def test_override_by_glob_is_a_new_registry():
         (lambda r: r.override("dense/w", exclude=True), "a part of layer 'dense' .*'b'"),
         (lambda r: r.override("gain", block="kronecker"), "'gain' .*is scale and cannot"),
         (lambda r: r.override("gain"), "either block=.* or exclude=True"),
+        (
+            lambda r: r.override("dense/b", block="diagonal"),
+            r"ambiguous: .* but not \['dense'\]\['w'\]",
+        ),
     ],
 )
 def test_bad_overrides_say_what_to_do(call, words):
@@ -145,6 +149,66 @@ def test_a_loss_with_side_effects_is_refused():
 
     with pytest.raises(ValueError, match=r"side effect, io_callback at test_registry\.py:"):
         curvature.register(noisy, parameters(), X, Y)
+
+
+def looped(p, x):
+    """A layer in a `while` loop, which JAX cannot differentiate in reverse."""
+    body = lambda carry: (carry[0] + 1, jnp.tanh(carry[1] @ p["square"]))  # noqa: E731
+    return jax.lax.while_loop(lambda carry: carry[0] < 3, body, (0, x @ p["first"]))[1]
+
+
+def test_a_loss_that_no_gradient_passes_names_the_loop_and_the_parameters():
+    params = {"first": jnp.ones((3, 2)), "square": jnp.ones((2, 2)), "last": jnp.ones((2, 2))}
+
+    def loss_fn(p, x, y):
+        return curvature.losses.l2_loss(looped(p, x) @ p["last"], y).mean()
+
+    registry = curvature.register(loss_fn, params, X, Y)
+    (square,) = (layer for layer in registry.layers if layer.name == "square")
+    assert square.kind == "generic"
+    assert "while, which no gradient passes, at test_registry.py:" in square.reason
+    words = r"while at test_registry\.py:\d+ \(\['first'\], \['square'\]\).*custom_vjp"
+    with pytest.raises(ValueError, match=words):
+        curvature.Estimator(registry)(params, X, Y, key=KEY)
+
+
+@pytest.mark.parametrize(
+    "shapes, words",
+    [
+        ({"w": (4, 2)}, r"test_registry\.py:\d+: the parameter \['w'\] is met in shape \(4, 2\)"),
+        ({"b": (3,)}, r"test_registry\.py:\d+: the parameter \['b'\] is met in shape \(3,\)"),
+    ],
+)
+def test_a_tag_whose_shapes_do_not_fit_names_the_parameter_and_the_line(shapes, words):
+    shapes = {"w": (3, 2), "b": (2,)} | shapes
+
+    def tagged(p, x, y):
+        z = jnp.sum(x) + jnp.zeros((len(x), 2))
+        return curvature.losses.l2_loss(curvature.tag_layer(z, x, p["w"], p["b"]), y).mean()
+
+    with pytest.raises(ValueError, match=words):
+        curvature.register(tagged, {k: jnp.ones(s) for k, s in shapes.items()}, X, Y)
+
+
+def test_the_class_of_a_kind_is_no_kind():
+    with pytest.raises(TypeError, match=r"class Fisher, expected an instance: Fisher\(\)"):
+        curvature.Estimator(REGISTRY, curvature.Fisher)
+
+
+def test_concatenated_leaves_are_generic_where_they_are_used_elsewhere_too():
+    params = {"a": jnp.ones((3, 1)), "b": jnp.ones((3, 1)), "c": jnp.ones((3, 2))}
+
+    def loss_fn(p, x, y):
+        z = x @ jnp.concatenate([p["a"], p["b"]], 1)
+        again = x @ jnp.concatenate([p["c"], p["a"]], 1)[:, :2]  # a part of it
+        return curvature.losses.l2_loss(z + again, y).mean()
+
+    registry = curvature.register(loss_fn, params, X, Y)
+    reasons = [layer.reason for layer in registry.layers]
+    assert [layer.kind for layer in registry.layers] == ["generic"] * 3
+    assert all("concatenated and used" in reason for reason in reasons)
+    operator = curvature.Estimator(registry)(params, X, Y, key=KEY)
+    assert all(bool(jnp.all(jnp.isfinite(d))) for d in jax.tree.leaves(operator.diagonal()))
 
 
 def test_a_loss_that_cannot_be_differentiated_is_refused():

@@ -112,7 +112,7 @@ class BlockDiagonal:
 
     def _check_shapes(self, leaves: Sequence[jax.Array]) -> None:
         for layer in self.layers:
-            for path, view in zip(layer.parameters, layer.views, strict=True):
+            for path, view in zip(layer.parameters, layer.leaves, strict=True):
                 shape = tuple(leaves[view.source].shape)
                 if shape != view.source_shape:
                     raise ValueError(

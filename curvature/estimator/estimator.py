@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from curvature.blocks import BlockDiagonal, block_of
 from curvature.estimator import statistics as stats
+from curvature.estimator.alive import alive_rows
 from curvature.estimator.evaluate import Sweep, evaluate
 from curvature.estimator.kinds import Draw, Fisher, Kind
 from curvature.estimator.statistics import Statistics
@@ -47,6 +48,13 @@ class Estimator:
     registry: Registry
     kind: Kind = _FISHER
     max_factor_dim: int = 8192
+
+    def __post_init__(self) -> None:
+        if isinstance(self.kind, type):
+            raise TypeError(
+                f"kind is the class {self.kind.__name__}, expected an instance: "
+                f"{self.kind.__name__}()."
+            )
 
     @property
     def needs_key(self) -> bool:
@@ -91,7 +99,19 @@ class Estimator:
         analysis = self.registry.analyse(params, args)
         draws = self.kind.draw(analysis.losses, key)
         passes = jax.tree.leaves(draws)[0].shape[0]
-        summed = _sum_passes(lambda draw: self._pass(analysis, params, args, draw), draws, passes)
+        try:
+            alive = self._alive(analysis, params, args)
+            summed = _sum_passes(
+                lambda draw: self._pass(analysis, params, args, draw, alive), draws, passes
+            )
+        except (ValueError, NotImplementedError) as error:
+            if not analysis.blocked:
+                raise
+            raise ValueError(
+                "The loss cannot be differentiated: between its parameters (in parentheses) and a "
+                f"tagged loss stands {'; '.join(analysis.blocked)}. Use scan or a fori_loop with "
+                "constant bounds, give the function a custom_vjp, or exclude the parameters."
+            ) from error
         return {
             layer.name: stats.combined(layer, summed[layer.name], passes, self.kind.averaged)
             for layer in analysis.layers
@@ -113,10 +133,19 @@ class Estimator:
 
     def _dtype(self, layer: Layer) -> Any:
         leaves = jax.tree.leaves(self.registry.params)
-        return accumulator(*(leaves[v.source].dtype for v in layer.views))
+        return accumulator(*(leaves[v.source].dtype for v in layer.leaves))
+
+    def _alive(self, analysis: Analysis, params: PyTree, args: PyTree) -> dict[int, jax.Array]:
+        layers = {layer.name: layer for layer in analysis.layers}
+        return alive_rows(analysis, layers, [*jax.tree.leaves(params), *jax.tree.leaves(args)])
 
     def _pass(
-        self, analysis: Analysis, params: PyTree, args: PyTree, draws: tuple[Draw, ...]
+        self,
+        analysis: Analysis,
+        params: PyTree,
+        args: PyTree,
+        draws: tuple[Draw, ...],
+        alive: dict[int, jax.Array],
     ) -> dict[str, Statistics]:
         """One backward pass: the raw statistics of every layer."""
         layers = {layer.name: layer for layer in analysis.layers}
@@ -132,7 +161,7 @@ class Estimator:
             inputs = list(leaves)
             for name, leaf in generic.items():
                 inputs[layers[name].views[0].source] = leaf
-            sweep = Sweep(layers, self.kind, tokens, dict(enumerate(draws)))
+            sweep = Sweep(layers, self.kind, tokens, dict(enumerate(draws)), alive)
             outs, _ = evaluate(analysis.plan, [*inputs, *jax.tree.leaves(args)], sweep)
             value: jax.Array = outs[0]
             return value

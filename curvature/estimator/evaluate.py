@@ -23,10 +23,11 @@ import jax.numpy as jnp
 
 from curvature import _jax
 from curvature.estimator.kinds import Draw, Kind
-from curvature.estimator.rows import rows_of
+from curvature.estimator.rows import output_rows, rows_of
 from curvature.estimator.statistics import Statistics, of_contraction, of_elementwise
 from curvature.losses import OutputLoss, Targets
 from curvature.precision import accumulator
+from curvature.registry import meet
 from curvature.registry.layers import Layer
 from curvature.registry.plan import Plan, Step, Use
 from curvature.registry.taps import Convolution, Dense, Elementwise, Lookup
@@ -41,12 +42,20 @@ class Sweep:
       kind: the source of cotangents.
       tokens: for each layer, zeros of the shape of its statistics.
       draws: for each loss, what the kind needs there.
+      alive: for each contraction, by the index of its use, which rows count; all do where it is
+        missing.
+      marking: whether `alive` holds tokens instead, whose gradient says which rows a loss depends
+        on (see `alive.py`), and no statistics are taken.
+      devices: mesh axes of the `shard_map`s around, and whether what varies over them is tracked.
     """
 
     layers: Mapping[str, Layer]
     kind: Kind
     tokens: Mapping[str, Statistics]
     draws: Mapping[int, Draw]
+    alive: Mapping[int, jax.Array] = dataclasses.field(default_factory=dict)
+    marking: bool = False
+    devices: tuple[tuple[str, ...], bool] = ((), False)
 
 
 def evaluate(
@@ -74,7 +83,7 @@ def evaluate(
             jax.lax.stop_gradient(v) if cut else v for v, cut in zip(values, step.cut, strict=True)
         ]
         known = [read_slope(v) for v in step.equation.invars]
-        for position, use in step.taps:
+        for position, use in () if sweep.marking else step.taps:
             values[position] = _broadcast(use, values[position], known[position], sweep)
         if step.derive is not None:
             slope[step.equation.outvars[0]] = _derived(step, values, known[step.derive])
@@ -89,13 +98,16 @@ def _step(
 ) -> tuple[list[Any], list[Any]]:
     if step.loss is not None:
         loss = step.equation.params["loss"]
-        return [_loss(loss, sweep.kind, sweep.draws[step.loss], values)], []
+        return [_loss(loss, sweep, sweep.draws[step.loss], values)], []
     if step.use is not None and step.use.layer is not None:
         return [_contraction(step, step.use, values, sweep)], []
     if step.call is None:
-        return _jax.bind(step.equation, values), []
+        gate = meet.gate(step.equation) if sweep.marking else None
+        return _jax.bind(step.equation, values) if gate is None else _opened(step, values, gate), []
     if step.call.kind == "scan":
         return _scan(step, values, slopes, sweep), []
+    if step.call.kind == "shard_map":
+        return _sharded(step, values, slopes, sweep), []
     if step.call.kind == "cond":
         index, *operands = values
         branches = [
@@ -120,13 +132,17 @@ def _scan(step: Step, values: list[Any], slopes: list[Any], sweep: Sweep) -> lis
     consts = values[: call.num_consts]
     init = values[call.num_consts : call.num_consts + call.num_carry]
     scanned = values[call.num_consts + call.num_carry :]
-    stacked = {name: sweep.tokens[name] for name in step.stacked}
+    stacked = {name: sweep.tokens[name] for name in step.stacked if not sweep.marking}
     draws = {i: sweep.draws[i] for i in step.losses}
+    rows = {i: sweep.alive[i] for i in step.contractions if i in sweep.alive}
 
     def one(carry: list[Any], slices: Any) -> tuple[list[Any], list[Any]]:
-        xs, tokens, drawn = slices
+        xs, tokens, drawn, alive = slices
         inner = dataclasses.replace(
-            sweep, tokens={**sweep.tokens, **tokens}, draws={**sweep.draws, **drawn}
+            sweep,
+            tokens={**sweep.tokens, **tokens},
+            draws={**sweep.draws, **drawn},
+            alive={**sweep.alive, **alive},
         )
         outs, _ = evaluate(body, [*consts, *carry, *xs], inner, slopes[: call.num_consts])
         return outs[: call.num_carry], outs[call.num_carry :]
@@ -134,12 +150,28 @@ def _scan(step: Step, values: list[Any], slopes: list[Any], sweep: Sweep) -> lis
     carry, ys = jax.lax.scan(
         one,
         init,
-        (scanned, stacked, draws),
+        (scanned, stacked, draws, rows),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
     return [*carry, *ys]
+
+
+def _sharded(step: Step, values: list[Any], slopes: list[Any], sweep: Sweep) -> list[Any]:
+    """A `shard_map`: the gradient of a token that is on every device is the sum over devices."""
+    (body,) = step.bodies
+
+    def run(*operands: Any) -> list[Any]:
+        *inputs, (tokens, draws, slopes) = operands
+        axes, tracked = _jax.devices_apart(step.equation)
+        inner = dataclasses.replace(
+            sweep, tokens=tokens, draws=draws, devices=((*sweep.devices[0], *axes), tracked)
+        )
+        return evaluate(body, inputs, inner, slopes)[0]
+
+    rest = (dict(sweep.tokens), dict(sweep.draws), slopes)
+    return _jax.shard_map(step.equation, run, values, rest)
 
 
 def _derived(step: Step, values: list[Any], slope: Any) -> jax.Array:
@@ -163,7 +195,10 @@ def _contraction(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.A
     """A contraction of data and parameter whose token's gradient is its statistics."""
     how, layer = use.how, sweep.layers[str(use.layer)]
     assert isinstance(how, (Dense, Convolution, Lookup))
+    if sweep.marking:
+        return _marked(step, use, values, sweep)
     bias = use.bias.scale if use.bias is not None else None
+    alive = sweep.alive.get(use.index)
     if use.manual:
         assert isinstance(how, Dense)
         return _manual(layer, use, how, values, sweep)
@@ -173,23 +208,24 @@ def _contraction(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.A
         return y
 
     @jax.custom_vjp
-    def tapped(x: jax.Array, w: jax.Array, token: Statistics) -> jax.Array:
+    def tapped(x: jax.Array, w: jax.Array, token: Statistics, alive: Any) -> jax.Array:
         return apply(x, w)
 
-    def forward(x: jax.Array, w: jax.Array, token: Statistics) -> Any:
-        return apply(x, w), (x, w, token)
+    def forward(x: jax.Array, w: jax.Array, token: Statistics, alive: Any) -> Any:
+        return apply(x, w), (x, w, token, alive)
 
     def backward(kept: Any, g: jax.Array) -> Any:
-        x, w, token = kept
+        x, w, token, alive = kept
         dx = None
         if not isinstance(how, Lookup):
             (dx,) = jax.linear_transpose(lambda y: apply(y, w), x)(g)
-        rows = rows_of(how, x, g, bias, jax.tree.leaves(token)[0].dtype)
-        return dx, None, of_contraction(layer, rows, token, flipped=use.flipped)
+        rows = rows_of(how, x, g, bias, alive, jax.tree.leaves(token)[0].dtype)
+        found = of_contraction(layer, rows, token, flipped=use.flipped)
+        return dx, None, _varying_like(found, g), None
 
     tapped.defvjp(forward, backward)
-    w = jax.lax.stop_gradient(values[1 - how.operand])
-    return tapped(values[how.operand], w, sweep.tokens[layer.name])
+    x, w = values[how.operand], jax.lax.stop_gradient(values[1 - how.operand])
+    return tapped(x, w, _varying_like(sweep.tokens[layer.name], x), alive)
 
 
 def _manual(layer: Layer, use: Use, how: Dense, values: list[Any], sweep: Sweep) -> jax.Array:
@@ -197,16 +233,54 @@ def _manual(layer: Layer, use: Use, how: Dense, values: list[Any], sweep: Sweep)
     bias = use.bias.scale if use.bias is not None else None
 
     @jax.custom_vjp
-    def tapped(y: jax.Array, x: jax.Array, token: Statistics) -> jax.Array:
+    def tapped(y: jax.Array, x: jax.Array, token: Statistics, alive: Any) -> jax.Array:
         return y
 
     def backward(kept: Any, g: jax.Array) -> Any:
-        x, token = kept
-        rows = rows_of(how, x, g, bias, jax.tree.leaves(token)[0].dtype)
-        return g, None, of_contraction(layer, rows, token, flipped=use.flipped)
+        x, token, alive = kept
+        rows = rows_of(how, x, g, bias, alive, jax.tree.leaves(token)[0].dtype)
+        found = of_contraction(layer, rows, token, flipped=use.flipped)
+        return g, None, _varying_like(found, g), None
 
-    tapped.defvjp(lambda y, x, token: (y, (x, token)), backward)
-    return tapped(values[0], values[1], sweep.tokens[layer.name])
+    tapped.defvjp(lambda y, *rest: (y, rest), backward)
+    y, x, *_ = values
+    return tapped(y, x, _varying_like(sweep.tokens[layer.name], y), sweep.alive.get(use.index))
+
+
+def _varying_like(statistics: Statistics, like: jax.Array) -> Statistics:
+    return jax.tree.map(lambda x: _jax.varying_like(x, like), statistics)
+
+
+def _marked(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.Array:
+    """The output of a contraction; its token's gradient says which rows have a cotangent."""
+    how = use.how
+    assert isinstance(how, (Dense, Convolution, Lookup))
+
+    @jax.custom_vjp
+    def marked(y: jax.Array, token: jax.Array) -> jax.Array:
+        return y
+
+    def backward(token: jax.Array, g: jax.Array) -> Any:
+        return g, jnp.any(output_rows(how, g) != 0, axis=-1).astype(token.dtype)
+
+    marked.defvjp(lambda y, token: (y, token), backward)
+    (y,) = _jax.bind(step.equation, values)
+    token = sweep.alive.get(use.index)
+    return y if token is None else marked(y, token)
+
+
+def _opened(step: Step, values: list[Any], gate: int) -> list[Any]:
+    """A rectifier that lets every cotangent through: no unit's row is dead because it is off."""
+
+    @jax.custom_vjp
+    def opened(values: list[Any]) -> list[Any]:
+        return _jax.bind(step.equation, values)
+
+    def backward(_: None, g: list[Any]) -> Any:
+        return ([g[0] if i == gate else None for i in range(len(values))],)
+
+    opened.defvjp(lambda values: (_jax.bind(step.equation, values), None), backward)
+    return opened(values)
 
 
 def _broadcast(use: Use, value: jax.Array, slope: Any, sweep: Sweep) -> jax.Array:
@@ -224,19 +298,19 @@ def _broadcast(use: Use, value: jax.Array, slope: Any, sweep: Sweep) -> jax.Arra
     def backward(kept: Any, g: jax.Array) -> Any:
         token, slope = kept
         g = g.astype(jax.tree.leaves(token)[0].dtype)
-        return of_elementwise(layer, how, slope, g), None, None
+        return _varying_like(of_elementwise(layer, how, slope, g), g), None, None
 
     tapped.defvjp(forward, backward)
 
     def wide(x: jax.Array) -> jax.Array:
         return jnp.broadcast_to(jax.lax.stop_gradient(x), how.shape)
 
-    token = sweep.tokens[layer.name]
+    token = _varying_like(sweep.tokens[layer.name], value)
     slope = None if slope is None else wide(slope).astype(jax.tree.leaves(token)[0].dtype)
     return tapped(token, wide(value), slope)
 
 
-def _loss(loss: OutputLoss, kind: Kind, draw: Draw, operands: list[Any]) -> jax.Array:
+def _loss(loss: OutputLoss, sweep: Sweep, draw: Draw, operands: list[Any]) -> jax.Array:
     """A tagged loss that answers the cotangent w of its units with sqrt(|w|) v."""
 
     @jax.custom_vjp
@@ -249,11 +323,24 @@ def _loss(loss: OutputLoss, kind: Kind, draw: Draw, operands: list[Any]) -> jax.
     def backward(kept: Any, w: jax.Array) -> Any:
         z, targets, draw = kept
         exact = z.astype(accumulator(z.dtype))
-        v = kind.cotangent(loss, draw, exact, targets)
+        v = sweep.kind.cotangent(loss, draw, exact, targets)
         root = jnp.sqrt(jnp.abs(w.astype(exact.dtype)))
         v = v * root.reshape(root.shape + (1,) * loss.event_ndim)
         return v.astype(z.dtype), None, None
 
     tagged.defvjp(forward, backward)
     z, *targets = operands
-    return tagged(z, tuple(targets), draw)
+    for target in targets:
+        z = _jax.varying_like(z, target)
+    return tagged(z, tuple(targets), jax.tree.map(lambda d: _of_device(d, z, sweep), draw))
+
+
+def _of_device(draw: jax.Array, z: jax.Array, sweep: Sweep) -> jax.Array:
+    """A draw of its own for each device that has examples of its own."""
+    if not jnp.issubdtype(draw.dtype, jax.dtypes.prng_key):
+        return draw
+    axes, tracked = sweep.devices
+    for axis in axes:
+        if not tracked or axis in _jax.varying_over(z):
+            draw = jax.random.fold_in(draw, jax.lax.axis_index(axis))
+    return draw

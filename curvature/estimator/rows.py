@@ -31,31 +31,44 @@ class Rows:
         `(examples, channels, spatial...)`, for a lookup the indices `(examples, positions)`.
       g: output cotangents, `members + (examples, positions, d_out)`.
       bias: the homogeneous coordinate (1 times the bias's scale); None without a bias.
+      alive: 1 for rows that a loss depends on, 0 for others, `members + (examples, positions)`;
+        None where all count.
     """
 
     how: Contraction
     x: jax.Array
     g: jax.Array
     bias: float | None
+    alive: jax.Array | None = None
 
-    @property
-    def count(self) -> int:
-        """Rows of one member."""
-        return math.prod(self.g.shape[len(self.how.members) : -1])
+    def count(self) -> jax.Array:
+        """Rows of every member."""
+        if self.alive is not None:
+            return self.alive.sum(axis=(-2, -1))
+        rows = math.prod(self.g.shape[len(self.how.members) : -1])
+        return jnp.full(self.how.members, rows, self.g.dtype)
 
     def input_moment(self, diagonal: bool) -> jax.Array:
         """Sum over rows of a a', or its diagonal."""
         if isinstance(self.how, Lookup):
-            counts = self._scattered(jnp.ones((*self.x.shape, 1), self.g.dtype))
-            return counts[:, 0] * self.how.scale**2
+            ones = jnp.ones(self.x.shape, self.g.dtype) if self.alive is None else self.alive
+            return self._scattered(ones[..., None])[:, 0] * self.how.scale**2
         if isinstance(self.how, Convolution):
-            chunk = max(1, self.x.shape[0] // math.prod(self.how.window))
+            images = self.x.shape[0]
+            chunk = max(1, images // math.prod(self.how.window))
 
-            def moment(x: jax.Array) -> jax.Array:
-                return _moment(self._with_bias(self._patches(x)), diagonal)
+            def moment(x: jax.Array, *alive: jax.Array) -> jax.Array:
+                rows = self._with_bias(self._patches(x))
+                for part in alive:
+                    rows = rows * jnp.moveaxis(part, 0, -2)[..., None]
+                return _moment(rows, diagonal)
 
-            return _sum_over_examples(moment, chunk, self.x)
-        return _moment(self._with_bias(self.x * _scale(self.how, self.x)), diagonal)
+            if self.alive is None:
+                return _sum_over_examples(moment, chunk, self.x)
+            alive = self.alive.reshape((*self.how.members, images, -1))
+            return _sum_over_examples(moment, chunk, self.x, jnp.moveaxis(alive, -2, 0))
+        a = self._with_bias(self.x * _scale(self.how, self.x))
+        return _moment(a if self.alive is None else a * self.alive[..., None], diagonal)
 
     def output_moment(self, diagonal: bool) -> jax.Array:
         """Sum over rows of g g', or its diagonal."""
@@ -127,25 +140,36 @@ class Rows:
         return rows if how.members else rows[0]
 
 
-def rows_of(how: Contraction, x: jax.Array, g: jax.Array, bias: float | None, dtype: Any) -> Rows:
+def rows_of(
+    how: Contraction,
+    x: jax.Array,
+    g: jax.Array,
+    bias: float | None,
+    alive: jax.Array | None,
+    dtype: Any,
+) -> Rows:
     """The rows of one use, from the equation's data operand and its output's cotangent."""
-    g = g.transpose(how.y_order).astype(dtype)
+    g = output_rows(how, g).astype(dtype)
     if isinstance(how, Convolution):
         x = x.transpose(how.x_order).astype(dtype)
-        if how.examples == 1:  # examples cannot be told apart: all rows are one example's
-            g = g.reshape((1, -1, g.shape[-1]))
-        else:
-            g = g.reshape((g.shape[0], -1, g.shape[-1]))
-        if how.members:
-            g = g.reshape((*g.shape[:2], *how.members, how.d_out)).transpose((2, 0, 1, 3))
-        return Rows(how, x, g, bias)
-    lead = (*how.members, how.examples)
-    g = g.reshape((*lead, -1, how.d_out))
-    if isinstance(how, Lookup):
-        indices = x.transpose(how.i_order)[..., 0].reshape((how.examples, -1))
-        return Rows(how, indices, g, bias)
-    x = x.transpose(how.x_order).astype(dtype).reshape((*lead, -1, how.d_in))
-    return Rows(how, x, g, bias)
+    elif isinstance(how, Lookup):
+        x = x.transpose(how.i_order)[..., 0].reshape((how.examples, -1))
+    else:
+        lead = (*how.members, how.examples)
+        x = x.transpose(how.x_order).astype(dtype).reshape((*lead, -1, how.d_in))
+    return Rows(how, x, g, bias, None if alive is None else alive.astype(dtype))
+
+
+def output_rows(how: Contraction, g: jax.Array) -> jax.Array:
+    """A use's output, or its cotangent, as `members + (examples, positions, d_out)`."""
+    g = g.transpose(how.y_order)
+    if not isinstance(how, Convolution):
+        return g.reshape((*how.members, how.examples, -1, how.d_out))
+    # Where examples cannot be told apart, all rows are one example's.
+    g = g.reshape((1 if how.examples == 1 else g.shape[0], -1, g.shape[-1]))
+    if how.members:
+        g = g.reshape((*g.shape[:2], *how.members, how.d_out)).transpose((2, 0, 1, 3))
+    return g
 
 
 def _scale(how: Dense | Convolution | Lookup, x: jax.Array) -> jax.Array:

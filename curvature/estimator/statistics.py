@@ -82,7 +82,7 @@ def of_contraction(layer: Layer, rows: Rows, token: Statistics, *, flipped: bool
     found = {
         first + suffix: rows.input_moment(token[first + suffix].ndim == members + 1),
         second + suffix: rows.output_moment(token[second + suffix].ndim == members + 1),
-        f"rows{suffix}": jnp.full(rows.how.members, rows.count, rows.g.dtype),
+        f"rows{suffix}": rows.count(),
     }
     return {name: found.get(name, jnp.zeros_like(zero)) for name, zero in token.items()}
 

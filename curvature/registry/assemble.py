@@ -10,9 +10,9 @@ from typing import Any
 from curvature.registry.layers import Layer, build, generic
 from curvature.registry.plan import Use
 from curvature.registry.taps import Elementwise
-from curvature.registry.views import Shape, View, overlap, remainder
+from curvature.registry.views import Joined, Shape, View, overlap, remainder
 
-ByLeaf = dict[int, list[Use]]
+BySource = dict[Any, list[Use]]  # by leaf, and by leaves joined
 
 
 def assemble(
@@ -26,30 +26,32 @@ def assemble(
       shapes: the shape of each leaf.
       stopped: leaves that met `stop_gradient`.
     """
-    by_leaf: ByLeaf = {i: [] for i in range(len(paths))}
+    met: BySource = {i: [] for i in range(len(paths))}
     for use in uses:
-        by_leaf[use.view.source].append(use)
-    for leaf, met in by_leaf.items():
-        if any(use.manual for use in met):
-            by_leaf[leaf] = [use for use in met if use.manual]
-    for met in by_leaf.values():
-        _orient(met)
-    reasons = _settle_biases(by_leaf, stopped)
+        met.setdefault(use.view.source, []).append(use)
+    for source, found in met.items():
+        if any(use.manual for use in found):
+            met[source] = [use for use in found if use.manual]
+    for found in met.values():
+        _orient(found)
+    reasons = _settle_biases(met, stopped)
     layers: list[Layer] = []
     members: list[list[Use]] = []
     for leaf, path in enumerate(paths):
+        sources = _sources(met, leaf)
         reason = reasons[leaf]
         if reason is not None:
             whole = View.of(leaf, shapes[leaf])
-            layers.append(generic(path, whole, reason, len(by_leaf[leaf])))
+            layers.append(generic(path, whole, reason, sum(len(met[s]) for s in sources)))
             members.append([])
             continue
-        groups = [g for g in groups_of(by_leaf[leaf]) if g[0].joins is None]
+        mine = [s for s in sources if s == leaf or next(s.view().leaves()).source == leaf]
+        groups = [g for s in mine for g in groups_of(met[s]) if g[0].joins is None]
         for number, group in enumerate(groups):
             suffix = f"#{number}" if len(groups) > 1 else ""
             layers.append(build(group, paths, suffix))
             members.append(group)
-        rest = remainder([group[0].view for group in groups_of(by_leaf[leaf])])
+        rest = remainder(_held(met, leaf))
         if rest is not None:
             reason = "no curvature: these entries do not meet the data"
             layers.append(generic(path, rest, reason, 0, "#rest"))
@@ -62,7 +64,7 @@ def assemble(
 
 
 def groups_of(uses: Sequence[Use]) -> list[list[Use]]:
-    """Uses of one leaf, grouped by the entries they view."""
+    """Uses of one source, grouped by the entries they view."""
     groups: list[list[Use]] = []
     for use in uses:
         for group in groups:
@@ -72,6 +74,19 @@ def groups_of(uses: Sequence[Use]) -> list[list[Use]]:
         else:
             groups.append([use])
     return groups
+
+
+def _sources(met: BySource, leaf: int) -> list[Any]:
+    """What a leaf is a source of, or a part of: itself, and joined leaves."""
+    joined = [s for s in met if isinstance(s, Joined)]
+    return [leaf, *(s for s in joined if any(v.source == leaf for v in s.view().leaves()))]
+
+
+def _held(met: BySource, leaf: int) -> list[View]:
+    """The views of a leaf's entries that belong to some layer."""
+    direct = [group[0].view for group in groups_of(met[leaf])]
+    parts = [v for s in _sources(met, leaf)[1:] for v in s.view().leaves()]
+    return direct + [part for part in parts if part.source == leaf]
 
 
 def _contracts(use: Use) -> bool:
@@ -94,11 +109,34 @@ def _orient(met: list[Use]) -> None:
                 break
 
 
-def _obstacle(met: list[Use], stopped: bool) -> str | None:
-    """Why a leaf is generic; None where it is structured."""
-    if not met:
-        why = "it is only used under stop_gradient" if stopped else "no tagged loss depends on it"
-        return f"no curvature: {why}"
+def _obstacles(met: BySource, stopped: set[int]) -> dict[Any, str | None]:
+    """Why each source is generic, None where it is not: leaves that are joined share their fate."""
+    reasons = {source: _obstacle(found) for source, found in met.items()}
+    for source in met:
+        if isinstance(source, int) and len(_sources(met, source)) == 1 and not met[source]:
+            how = "it is only used under stop_gradient"
+            why = how if source in stopped else "no tagged loss depends on it"
+            reasons[source] = f"no curvature: {why}"
+    joined = [s for s in met if isinstance(s, Joined)]
+    families = [(s, {v.source for v in s.view().leaves()}) for s in joined]
+    for source, leaves in families:
+        views = [group[0].view for group in groups_of(met[source])]
+        if reasons[source] is None and remainder(views) is not None:
+            reasons[source] = f"concatenated and used in part: {met[source][0].reason}"
+        if reasons[source] is None and any(overlap(_held(met, leaf)) for leaf in leaves):
+            reasons[source] = f"concatenated and used elsewhere, too: {met[source][0].reason}"
+    while True:
+        before = dict(reasons)
+        for source, leaves in families:
+            family = [source, *leaves]
+            reason = next((reasons[s] for s in family if reasons[s] is not None), None)
+            reasons.update({s: reason for s in family if reasons[s] is None})
+        if reasons == before:
+            return reasons
+
+
+def _obstacle(met: list[Use]) -> str | None:
+    """Why a source is generic on its own account; None where it is structured."""
     for use in met:
         if use.how is None and use.joins is None:
             return use.reason
@@ -112,18 +150,19 @@ def _obstacle(met: list[Use], stopped: bool) -> str | None:
     return None
 
 
-def _settle_biases(by_leaf: ByLeaf, stopped: set[int]) -> dict[int, str | None]:
+def _settle_biases(met: BySource, stopped: set[int]) -> dict[Any, str | None]:
     """Keeps a bias with its weight where every use agrees; otherwise it is a shift of its own.
 
-    Returns why each leaf is generic, None where it is not.
+    Returns why each source is generic, None where it is not.
     """
     while True:
-        reasons = {leaf: _obstacle(met, leaf in stopped) for leaf, met in by_leaf.items()}
+        reasons = _obstacles(met, stopped)
         dropped = False
-        for leaf, met in by_leaf.items():
-            for group in groups_of([use for use in met if _contracts(use)]):
-                added = _added_to(group, by_leaf)
-                if any(added) and not (reasons[leaf] is None and _joint(group, added, by_leaf)):
+        for source, found in met.items():
+            for group in groups_of([use for use in found if _contracts(use)]):
+                added = _added_to(group, met)
+                whole = reasons[source] is None and _joint(group, added, met, reasons)
+                if any(added) and not whole:
                     for use in group:
                         use.bias = None
                     for bias in added:
@@ -134,16 +173,21 @@ def _settle_biases(by_leaf: ByLeaf, stopped: set[int]) -> dict[int, str | None]:
             return reasons
 
 
-def _added_to(group: list[Use], by_leaf: ByLeaf) -> list[Use | None]:
+def _added_to(group: list[Use], met: BySource) -> list[Use | None]:
     """For each use of a weight, the use of the bias added to its output."""
     added: list[Use | None] = []
     for use in group:
-        others = by_leaf[use.bias.source] if use.bias is not None else []
+        others = met[use.bias.source] if use.bias is not None else []
         added.append(next((other for other in others if other.joins is use), None))
     return added
 
 
-def _joint(group: list[Use], added: list[Use | None], by_leaf: ByLeaf) -> bool:
+def _joint(
+    group: list[Use],
+    added: list[Use | None],
+    met: BySource,
+    reasons: dict[Any, str | None],
+) -> bool:
     """Whether all uses of a weight have the same bias, and that bias no other use."""
     biases = [use for use in added if use is not None]
     if len(biases) < len(group) or any(u.flipped or u.kind == "embedding" for u in group):
@@ -151,11 +195,8 @@ def _joint(group: list[Use], added: list[Use | None], by_leaf: ByLeaf) -> bool:
     first = group[0].bias
     if first is None or not all(u.bias is not None and u.bias.same_as(first) for u in group):
         return False
-    met = by_leaf[first.source]
-    same = [u for u in met if u.view.same_as(biases[0].view)]
-    others: list[View] = [g[0].view for g in groups_of(met)]
-    unknown = any(u.how is None and u.joins is None for u in met)
-    return len(same) == len(biases) and not unknown and not overlap(others)
+    same = [u for u in met[first.source] if u.view.same_as(biases[0].view)]
+    return len(same) == len(biases) and reasons[first.source] is None
 
 
 def _names(layers: Sequence[Layer]) -> dict[str, str]:

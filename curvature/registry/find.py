@@ -17,16 +17,22 @@ from curvature.registry.views import View
 from curvature.tags import LAYER_TAG
 
 _PARAMETER = (View, Wide)
+_NO_GRADIENT = ("while", "pure_callback", "io_callback")
 
 
 class Finder:
     """Walks a jaxpr once and collects uses, losses and the plan."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
+        """Starts a walk; `names` are the key paths of the leaves, for errors."""
+        self._names = names
         self.uses: list[Use] = []
         self.losses: list[LossTag] = []
+        self.blocked: list[str] = []  # what no gradient can pass, with the parameters before it
+        self.masked = False  # whether the weight of some unit of a loss may be zero
         self.stopped: set[Any] = set()  # sources of views that met stop_gradient
         self._loops: list[tuple[int, int]] = []  # (scan's id, length) around the current equation
+        self._shards = 0  # number of shard_maps around the current equation
         self._callers: list[str] = []  # locations of the calls around the current equation
 
     def walk(
@@ -62,6 +68,9 @@ class Finder:
         call = _jax.call_of(equation)
         if call is not None and self._enters(equation, call, values, after, frame):
             return self._call(equation, twin, call, frame, values, after)
+        self.masked |= any(after) and flow.may_mask(equation, after)
+        if live and equation.primitive.name in _NO_GRADIENT:
+            self._block(equation, values)
         step = Step(equation, tuple(any(after) and not a for a in after))
         if any(isinstance(v, (*_PARAMETER, Product)) for v in values):
             if live:
@@ -76,6 +85,15 @@ class Finder:
         """The user's line; of the innermost call that has one, where a cached trace has none."""
         return _jax.location(equation) or next((c for c in reversed(self._callers) if c), "?")
 
+    def _block(self, equation: _jax.Equation, values: Sequence[Value]) -> None:
+        """Notes an equation that no gradient can pass, and the parameters in and before it."""
+        views = [use.view for use in self.uses]
+        views += [v.view if isinstance(v, Wide) else v for v in values if isinstance(v, _PARAMETER)]
+        leaves = sorted({part.source for view in views for part in view.leaves()})
+        if leaves:
+            names = ", ".join(self._names[leaf] for leaf in leaves)
+            self.blocked.append(f"{equation.primitive.name} at {self._where(equation)} ({names})")
+
     # Calls ------------------------------------------------------------------------------------
 
     def _enters(
@@ -87,7 +105,7 @@ class Finder:
         frame: Frame,
     ) -> bool:
         """Whether a call is looked into, or taken as one equation."""
-        if (any(after) and not all(after)) or any(map(flow.has_tag, call.bodies)):
+        if any(after) or any(map(flow.has_tag, call.bodies)):
             return True
         parameters = [v for v in values if isinstance(v, _PARAMETER)]
         if any(isinstance(v, Product) for v in values):
@@ -118,18 +136,20 @@ class Finder:
         if call.kind == "scan":
             varies = [any(varies)] * len(varies)  # a carry may vary from the second step on
             self._loops.append((id(equation), equation.params["length"]))
+        self._shards += call.kind == "shard_map"
         self._callers.append(self._where(equation))
         twins = _jax.call_of(twin) if twin is not None else None
         bodies = twins.bodies if twins is not None else [None] * len(call.bodies)
-        inputs = Inputs(inside, inside_after, varies)
+        inputs = Inputs(inside, inside_after, varies, growth=_growth(call, frame, equation, twins))
         walked = [
             self.walk(b, t, inputs, out_live) for b, t in zip(call.bodies, bodies, strict=True)
         ]
         self._callers.pop()
+        self._shards -= call.kind == "shard_map"
         step.bodies = tuple(plan for plan, _ in walked)
         if call.kind == "scan":
             self._loops.pop()
-        if call.kind in ("scan", "cond"):
+        if call.kind in ("scan", "cond", "shard_map"):
             where = f"returned by a {call.kind} at {self._where(equation)}"
             for outs in (outs for _, outs in walked):
                 self._generic([o for o, keep in zip(outs, out_live, strict=True) if keep], where)
@@ -141,6 +161,12 @@ class Finder:
         self, step: Step, call: _jax.Call, values: list[Value], live: list[bool], frame: Frame
     ) -> list[Value]:
         """What the operands of a call are inside its bodies."""
+        if call.kind == "shard_map":
+            where = f"sharded by a shard_map at {self._where(step.equation)}"
+            parts = _jax.sharded_operands(step.equation)
+            sharded = [v for v, part, on in zip(values, parts, live, strict=True) if part and on]
+            self._generic(sharded, where)
+            return [None if part else v for v, part in zip(values, parts, strict=True)]
         if call.kind != "scan":
             return values[call.skip :]
         inside: list[Value] = []
@@ -204,9 +230,9 @@ class Finder:
         number = meet.scaled(equation, values)
         if number is not None:
             return [number]
-        picked = meet.picked(equation, values)
-        if picked is not None:
-            return [picked]
+        view = meet.picked(equation, values) or meet.joined(equation, values)
+        if view is not None:
+            return [view]
         found = meet.contraction(equation, values, frame)
         if found is not None:
             step.use, product = found
@@ -222,6 +248,8 @@ class Finder:
             if isinstance(v, _PARAMETER) and not self._tap(step, i, v, frame)
         ]
         what = equation.primitive.name + (f" of {len(left)} parameters" if len(left) > 1 else "")
+        if equation.primitive.name in _NO_GRADIENT:
+            what += ", which no gradient passes,"
         if meet.is_elementwise(equation) and frame.batch(equation.outvars[0]) is None:
             what += " where no batch axis was found,"
         self._generic(left, f"{what} at {self._where(equation)}")
@@ -237,7 +265,17 @@ class Finder:
                 f"tag_layer at {where}: the weight or bias is not a parameter that was only "
                 "reshaped, transposed, sliced, cast or scaled; tag the parameter itself."
             )
-        y, x = (v.aval.shape for v in step.equation.invars[:2])
+        y, x = (tuple(v.aval.shape) for v in step.equation.invars[:2])
+        expected = ((*x[-1:], *y[-1:]), y[-1:])
+        for view, shape in zip(views, expected, strict=False):
+            if view.inner != shape or x[:-1] != y[:-1]:
+                names = ", ".join(self._names[part.source] for part in view.leaves())
+                raise ValueError(
+                    f"tag_layer at {where}: the parameter {names} is met in shape {view.inner}, "
+                    f"expected {shape} for the input {x} and the output {y}: weight (d_in, d_out), "
+                    "bias (d_out,), input [..., d_in] and output [..., d_out] with equal leading "
+                    "axes."
+                )
         weight, *bias = views
         rows = list(range(len(x) - 1))
         batch = frame.batch(step.equation.invars[1])
@@ -276,6 +314,9 @@ class Finder:
     def _add(self, use: Use, equation: _jax.Equation) -> None:
         use.reason = f"{use.reason} at {self._where(equation)}"
         use.loops = tuple(scan for scan, _ in self._loops)
+        use.lead = tuple(length for _, length in self._loops)
+        use.local = self._shards > 0
+        use.index = len(self.uses)
         self.uses.append(use)
 
     def _generic(self, values: Sequence[Value], reason: str) -> None:
@@ -283,6 +324,19 @@ class Finder:
             view = value.view if isinstance(value, Wide) else value
             if isinstance(view, View):
                 self.uses.append(Use(view, None, "generic", reason))
+
+
+def _growth(call: _jax.Call, frame: Frame, equation: _jax.Equation, twin: _jax.Call | None) -> int:
+    """How many examples more the twin of a call's bodies has: on one device, in a shard_map."""
+    if call.kind != "shard_map" or twin is None:
+        return frame.growth
+    pairs = zip(equation.invars, call.bodies[0].invars, twin.bodies[0].invars, strict=True)
+    for outer, mine, other in pairs:
+        batch = frame.batch(outer)
+        if batch is not None:
+            more = other.aval.shape[batch.axis] - mine.aval.shape[batch.axis]
+            return max(more // batch.each, 1)
+    return frame.growth
 
 
 def _curved(value: Value) -> bool:

@@ -103,6 +103,43 @@ def after_loss_equation(equation: _jax.Equation, operands: list[bool]) -> list[b
     return [chosen or any(column) for column in zip(*outs, strict=True)]
 
 
+_WEIGHS_ALL = frozenset(
+    [
+        "add",
+        "add_any",
+        "broadcast_in_dim",
+        "concatenate",
+        "convert_element_type",
+        "copy",
+        "name",
+        "neg",
+        "pcast",
+        "psum",
+        "psum_invariant",
+        "pvary",
+        "reduce_sum",
+        "reshape",
+        "squeeze",
+        "sub",
+        "transpose",
+    ]
+)
+
+
+def may_mask(equation: _jax.Equation, after: Sequence[bool]) -> bool:
+    """Whether what becomes of losses may leave some unit without weight.
+
+    Sums and single numbers do not; a mask, a slice or a maximum may.
+    """
+    name = equation.primitive.name
+    if all(v.aval.size == 1 for v in equation.invars):
+        return False
+    if name in ("mul", "div"):
+        others = [v for v, depends in zip(equation.invars, after, strict=True) if not depends]
+        return len(others) != 1 or others[0].aval.size != 1
+    return name not in _WEIGHS_ALL
+
+
 def scan_fixpoint(call: _jax.Call, inputs: Sequence[bool]) -> list[bool]:
     """The inputs of a call's bodies that depend on a loss in any iteration."""
     inputs = list(inputs)

@@ -57,19 +57,21 @@ class Inputs:
       after: whether they depend on a tagged loss.
       varies: whether they depend on the data (the loss function's arguments after the parameters).
       closure: whether the data is in the jaxpr's constants, because there are no such arguments.
+      growth: how many examples more the jaxpr's twin has.
     """
 
     values: Sequence[Value]
     after: Sequence[bool]
     varies: Sequence[bool]
     closure: bool = False
+    growth: int = 1
 
 
 class Frame:
     """The variables of one jaxpr.
 
     The batch axis of a value is where its shape differs in the jaxpr's *twin*, the trace of the
-    same function with one more example. Without a twin, it is the leading axis of what depends on
+    same function with more examples. Without a twin, it is the leading axis of what depends on
     the data.
     """
 
@@ -90,6 +92,7 @@ class Frame:
         self._varies = _chosen(jaxpr.invars, inputs.varies)
         if inputs.closure:
             self._varies |= set(jaxpr.constvars)
+        self.growth = inputs.growth
         self._twins: dict[Any, Shape] | None = None
         if twin is not None:
             self._twins = dict(zip(jaxpr.invars, map(_shape, twin.invars), strict=True))
@@ -130,7 +133,7 @@ class Frame:
         other = self._twins.get(variable, shape)
         for axis, (n, more) in enumerate(zip(shape, other, strict=True)):
             if n != more:
-                return Batch(axis, max(abs(more - n), 1))
+                return Batch(axis, max(abs(more - n) // self.growth, 1))
         return None
 
     def define(self, variables: Sequence[Any], values: Sequence[Value]) -> None:

@@ -11,6 +11,7 @@ A layer's *block coordinates* are an array of shape
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,7 +48,7 @@ class Layer:
       block: `"kronecker"`, `"diagonal"`, `"dense"` or `"excluded"`.
       reason: where the layer is in the user's code, or why it is generic.
       uses: number of equations in which it meets the data.
-      views: for each parameter, the entries that belong to the layer.
+      views: the weight's entries that belong to the layer, and the bias's.
       stack: sizes of the axes of independent copies.
       shared: whether one copy is used several times (a recurrent or tied layer).
       examples: examples per use among its rows; 1 where they cannot be told apart.
@@ -67,6 +68,11 @@ class Layer:
     examples: int = 1
     one_hot: bool = False
     flipped: bool = False
+
+    @property
+    def leaves(self) -> tuple[View, ...]:
+        """One view for each of `parameters`: of the leaf that is this parameter."""
+        return one_per_leaf(self.views)
 
     @property
     def bias(self) -> bool:
@@ -97,8 +103,8 @@ class Layer:
 
     def gather(self, leaves: Sequence[jax.Array] | Mapping[int, jax.Array]) -> jax.Array:
         """The layer's block coordinates, at least float32, from the leaves of a tree."""
-        dtype = accumulator(*(leaves[v.source].dtype for v in self.views))
-        parts = [view(leaves[view.source]).astype(dtype) for view in self.views]
+        dtype = accumulator(*(leaves[v.source].dtype for v in self.leaves))
+        parts = [view.read(leaves, dtype) for view in self.views]
         if not self.bias:
             return parts[0]
         weight, bias = parts
@@ -107,9 +113,9 @@ class Layer:
     def scatter(self, block: jax.Array) -> dict[int, jax.Array]:
         """Leaf-shaped arrays by leaf, from block coordinates; zero outside the layer's views."""
         if not self.bias:
-            return {self.views[0].source: self.views[0].adjoint(block)}
-        weight, bias = block[..., :-1, :], block[..., -1, :]
-        return {v.source: v.adjoint(x) for v, x in zip(self.views, (weight, bias), strict=True)}
+            return self.views[0].write(block)
+        weight, bias = self.views
+        return weight.write(block[..., :-1, :]) | bias.write(block[..., -1, :])
 
 
 def build(group: Sequence[Use], paths: Sequence[Any], suffix: str) -> Layer:
@@ -121,18 +127,22 @@ def build(group: Sequence[Use], paths: Sequence[Any], suffix: str) -> Layer:
     kinds = [u.kind for u in group]
     order = ("embedding", "conv", "dense", "scale", "shift")
     outer = [s for u in group for s in u.loops if s not in u.view.stack]
+    shared = len(group) > 1 or bool(outer)
     examples = {u.how.examples for u in group if u.how is not None}
+    # The gradients of a shared layer are summed over uses and then over devices, which have other
+    # examples: there they cannot be told apart.
+    apart = len(examples) == 1 and not (shared and any(u.local for u in group))
     return Layer(
-        name=slashed(paths[use.view.source]) + suffix,
+        name=_name([paths[v.source] for v in one_per_leaf(views[:1])]) + suffix,
         kind=min(kinds, key=order.index),
-        parameters=tuple(jax.tree_util.keystr(paths[v.source]) for v in views),
+        parameters=tuple(jax.tree_util.keystr(paths[v.source]) for v in one_per_leaf(views)),
         block="diagonal" if elementwise else "kronecker",
         reason=use.reason,
         uses=len(group),
         views=views,
         stack=use.view.stacked if elementwise else use.view.shape[:-2],
-        shared=len(group) > 1 or bool(outer),
-        examples=examples.pop() if len(examples) == 1 else 1,
+        shared=shared,
+        examples=examples.pop() if apart else 1,
         one_hot=not elementwise and any(getattr(u.how, "one_hot", False) for u in group),
         flipped=any(u.flipped for u in group),
     )
@@ -142,6 +152,34 @@ def generic(path: Any, view: View, reason: str, uses: int, suffix: str = "") -> 
     """The layer of a parameter, or of some of its entries, without structure."""
     name, text = slashed(path) or "parameters", jax.tree_util.keystr(path)
     return Layer(name + suffix, "generic", (text,), "diagonal", reason, uses, (view,))
+
+
+def one_per_leaf(views: Sequence[View]) -> tuple[View, ...]:
+    """The first view of every leaf that the views are made of."""
+    first: dict[Any, View] = {}
+    for view in views:
+        for part in view.leaves():
+            first.setdefault(part.source, part)
+    return tuple(first.values())
+
+
+def _name(paths: Sequence[Any]) -> str:
+    """The path of a parameter; `cell/{hi,hf}/kernel` of joined ones."""
+    names = [slashed(path).split("/") for path in paths]
+    if len(names) == 1:
+        return "/".join(names[0])
+    head, tail = _common(names), _common([name[::-1] for name in names])
+    tail = min(tail, min(map(len, names)) - head)
+    middle = ["/".join(name[head : len(name) - tail]) for name in names]
+    return "/".join(
+        [*names[0][:head], f"{{{','.join(middle)}}}", *names[0][len(names[0]) - tail :]]
+    )
+
+
+def _common(names: Sequence[Sequence[str]]) -> int:
+    """How many first entries all sequences share."""
+    pairs = zip(*names, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, pairs))
 
 
 def slashed(path: Any) -> str:

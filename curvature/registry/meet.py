@@ -18,9 +18,9 @@ from curvature.registry import taps
 from curvature.registry.frame import Frame, Known, OneHot, Product, Value, Wide
 from curvature.registry.plan import Use
 from curvature.registry.taps import Elementwise
-from curvature.registry.views import Shape, View
+from curvature.registry.views import Joined, Shape, View
 
-PASSES = ("convert_element_type", "copy", "copy_p", "name", "reduce_precision")
+PASSES = ("convert_element_type", "copy", "copy_p", "name", "reduce_precision", "pvary", "pcast")
 
 
 def moved(equation: _jax.Equation, value: Value, batched: bool) -> list[Value] | None:
@@ -79,6 +79,18 @@ def _split(view: View, axis: int, sizes: Sequence[int]) -> list[Value]:
         parts.append(view.slice(tuple(starts), tuple(stops), None))
         start += int(size)
     return parts
+
+
+def joined(equation: _jax.Equation, values: Sequence[Value]) -> View | None:
+    """The concatenation of nothing but parameters: one operand made of ranges of leaves."""
+    views = [v for v in values if isinstance(v, View) and not v.curved]
+    if equation.primitive.name != "concatenate" or len(views) < len(values):
+        return None
+    if len({(v.stack, v.scale) for v in views}) > 1:
+        return None
+    parts = tuple(dataclasses.replace(v, scale=1.0) for v in views)
+    axis = int(equation.params["dimension"]) + len(views[0].stack)
+    return Joined(parts, axis).view(views[0].scale)
 
 
 def scaled(equation: _jax.Equation, values: Sequence[Value]) -> View | None:
@@ -252,6 +264,28 @@ def carried_along(
     if frame.batch(equation.outvars[0]) is not None or aval.size != math.prod(view.inner):
         return None
     return positions[0], dataclasses.replace(view.reshape(tuple(aval.shape)), curved=True)
+
+
+def gate(equation: _jax.Equation) -> int | None:
+    """The operand that an equation lets through in some places only, as a rectifier does.
+
+    None where the equation is no such function of one array and single numbers.
+    """
+    (out, *more), operands = equation.outvars, equation.invars
+    wide = [i for i, v in enumerate(operands) if v.aval.size > 1]
+    names = primitives(equation)
+    if more or len(wide) != 1 or not names & {"max", "min", "clamp", "select_n"}:
+        return None
+    (i,) = wide
+    same = operands[i].aval.shape == out.aval.shape and operands[i].aval.dtype == out.aval.dtype
+    flat = names & {"stop_gradient", "round", "floor", "ceil", "sign"}
+    return i if same and not flat and is_elementwise(equation) else None
+
+
+def primitives(equation: _jax.Equation) -> set[str]:
+    """The names of the primitives in an equation, at any depth."""
+    inside = [primitives(e) for jaxpr in _jax.nested(equation) for e in jaxpr.equations]
+    return set().union(*inside) if inside else {equation.primitive.name}
 
 
 def is_elementwise(equation: _jax.Equation) -> bool:

@@ -32,6 +32,9 @@ class Use:
       flipped: whether the layer's block coordinates are this view transposed.
       manual: whether the user tagged it by hand: then other uses of the parameter do not matter.
       layer: the name of the layer the use was assigned to.
+      lead: lengths of the scans around the use, outermost first.
+      local: whether it is inside a `shard_map`: other devices have other examples.
+      index: its place among all uses.
     """
 
     view: View
@@ -44,6 +47,9 @@ class Use:
     flipped: bool = False
     manual: bool = False
     layer: str | None = None
+    lead: Shape = ()
+    local: bool = False
+    index: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +94,7 @@ class Step:
       loss: the index of the tagged loss this equation is.
       stacked: names of the layers whose statistics a scan stacks, one per iteration.
       losses: indices of the losses inside a scan.
+      contractions: indices of the uses inside a scan that are contractions.
     """
 
     equation: _jax.Equation
@@ -100,6 +107,7 @@ class Step:
     loss: int | None = None
     stacked: tuple[str, ...] = ()
     losses: tuple[int, ...] = ()
+    contractions: tuple[int, ...] = ()
 
     def uses(self) -> Iterator[Use]:
         """The uses that belong to a layer."""
@@ -134,6 +142,7 @@ def settle(plan: Plan) -> bool:
             if any([settle(body) for body in step.bodies]):
                 inside = [s for body in step.bodies for s in body.walk()]
                 step.losses = tuple(s.loss for s in inside if s.loss is not None)
+                step.contractions = tuple(s.use.index for s in inside if s.use and s.use.layer)
                 scan = id(step.equation)
                 names = {u.layer for s in inside for u in s.uses() if scan in u.view.stack}
                 step.stacked = tuple(sorted(name for name in names if name))

@@ -16,9 +16,9 @@ from curvature.registry import table
 from curvature.registry.assemble import assemble
 from curvature.registry.find import Finder
 from curvature.registry.frame import Inputs
-from curvature.registry.layers import BLOCKS, EXCLUDED, Layer
+from curvature.registry.layers import BLOCKS, EXCLUDED, Layer, one_per_leaf
 from curvature.registry.plan import LossTag, Plan, settle
-from curvature.registry.twin import one_more_example
+from curvature.registry.twin import more_examples
 from curvature.registry.views import View
 
 PyTree = Any
@@ -26,12 +26,24 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """One trace of the loss: its plan, layers and losses for one set of shapes."""
+    """One trace of the loss: its plan, layers and losses for one set of shapes.
+
+    Attributes:
+      plan: what the estimator executes.
+      layers: see `Registry`.
+      losses: see `Registry`.
+      batch_found: see `Registry`.
+      masked: whether the weight of some unit of a loss may be zero.
+      blocked: equations that no gradient can pass, with where they are and the parameters that
+        come before them.
+    """
 
     plan: Plan
     layers: tuple[Layer, ...]
     losses: tuple[LossTag, ...]
     batch_found: bool
+    masked: bool
+    blocked: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,11 +94,12 @@ class Registry:
             optimizer's `fallback`.
 
         Returns:
-          A new registry; this one is unchanged. Later overrides win.
+          A new registry; this one is unchanged. A later override wins over an earlier one whose
+          parameters it matches, too.
 
         Raises:
-          ValueError: no parameter matches, the layer cannot have that block, or `exclude` would
-            tear a layer apart.
+          ValueError: no parameter matches, the layer cannot have that block, or the override is
+            ambiguous: it matches a part of a layer, but not its weight.
         """
         if (block is None) == (not exclude):
             raise ValueError(
@@ -100,7 +113,7 @@ class Registry:
     @property
     def excluded(self) -> tuple[bool, ...]:
         """For each parameter leaf, whether it is left out of the curvature."""
-        out = {v.source for x in self.layers if x.block == EXCLUDED for v in x.views}
+        out = {v.source for x in self.layers if x.block == EXCLUDED for v in x.leaves}
         return tuple(i in out for i in range(len(jax.tree.leaves(self.params))))
 
     def without_generic(self) -> Registry:
@@ -199,14 +212,15 @@ def _analyse(
     leaves = jax.tree_util.tree_leaves_with_path(params)
     shapes = [tuple(leaf.shape) for _, leaf in leaves]
     rest = len(jaxpr.invars) - len(leaves)
-    finder = Finder()
+    finder = Finder([jax.tree_util.keystr(path) for path, _ in leaves])
+    twin, growth = more_examples(loss_fn, params, args, jaxpr)
     inputs = Inputs(
         values=[*(View.of(i, shape) for i, shape in enumerate(shapes)), *[None] * rest],
         after=[False] * len(jaxpr.invars),
         varies=[False] * len(leaves) + [True] * rest,
         closure=rest == 0,
+        growth=growth,
     )
-    twin = one_more_example(loss_fn, params, args, jaxpr)
     plan, _ = finder.walk(jaxpr, twin, inputs, [False] * len(jaxpr.outvars))
     if not finder.losses:
         raise ValueError(
@@ -216,7 +230,14 @@ def _analyse(
         )
     layers = assemble(finder.uses, [path for path, _ in leaves], shapes, finder.stopped)
     settle(plan)
-    return Analysis(plan, layers, tuple(finder.losses), twin is not None)
+    return Analysis(
+        plan,
+        layers,
+        tuple(finder.losses),
+        batch_found=twin is not None,
+        masked=finder.masked,
+        blocked=tuple(finder.blocked),
+    )
 
 
 def _override(
@@ -243,14 +264,18 @@ def _override(
 
 
 def _with_block(layer: Layer, block: str, hit: set[str], pattern: str) -> Layer:
-    if block == EXCLUDED:
-        missed = [path for path in layer.parameters if path not in hit]
-        if missed:
-            raise ValueError(
-                f"The pattern {pattern!r} excludes a part of layer {layer.name!r} but not "
-                f"{', '.join(missed)}: match all parameters of the layer, or none."
-            )
-    elif block not in BLOCKS[layer.kind]:
+    whole = layer.parameters
+    if block != EXCLUDED:
+        # A bias goes with its weight: the pattern may name the weight alone, not the bias alone.
+        whole = layer.parameters[: len(one_per_leaf(layer.views[:1]))]
+    missed = [path for path in whole if path not in hit]
+    if missed:
+        raise ValueError(
+            f"The pattern {pattern!r} is ambiguous: it matches a part of layer {layer.name!r} "
+            f"({', '.join(layer.parameters)}) but not {', '.join(missed)}. Match all parameters of "
+            "the layer, or none."
+        )
+    if block != EXCLUDED and block not in BLOCKS[layer.kind]:
         raise ValueError(
             f"Layer {layer.name!r} ({', '.join(layer.parameters)}) is {layer.kind} and cannot have "
             f"the block {block!r}; expected one of {BLOCKS[layer.kind]}."
@@ -290,10 +315,10 @@ def _check_pure(jaxpr: _jax.Jaxpr) -> None:
     for equation in jaxpr.equations:
         for inner in _jax.nested(equation):
             _check_pure(inner)
-        name = equation.primitive.name
-        if equation.effects and not name.startswith("debug") and not _jax.nested(equation):
+        if _jax.has_side_effect(equation) and not _jax.nested(equation):
+            name, where = equation.primitive.name, _jax.location(equation)
             raise ValueError(
-                f"The loss function has a side effect, {name} at {_jax.location(equation)}. "
+                f"The loss function has a side effect, {name} at {where}. "
                 "Curvature evaluates it once more: return what you need as aux instead, or move "
                 "the effect out of the loss."
             )

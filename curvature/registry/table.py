@@ -21,7 +21,7 @@ def render(layers: Sequence[Layer], losses: Sequence[LossTag], batch_found: bool
     """The table, the covered share and the tagged losses as text."""
     rows = [_HEAD]
     for layer in layers:
-        for path, view in zip(layer.parameters, layer.views, strict=True):
+        for path, view in zip(layer.parameters, layer.leaves, strict=True):
             shape = "x".join(map(str, view.source_shape)) or "scalar"
             rows.append((path, shape, layer.kind, layer.block, str(layer.uses), layer.reason))
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD) - 1)]

@@ -7,11 +7,15 @@ and backwards (`view.adjoint`, to bring them home).
 
 A leaf that a scan slices keeps its scanned axes in front: they are the *stack* of the view, and
 inside the scan's body only the axes behind them are seen.
+
+Leaves that are concatenated before they are used (the gates of a recurrent cell) are a source of
+their own, `Joined`: each leaf is a range of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -47,7 +51,7 @@ class View:
     """The entries of `source` that an operand holds, with shape `stack sizes + inner`.
 
     Attributes:
-      source: what is viewed (a leaf's index, or a layer's output).
+      source: what is viewed (a leaf's index, several leaves joined, or a layer's output).
       source_shape: the shape of the source.
       shape: the shape of the view, stacked axes in front.
       moves: the chain from the source to the view.
@@ -133,6 +137,34 @@ class View:
         (out,) = jax.linear_transpose(self.__call__, source)(x)
         return jnp.asarray(out)
 
+    def leaves(self) -> Iterator[View]:
+        """The views of leaves that this view is made of: itself, or what its source joins."""
+        if not isinstance(self.source, Joined):
+            yield self
+            return
+        for part in self.source.parts:
+            yield from part.leaves()
+
+    def read(self, leaves: Sequence[jax.Array] | Mapping[int, jax.Array], dtype: Any) -> jax.Array:
+        """The view of the leaves of a tree, in another dtype."""
+        if not isinstance(self.source, Joined):
+            return self(leaves[self.source].astype(dtype))
+        parts = [part.read(leaves, dtype) for part in self.source.parts]
+        return self(jnp.concatenate(parts, self.source.axis))
+
+    def write(self, x: jax.Array) -> dict[int, jax.Array]:
+        """The transpose of `read`: leaf-shaped arrays by leaf."""
+        home = self.adjoint(x)
+        if not isinstance(self.source, Joined):
+            return {self.source: home}
+        ends = np.cumsum([part.shape[self.source.axis] for part in self.source.parts])
+        pieces = jnp.split(home, ends[:-1], self.source.axis)
+        written: dict[int, jax.Array] = {}
+        for part, piece in zip(self.source.parts, pieces, strict=True):
+            for leaf, array in part.write(piece).items():
+                written[leaf] = written[leaf] + array if leaf in written else array
+        return written
+
     def indices(self) -> np.ndarray:
         """Where each entry of the view lies in the flattened source."""
         size = int(np.prod(self.source_shape, dtype=np.int64))
@@ -149,9 +181,24 @@ class View:
         return self.moves == other.moves or bool(np.array_equal(self.indices(), other.indices()))
 
 
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Views concatenated along an axis (counted with stacked axes in front)."""
+
+    parts: tuple[View, ...]
+    axis: int
+
+    def view(self, scale: float = 1.0) -> View:
+        """The view of the whole, with the scale and the stack of its parts."""
+        shape = list(self.parts[0].shape)
+        shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
+        whole = View.of(self, tuple(shape))
+        return dataclasses.replace(whole, stack=self.parts[0].stack, scale=scale)
+
+
 def overlap(views: list[View]) -> bool:
     """Whether an entry of the source is in two of the views."""
-    if len(views) == 1:
+    if len(views) < 2:
         return False
     seen = np.zeros(int(np.prod(views[0].source_shape, dtype=np.int64)), np.int32)
     for view in views:

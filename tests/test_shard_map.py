@@ -1,0 +1,138 @@
+"""A loss inside `shard_map`: the layers are found, the statistics are those of the whole batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import normal
+from jax.sharding import Mesh, PartitionSpec
+
+import curvature
+
+P = PartitionSpec
+X, Y = normal(0, 8, 3), normal(1, 8, 2)
+PARAMS = {
+    "w": normal(2, 3, 4),
+    "b": normal(3, 4),
+    "gain": normal(4, 4),
+    "again": normal(5, 4, 4),
+    "head": normal(6, 4, 2),
+    "odd": normal(7, 2),
+}
+EXACT = curvature.GaussNewton()
+
+
+def net(p, x):
+    h = jnp.tanh(x @ p["w"] + p["b"]) * p["gain"]
+    h = jax.lax.scan(lambda h, _: (jnp.tanh(h @ p["again"]), None), h, None, length=2)[0]
+    return h @ p["head"] + jnp.cumsum(p["odd"])
+
+
+def loss_fn(p, x, y):
+    return curvature.losses.l2_loss(net(p, x), y).mean()
+
+
+def mesh():
+    return Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
+
+
+def sharded(check_vma=True):
+    """The same loss on a mesh of 2 x 2 devices, the batch divided over one of its axes."""
+    return jax.shard_map(
+        lambda p, x, y: jax.lax.pmean(loss_fn(p, x, y), "data"),
+        mesh=mesh(),
+        in_specs=(P(), P("data"), P("data")),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("kind", [EXACT, curvature.EmpiricalFisher()], ids=str)
+def test_statistics_are_those_of_the_whole_batch(kind, check_vma):
+    one = curvature.register(loss_fn, PARAMS, X, Y)
+    many = curvature.register(sharded(check_vma), PARAMS, X, Y)
+    assert many.batch_found
+    assert [(x.name, x.kind) for x in many.layers] == [(x.name, x.kind) for x in one.layers]
+    one, many = (r.override("head", block="diagonal") for r in (one, many))
+    expected = jax.jit(curvature.Estimator(one, kind))(PARAMS, X, Y, key=jax.random.key(0))
+    found = jax.jit(curvature.Estimator(many, kind))(PARAMS, X, Y, key=jax.random.key(0))
+    for name in ("w", "gain", "again", "head"):  # "odd" is generic: random
+        pairs = zip(
+            jax.tree.leaves(found.blocks[name]), jax.tree.leaves(expected.blocks[name]), strict=True
+        )
+        for a, b in pairs:
+            np.testing.assert_allclose(a, b, rtol=1e-10)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_what_is_summed_over_examples_is_unbiased(check_vma):
+    """Devices draw signs of their own: 400 draws against the exact diagonal."""
+    registry = curvature.register(sharded(check_vma), PARAMS, X, Y)
+    registry = registry.override("again", block="diagonal")
+    estimator = curvature.Estimator(registry, EXACT)
+
+    def draw(key):
+        statistics = estimator.statistics(PARAMS, X, Y, key=key)
+        return {name: statistics[name]["values"] for name in ("odd", "again")}
+
+    keys = jax.random.split(jax.random.key(0), 400)
+    draws = jax.jit(lambda keys: jax.lax.map(draw, keys))(keys)
+    jacobian = jax.jacrev(lambda p: net(p, X).ravel())(PARAMS)
+    for name, values in draws.items():
+        exact = jnp.square(jacobian[name]).sum(0) / 16
+        error = values.std(0) / np.sqrt(len(keys))
+        assert np.all(np.abs(values.mean(0) - exact) < 4 * error + 1e-12)
+        assert np.any(error > 0)
+
+
+def test_samples_of_different_devices_differ():
+    """Equal examples on both devices: equal samples would double the variance of the mean."""
+    x, y = (jnp.concatenate([a[:1]] * 2) for a in (X, Y))
+    registry = curvature.register(sharded(), PARAMS, x, y)
+    estimator = curvature.Estimator(registry, curvature.Fisher(1))
+    keys = jax.random.split(jax.random.key(0), 200)
+
+    def trace(key):
+        return jnp.trace(estimator.statistics(PARAMS, x, y, key=key)["head"]["output"])
+
+    traces = jax.jit(lambda keys: jax.lax.map(trace, keys))(keys)
+    # A mean over 4 units of chi-square variables: variance 2/4 each way, 1 if pairs were equal.
+    np.testing.assert_allclose(traces.mean(), 1, atol=0.2)
+    assert 0.3 < traces.var() < 0.75
+
+
+def test_one_step_of_kfac_with_a_mesh():
+    registry = curvature.register(sharded(), PARAMS, X, Y)
+    tx = curvature.kfac(registry, 0.1)
+
+    @jax.jit
+    def step(params, key):
+        grads = jax.grad(sharded())(params, X, Y)
+        return tx.update(grads, tx.init(params), params, loss_args=(X, Y), key=key)[0]
+
+    updates = step(PARAMS, jax.random.key(0))
+    assert all(bool(jnp.all(jnp.isfinite(u)) & jnp.any(u != 0)) for u in jax.tree.leaves(updates))
+
+
+def test_a_parameter_that_is_itself_sharded_is_generic():
+    specs = dict.fromkeys(PARAMS, P()) | {
+        "w": P(None, "model"),
+        "b": P("model"),
+        "gain": P("model"),
+    }
+
+    def local(p, x, y):
+        h = jnp.tanh(x @ p["w"] + p["b"]) * p["gain"]
+        h = jax.lax.all_gather(h, "model", axis=1, tiled=True)
+        losses = curvature.losses.l2_loss(h @ p["head"], y)
+        return jax.lax.pmean(losses.mean(), ("data", "model"))
+
+    loss = jax.shard_map(local, mesh=mesh(), in_specs=(specs, P("data"), P("data")), out_specs=P())
+    registry = curvature.register(loss, PARAMS, X, Y)
+    kinds = {layer.name: (layer.kind, layer.reason) for layer in registry.layers}
+    assert kinds["head"][0] == "dense"
+    assert kinds["w"][0] == "generic" and "sharded by a shard_map" in kinds["w"][1]
+    estimator = curvature.Estimator(registry)
+    statistics = jax.jit(estimator.statistics)(PARAMS, X, Y, key=jax.random.key(0))
+    assert all(bool(jnp.all(jnp.isfinite(s))) for s in jax.tree.leaves(statistics))
