@@ -24,6 +24,8 @@ def factors(reference, loss_of_z, params, x, biased, compiled=jax.jit):
         return y
 
     z = reference(params, x, record)
+    if not inputs:
+        return {}
 
     def perturbed(taps):
         seen = {}
