@@ -171,6 +171,74 @@ def joined_rows():
     return params, normal(2, N, 5, 4), model, reference, ()
 
 
+def stacked_in_the_model():
+    """Layers kept apart and stacked to be scanned."""
+    params = {"u": normal(0, 3, 3), "v": normal(1, 3, 3)}
+
+    def model(p, x):
+        step = lambda h, w: (jnp.tanh(h @ w), None)  # noqa: E731
+        return jax.lax.scan(step, x, jnp.stack([p["u"], p["v"]]))[0]
+
+    def reference(p, x, tap):
+        for i, name in enumerate("uv"):
+            x = jnp.tanh(tap(f"{{u,v}}@{i}", x, x @ p[name]))
+        return x
+
+    return params, normal(2, N, 3), model, reference, ()
+
+
+def one_vector():
+    """All parameters in one vector, as `ravel_pytree` makes it: a weight, its bias, a weight."""
+    params = {"all": normal(0, 12 + 4 + 8)}
+
+    def parts(p):
+        w, b, v = jnp.split(p["all"], [12, 16])
+        return w.reshape(3, 4), b, v.reshape(4, 2)
+
+    def model(p, x):
+        w, b, v = parts(p)
+        return jnp.tanh(x @ w + b) @ v
+
+    def reference(p, x, tap):
+        w, b, v = parts(p)
+        return tap("all#1", h := jnp.tanh(tap("all#0", x, x @ w + b)), h @ v)
+
+    return params, normal(2, N, 3), model, reference, {"all#0"}
+
+
+def straight_through():
+    """A weight rounded, with the gradient of the identity; and `1 - w`."""
+    params = {"w": normal(0, 3, 4), "v": normal(1, 4, 2)}
+
+    def quantised(w):
+        return w + jax.lax.stop_gradient(jnp.round(4 * w) / 4 - w)
+
+    def model(p, x):
+        return jnp.tanh(jnp.tanh(x @ quantised(p["w"])) @ (1 - p["v"]))
+
+    def reference(p, x, tap):
+        h = jnp.tanh(tap("w", x, x @ quantised(p["w"])))
+        return jnp.tanh(tap("v", -h, h @ (1 - p["v"])))
+
+    return params, normal(2, N, 3), model, reference, ()
+
+
+def constrained():
+    """Sharding constraints on weight and product, as partitioned models have them."""
+    params = {"w": normal(0, 3, 4), "b": normal(1, 4)}
+
+    def model(p, x):
+        mesh = jax.sharding.Mesh(jax.devices()[:1], "d")
+        spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "d"))
+        w = jax.lax.with_sharding_constraint(p["w"], spec)
+        return jnp.tanh(jax.lax.with_sharding_constraint(x @ w, spec) + p["b"])
+
+    def reference(p, x, tap):
+        return jnp.tanh(tap("w", x, x @ p["w"] + p["b"]))
+
+    return params, normal(2, N, 3), model, reference, {"w"}
+
+
 def reshaped():
     """A flat parameter vector."""
     params = {"w": normal(0, 12)}
@@ -359,14 +427,23 @@ def transposed_conv():
     return params, normal(1, N, 4, 2), model, reference, ()
 
 
-def embedding(one_hot=False):
+LOOKUPS = {
+    "array": lambda w, x: w[x],
+    "one-hot": lambda w, x: jax.nn.one_hot(x, 7, dtype=float) @ w,
+    "token by token": lambda w, x: jax.vmap(jax.vmap(lambda token: w[token]))(x),
+    "dynamic slice": lambda w, x: jax.vmap(
+        jax.vmap(lambda token: jax.lax.dynamic_index_in_dim(w, token, keepdims=False))
+    )(x),
+}
+
+
+def embedding(lookup="array"):
     """A table looked up; some tokens repeat within an example, some never occur."""
     params = {"w": normal(0, 7, 3)}
     tokens = jax.random.randint(jax.random.key(1), (N, 4), 0, 5)
 
     def model(p, x):
-        y = jax.nn.one_hot(x, 7, dtype=float) @ p["w"] if one_hot else p["w"][x]
-        return jnp.tanh(y)
+        return jnp.tanh(LOOKUPS[lookup](p["w"], x))
 
     def reference(p, x, tap):
         a = jnp.eye(7)[x]
@@ -392,6 +469,10 @@ CASES = {
     "vmapped": vmapped,
     "joined": joined,
     "joined rows": joined_rows,
+    "stacked in the model": stacked_in_the_model,
+    "one vector": one_vector,
+    "straight-through": straight_through,
+    "sharding constraints": constrained,
     "reshaped": reshaped,
     "fused": fused,
     "shared": shared,
@@ -409,7 +490,9 @@ CASES = {
     "conv 3d": lambda: conv((3, 3, 2), (2, 2, 2), (1, 1, 1), [(0, 0), (1, 0), (0, 0)]),
     "conv transposed": transposed_conv,
     "embedding": embedding,
-    "embedding one-hot": lambda: embedding(one_hot=True),
+    "embedding one-hot": lambda: embedding("one-hot"),
+    "embedding token by token": lambda: embedding("token by token"),
+    "embedding by slices": lambda: embedding("dynamic slice"),
 }
 
 

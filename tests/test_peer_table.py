@@ -687,7 +687,7 @@ def while_loop():
     return classifier(apply, params, normal(BATCH, 3))
 
 
-@row("shard_map over one device", {"inner/*": "generic", "head/*": "dense"}, runs=True)
+@row("shard_map over one device", ALL_DENSE, runs=True)
 def shard_map():
     params = random(inner=linear(3, 4), head=linear(4, 2))
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

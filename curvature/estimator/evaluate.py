@@ -25,11 +25,11 @@ from curvature import _jax
 from curvature.estimator.kinds import Draw, Kind
 from curvature.estimator.rows import output_rows, rows_of
 from curvature.estimator.statistics import Statistics, of_contraction, of_elementwise
-from curvature.losses import OutputLoss, Targets
+from curvature.losses import Targets
 from curvature.precision import accumulator
 from curvature.registry import meet
 from curvature.registry.layers import Layer
-from curvature.registry.plan import Plan, Step, Use
+from curvature.registry.plan import LossTag, Plan, Step, Use
 from curvature.registry.taps import Convolution, Dense, Elementwise, Lookup
 
 
@@ -97,8 +97,8 @@ def _step(
     step: Step, values: list[Any], slopes: list[Any], sweep: Sweep
 ) -> tuple[list[Any], list[Any]]:
     if step.loss is not None:
-        loss = step.equation.params["loss"]
-        return [_loss(loss, sweep, sweep.draws[step.loss], values)], []
+        index, tag = step.loss
+        return [_loss(tag, sweep, sweep.draws[index], values)], []
     if step.use is not None and step.use.layer is not None:
         return [_contraction(step, step.use, values, sweep)], []
     if step.call is None:
@@ -310,8 +310,9 @@ def _broadcast(use: Use, value: jax.Array, slope: Any, sweep: Sweep) -> jax.Arra
     return tapped(token, wide(value), slope)
 
 
-def _loss(loss: OutputLoss, sweep: Sweep, draw: Draw, operands: list[Any]) -> jax.Array:
+def _loss(tag: LossTag, sweep: Sweep, draw: Draw, operands: list[Any]) -> jax.Array:
     """A tagged loss that answers the cotangent w of its units with sqrt(|w|) v."""
+    loss = tag.loss
 
     @jax.custom_vjp
     def tagged(z: jax.Array, targets: Targets, draw: Draw) -> jax.Array:
@@ -323,7 +324,8 @@ def _loss(loss: OutputLoss, sweep: Sweep, draw: Draw, operands: list[Any]) -> ja
     def backward(kept: Any, w: jax.Array) -> Any:
         z, targets, draw = kept
         exact = z.astype(accumulator(z.dtype))
-        v = sweep.kind.cotangent(loss, draw, exact, targets)
+        arranged = tuple(tag.by_example(t) for t in targets)
+        v = tag.back(sweep.kind.cotangent(loss, draw, tag.by_example(exact), arranged))
         root = jnp.sqrt(jnp.abs(w.astype(exact.dtype)))
         v = v * root.reshape(root.shape + (1,) * loss.event_ndim)
         return v.astype(z.dtype), None, None

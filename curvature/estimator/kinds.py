@@ -57,7 +57,7 @@ class Kind(Protocol):
         ...
 
     def cotangent(self, loss: OutputLoss, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
-        """The cotangent v at z, for units of weight one."""
+        """The cotangent v at z, for units of weight one; z's leading axis counts examples."""
         ...
 
 
@@ -167,7 +167,7 @@ class EmpiricalFisher:
 
     def cotangent(self, loss: OutputLoss, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
         """See `Kind`."""
-        return _signed(draw, loss, loss.score(z, targets))
+        return _signed(draw, loss.score(z, targets))
 
 
 def _check_count(name: str, count: int | None) -> None:
@@ -205,22 +205,18 @@ def _columns(losses: Sequence[LossTag], key: jax.Array | None) -> tuple[Draw, ..
 def _column(loss: OutputLoss, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
     """One column of the square root of H_z, the same for every example but for its sign."""
     index, signs = draw
-    per_example = z.shape[1:] if z.ndim > loss.event_ndim else z.shape
-    lit = jnp.arange(math.prod(per_example), dtype=index.dtype).reshape(per_example) == index
+    lit = jnp.arange(math.prod(z.shape[1:]), dtype=index.dtype).reshape(z.shape[1:]) == index
     vector = jnp.broadcast_to(lit, z.shape).astype(z.dtype)
-    return loss.root(_signed(signs, loss, vector), z, targets)
+    return loss.root(_signed(signs, vector), z, targets)
 
 
-def _signed(draw: jax.Array, loss: OutputLoss, vector: jax.Array) -> jax.Array:
-    """`vector` with a random sign for each example (leading unit axis); as it is without a key.
+def _signed(draw: jax.Array, vector: jax.Array) -> jax.Array:
+    """`vector` with a random sign for each example (leading axis); as it is without a key.
 
     Products of one example's cotangents do not see its sign. Where only the sum over examples can
     be seen, signs make the square of the sum an unbiased estimate of the sum of squares.
     """
     if not jnp.issubdtype(draw.dtype, jax.dtypes.prng_key):
         return vector
-    units = vector.ndim - loss.event_ndim
-    shape = [1] * vector.ndim
-    if units:
-        shape[0] = vector.shape[0]
+    shape = (vector.shape[0], *[1] * (vector.ndim - 1))
     return vector * jax.random.rademacher(draw, shape, vector.dtype)

@@ -79,7 +79,10 @@ class Rows:
         if isinstance(self.how, Lookup):
             tables: jax.Array = jax.vmap(functools.partial(_scatter, self.how))(self.x, self.g)
             return tables * self.how.scale
-        x = self._patches(self.x) if isinstance(self.how, Convolution) else self.x
+        x = self.x
+        if isinstance(self.how, Convolution):
+            x = self._patches(x)
+            x = x.reshape((*self.how.members, self.g.shape[-3], -1, x.shape[-1]))
         a = self._with_bias(x * _scale(self.how, x))
         products = jnp.einsum("...nti,...nto->n...io", a, self.g, precision=HIGHEST)
         return products
@@ -91,11 +94,15 @@ class Rows:
         if isinstance(self.how, Convolution):
 
             def squares(x: jax.Array, g: jax.Array) -> jax.Array:
+                x = x.reshape((-1, *x.shape[2:]))
                 return jnp.sum(dataclasses.replace(self, x=x, g=g).gradients() ** 2, axis=0)
 
-            if self.how.members or self.how.examples == 1:
-                return squares(self.x, self.g)
-            return _sum_over_examples(squares, 1, self.x, self.g)
+            x = self.x.reshape((self.how.examples, -1, *self.x.shape[1:]))
+            return (
+                squares(x, self.g)
+                if self.how.members
+                else _sum_over_examples(squares, 1, x, self.g)
+            )
         if self.g.shape[-2] == 1:  # one row an example: (a^2)' g^2, no per-example gradients
             a = self._with_bias(self.x * _scale(self.how, self.x))[..., 0, :]
             g = self.g[..., 0, :]
@@ -153,7 +160,7 @@ def rows_of(
     if isinstance(how, Convolution):
         x = x.transpose(how.x_order).astype(dtype)
     elif isinstance(how, Lookup):
-        x = x.transpose(how.i_order)[..., 0].reshape((how.examples, -1))
+        x = x.transpose(how.i_order)[..., how.column].reshape((how.examples, -1))
     else:
         lead = (*how.members, how.examples)
         x = x.transpose(how.x_order).astype(dtype).reshape((*lead, -1, how.d_in))
@@ -165,8 +172,7 @@ def output_rows(how: Contraction, g: jax.Array) -> jax.Array:
     g = g.transpose(how.y_order)
     if not isinstance(how, Convolution):
         return g.reshape((*how.members, how.examples, -1, how.d_out))
-    # Where examples cannot be told apart, all rows are one example's.
-    g = g.reshape((1 if how.examples == 1 else g.shape[0], -1, g.shape[-1]))
+    g = g.reshape((how.examples, -1, g.shape[-1]))
     if how.members:
         g = g.reshape((*g.shape[:2], *how.members, how.d_out)).transpose((2, 0, 1, 3))
     return g

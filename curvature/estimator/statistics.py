@@ -101,6 +101,7 @@ def of_elementwise(layer: Layer, how: Elementwise, slope: jax.Array | None, g: j
     g = jnp.sum(g, axis=tuple(a for a in range(g.ndim) if a not in keep), keepdims=True)
     rest = [a for a in range(g.ndim) if a not in keep]
     gradients = g.transpose((*keep, *rest)).reshape([g.shape[a] for a in keep]) * how.scale
+    gradients = gradients.reshape((how.examples, -1, *gradients.shape[1:])).sum(axis=1)
     return _from_gradients(layer, gradients, ())
 
 

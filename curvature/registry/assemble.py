@@ -140,11 +140,12 @@ def _obstacle(met: list[Use]) -> str | None:
     for use in met:
         if use.how is None and use.joins is None:
             return use.reason
-    free = [use for use in met if use.joins is None]
-    roles = {_contracts(use) for use in free}
-    if len(roles) > 1 or (free and len(free) < len(met) and roles == {True}):
-        return f"a weight in one place, added or multiplied in another: {met[0].reason}"
-    views = [group[0].view for group in groups_of(met)]
+    groups = groups_of(met)
+    for group in groups:
+        roles = {_contracts(use) for use in group}
+        if len(roles) > 1:
+            return f"a weight in one place, added or multiplied in another: {met[0].reason}"
+    views = [group[0].view for group in groups]
     if overlap(views):
         return f"met in {len(views)} shapes that overlap: {met[0].reason}"
     return None

@@ -37,8 +37,8 @@ class Finder:
 
     def walk(
         self, jaxpr: Jaxpr, twin: Jaxpr | None, inputs: Inputs, out_live: Sequence[bool]
-    ) -> tuple[Plan, list[Value]]:
-        """The plan of a jaxpr, and what its outputs are.
+    ) -> tuple[Plan, list[Value], list[bool]]:
+        """The plan of a jaxpr, what its outputs are, and `Frame.first` of them.
 
         Args:
           jaxpr: what to walk.
@@ -53,7 +53,8 @@ class Finder:
             self._step(e, twin.equations[i] if twin else None, frame, live[i])
             for i, e in enumerate(jaxpr.equations)
         ]
-        return Plan(jaxpr, steps), [frame.sole(v) for v in jaxpr.outvars]
+        outs = jaxpr.outvars
+        return Plan(jaxpr, steps), [frame.sole(v) for v in outs], [frame.first(v) for v in outs]
 
     def _step(
         self, equation: _jax.Equation, twin: _jax.Equation | None, frame: Frame, live: bool
@@ -63,7 +64,7 @@ class Finder:
         out_after = flow.after_loss_equation(equation, after)
         frame.mark(equation.outvars, out_after, [varies] * len(equation.outvars))
         if equation.primitive.name == TAG:
-            return self._loss(equation, after)
+            return self._loss(equation, after, frame)
         values = [frame.sole(v) for v in equation.invars]
         call = _jax.call_of(equation)
         if call is not None and self._enters(equation, call, values, after, frame):
@@ -71,6 +72,7 @@ class Finder:
         self.masked |= any(after) and flow.may_mask(equation, after)
         if live and equation.primitive.name in _NO_GRADIENT:
             self._block(equation, values)
+        frame.order(equation)
         step = Step(equation, tuple(any(after) and not a for a in after))
         if any(isinstance(v, (*_PARAMETER, Product)) for v in values):
             if live:
@@ -107,6 +109,9 @@ class Finder:
         """Whether a call is looked into, or taken as one equation."""
         if any(after) or any(map(flow.has_tag, call.bodies)):
             return True
+        batches = [frame.batch(v) for v in (*equation.invars, *equation.outvars)]
+        if call.kind == "jit" and any(b is not None and b.each > 1 for b in batches):
+            return True  # it may change the order of examples
         parameters = [v for v in values if isinstance(v, _PARAMETER)]
         if any(isinstance(v, Product) for v in values):
             return True
@@ -140,18 +145,23 @@ class Finder:
         self._callers.append(self._where(equation))
         twins = _jax.call_of(twin) if twin is not None else None
         bodies = twins.bodies if twins is not None else [None] * len(call.bodies)
-        inputs = Inputs(inside, inside_after, varies, growth=_growth(call, frame, equation, twins))
+        growth = _growth(call, frame, equation, twins)
+        first = [frame.first(v) for v in equation.invars[call.skip :]]
+        inputs = Inputs(inside, inside_after, varies, first, growth=growth)
         walked = [
             self.walk(b, t, inputs, out_live) for b, t in zip(call.bodies, bodies, strict=True)
         ]
         self._callers.pop()
         self._shards -= call.kind == "shard_map"
-        step.bodies = tuple(plan for plan, _ in walked)
+        step.bodies = tuple(plan for plan, _, _ in walked)
+        frame.put_first(
+            equation.outvars, [all(c) for c in zip(*(f for _, _, f in walked), strict=True)]
+        )
         if call.kind == "scan":
             self._loops.pop()
         if call.kind in ("scan", "cond", "shard_map"):
             where = f"returned by a {call.kind} at {self._where(equation)}"
-            for outs in (outs for _, outs in walked):
+            for outs in (outs for _, outs, _ in walked):
                 self._generic([o for o, keep in zip(outs, out_live, strict=True) if keep], where)
         else:
             frame.define(equation.outvars, walked[0][1])
@@ -189,7 +199,7 @@ class Finder:
 
     # Losses -----------------------------------------------------------------------------------
 
-    def _loss(self, equation: _jax.Equation, after: list[bool]) -> Step:
+    def _loss(self, equation: _jax.Equation, after: list[bool], frame: Frame) -> Step:
         loss, where = equation.params["loss"], self._where(equation)
         if after[0]:
             raise ValueError(
@@ -198,8 +208,13 @@ class Finder:
                 "jax.lax.stop_gradient of that value, or use an untagged loss there."
             )
         lead = tuple(length for _, length in self._loops)
-        self.losses.append(LossTag(loss.name, loss, equation.invars[0].aval, lead, where))
-        return Step(equation, (False,) * len(after), loss=len(self.losses) - 1)
+        z = equation.invars[0]
+        batch = frame.batch(z)
+        if batch is not None and batch.axis >= z.aval.ndim - loss.event_ndim:
+            batch = None
+        tag = LossTag(loss.name, loss, z.aval, lead, where, batch)
+        self.losses.append(tag)
+        return Step(equation, (False,) * len(after), loss=(len(self.losses) - 1, tag))
 
     # Parameters -------------------------------------------------------------------------------
 
@@ -227,10 +242,12 @@ class Finder:
                 values[i] = None
         if not any(isinstance(v, _PARAMETER) for v in values):
             return nothing
-        number = meet.scaled(equation, values)
-        if number is not None:
-            return [number]
-        view = meet.picked(equation, values) or meet.joined(equation, values)
+        view = (
+            meet.scaled(equation, values)
+            or meet.translated(equation, values, frame)
+            or meet.picked(equation, values)
+            or meet.joined(equation, values)
+        )
         if view is not None:
             return [view]
         found = meet.contraction(equation, values, frame)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,6 +57,7 @@ class Inputs:
       values: what they are.
       after: whether they depend on a tagged loss.
       varies: whether they depend on the data (the loss function's arguments after the parameters).
+      first: see `Frame.first`.
       closure: whether the data is in the jaxpr's constants, because there are no such arguments.
       growth: how many examples more the jaxpr's twin has.
     """
@@ -63,6 +65,7 @@ class Inputs:
     values: Sequence[Value]
     after: Sequence[bool]
     varies: Sequence[bool]
+    first: Sequence[bool]
     closure: bool = False
     growth: int = 1
 
@@ -90,6 +93,7 @@ class Frame:
                 self._values[variable] = Known(const)
         self._after = _chosen(jaxpr.invars, inputs.after)
         self._varies = _chosen(jaxpr.invars, inputs.varies)
+        self._first = _chosen(jaxpr.invars, inputs.first)
         if inputs.closure:
             self._varies |= set(jaxpr.constvars)
         self.growth = inputs.growth
@@ -133,8 +137,36 @@ class Frame:
         other = self._twins.get(variable, shape)
         for axis, (n, more) in enumerate(zip(shape, other, strict=True)):
             if n != more:
-                return Batch(axis, max(abs(more - n) // self.growth, 1))
+                each = max(abs(more - n) // self.growth, 1)
+                return Batch(axis, each, each == 1 or variable in self._first)
         return None
+
+    def first(self, variable: Any) -> bool:
+        """Whether a batch axis that is more than examples (flattened positions) has them first."""
+        return not isinstance(variable, Literal) and variable in self._first
+
+    def put_first(self, variables: Sequence[Any], first: Sequence[bool]) -> None:
+        """Notes `first` of variables."""
+        self._first |= _chosen(variables, first)
+
+    def order(self, equation: Any) -> None:
+        """Notes `first` of the outputs of an equation that is no call."""
+        if self._twins is None:
+            return
+        batches = [(v, self.batch(v)) for v in equation.invars]
+        known = [(v, batch) for v, batch in batches if batch is not None]
+        for out in equation.outvars:
+            batch = self.batch(out)
+            if batch is None or batch.each == 1:
+                continue
+            if equation.primitive.name == "reshape":
+                ((v, old),) = known
+                before = math.prod(_shape(v)[: old.axis]) == math.prod(_shape(out)[: batch.axis])
+                first = old.first and before
+            else:
+                moved = equation.params.get("dimension") == batch.axis and len(known) > 1
+                first = not moved and all(b.each == batch.each and b.first for _, b in known)
+            self.put_first([out], [first])
 
     def define(self, variables: Sequence[Any], values: Sequence[Value]) -> None:
         """Notes what variables are."""

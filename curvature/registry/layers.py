@@ -54,6 +54,7 @@ class Layer:
       examples: examples per use among its rows; 1 where they cannot be told apart.
       one_hot: whether its input is one-hot, so that the input factor is diagonal.
       flipped: whether some uses are of the transposed weight (an embedding as output head).
+      unbatched: whether some uses do not see the data, such as a layer of learned queries.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Layer:
     examples: int = 1
     one_hot: bool = False
     flipped: bool = False
+    unbatched: bool = False
 
     @property
     def leaves(self) -> tuple[View, ...]:
@@ -94,7 +96,8 @@ class Layer:
     def pooled(self) -> bool:
         """Whether its block sees only cotangents summed over examples."""
         squares = self.block in ("diagonal", "dense")
-        return self.uses > 0 and (not self.structured or (squares and self.examples == 1))
+        whole = not self.structured or self.unbatched or (squares and self.examples == 1)
+        return self.uses > 0 and whole
 
     @property
     def size(self) -> int:
@@ -115,7 +118,10 @@ class Layer:
         if not self.bias:
             return self.views[0].write(block)
         weight, bias = self.views
-        return weight.write(block[..., :-1, :]) | bias.write(block[..., -1, :])
+        written = weight.write(block[..., :-1, :])
+        for leaf, x in bias.write(block[..., -1, :]).items():  # they may be parts of one leaf
+            written[leaf] = written[leaf] + x if leaf in written else x
+        return written
 
 
 def build(group: Sequence[Use], paths: Sequence[Any], suffix: str) -> Layer:
@@ -145,6 +151,7 @@ def build(group: Sequence[Use], paths: Sequence[Any], suffix: str) -> Layer:
         examples=examples.pop() if apart else 1,
         one_hot=not elementwise and any(getattr(u.how, "one_hot", False) for u in group),
         flipped=any(u.flipped for u in group),
+        unbatched=any(u.unbatched for u in group),
     )
 
 

@@ -20,7 +20,17 @@ from curvature.registry.plan import Use
 from curvature.registry.taps import Elementwise
 from curvature.registry.views import Joined, Shape, View
 
-PASSES = ("convert_element_type", "copy", "copy_p", "name", "reduce_precision", "pvary", "pcast")
+PASSES = (
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "name",
+    "pcast",
+    "pvary",
+    "reduce_precision",
+    "reshard",
+    "sharding_constraint",
+)
 
 
 def moved(equation: _jax.Equation, value: Value, batched: bool) -> list[Value] | None:
@@ -83,14 +93,36 @@ def _split(view: View, axis: int, sizes: Sequence[int]) -> list[Value]:
 
 def joined(equation: _jax.Equation, values: Sequence[Value]) -> View | None:
     """The concatenation of nothing but parameters: one operand made of ranges of leaves."""
+    name, params = equation.primitive.name, equation.params
     views = [v for v in values if isinstance(v, View) and not v.curved]
-    if equation.primitive.name != "concatenate" or len(views) < len(values):
+    if name not in ("concatenate", "stack") or len(views) < len(values):
         return None
     if len({(v.stack, v.scale) for v in views}) > 1:
         return None
+    axis = int(params["dimension"] if name == "concatenate" else params["axis"])
+    if name == "stack":
+        views = [v.reshape((*v.inner[:axis], 1, *v.inner[axis:])) for v in views]
     parts = tuple(dataclasses.replace(v, scale=1.0) for v in views)
-    axis = int(equation.params["dimension"]) + len(views[0].stack)
-    return Joined(parts, axis).view(views[0].scale)
+    return Joined(parts, axis + len(views[0].stack)).view(views[0].scale)
+
+
+def translated(equation: _jax.Equation, values: Sequence[Value], frame: Frame) -> View | None:
+    """A view plus or minus a value that has no batch axis: the same entries, moved elsewhere.
+
+    So are weights rounded with a straight-through gradient, and frozen weights with something
+    trained added.
+    """
+    if equation.primitive.name not in ("add", "add_any", "sub") or len(values) != 2:
+        return None
+    (out,) = equation.outvars
+    for view, other in (values, values[::-1]):
+        if not isinstance(view, View) or isinstance(other, (View, Wide, Product)):
+            continue
+        if tuple(out.aval.shape) != view.inner or frame.batch(out) is not None:
+            continue
+        subtracted = equation.primitive.name == "sub" and view is values[1]
+        return view.scaled(-1.0) if subtracted else view
+    return None
 
 
 def scaled(equation: _jax.Equation, values: Sequence[Value]) -> View | None:
@@ -124,6 +156,7 @@ def contraction(
         return None
     x = tuple(equation.invars[other].aval.shape)
     batch = frame.batch(equation.invars[other])
+    unbatched = frame.batch(equation.outvars[0]) is None
     name, shape = equation.primitive.name, tuple(equation.outvars[0].aval.shape)
     how: taps.Contraction
     if name == "dot_general":
@@ -146,7 +179,7 @@ def contraction(
     else:
         return None
     kind = "embedding" if how.one_hot else "conv" if name.startswith("conv") else "dense"
-    use = Use(target, dataclasses.replace(how, scale=view.scale), kind, name)
+    use = Use(target, dataclasses.replace(how, scale=view.scale), kind, name, unbatched=unbatched)
     return use, Product(use, View.of(use, shape))
 
 
@@ -158,17 +191,19 @@ def picked(equation: _jax.Equation, values: Sequence[Value]) -> View | None:
     if not isinstance(index, Known):
         return None
     found = taps.lookup(equation, view.inner, index.value.shape, None)
-    flat = index.value.ravel()
-    if found is None or not len(flat) or not np.array_equal(flat, flat[0] + np.arange(len(flat))):
+    if found is None:
         return None
     how, order, _ = found
+    flat = index.value[..., how.column].ravel()
+    if not len(flat) or not np.array_equal(flat, flat[0] + np.arange(len(flat))):
+        return None
     rest = tuple(view.inner[a] for a in order[1:])
     rows = view.transpose(order).slice(
         (int(flat[0]), *[0] * len(rest)), (int(flat[-1]) + 1, *rest), None
     )
     # The gathered axes lie where the indices' axes go in the output.
-    lead = index.value.shape[:-1]
-    rows = rows.reshape((*lead, *rest))
+    shape = tuple(equation.outvars[0].aval.shape)
+    rows = rows.reshape(tuple(shape[a] for a in how.y_order))
     inverse = np.argsort(how.y_order)
     return rows.transpose(tuple(int(a) for a in inverse))
 
@@ -239,9 +274,10 @@ def broadcast(
         shape, batch = tuple(out.aval.shape), frame.batch(out)
     kept = [i for i, n in enumerate(view.inner) if n != 1]
     axes = tuple(axes[i] for i in kept)
-    if batch is None or batch.each != 1 or batch.axis in axes:
+    if batch is None or batch.axis in axes:
         return None
-    how = Elementwise(shape, axes, batch.axis, shape[batch.axis], view.curved, view.scale)
+    examples = batch.examples(shape[batch.axis])
+    how = Elementwise(shape, axes, batch.axis, examples, view.curved, view.scale)
     kind = "scale" if equation.primitive.name in ("mul", "div") else "shift"
     view = view.reshape(tuple(view.inner[i] for i in kept))
     return Use(view, how, kind, equation.primitive.name)

@@ -11,9 +11,12 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from curvature import _jax
 from curvature.losses import OutputLoss
-from curvature.registry.taps import Tap
+from curvature.registry.taps import Batch, Tap
 from curvature.registry.views import Shape, View
 
 
@@ -34,6 +37,7 @@ class Use:
       layer: the name of the layer the use was assigned to.
       lead: lengths of the scans around the use, outermost first.
       local: whether it is inside a `shard_map`: other devices have other examples.
+      unbatched: whether its output has no batch axis: it sees cotangents summed over examples.
       index: its place among all uses.
     """
 
@@ -49,6 +53,7 @@ class Use:
     layer: str | None = None
     lead: Shape = ()
     local: bool = False
+    unbatched: bool = False
     index: int = -1
 
 
@@ -62,6 +67,7 @@ class LossTag:
       z: shape and dtype of the network's output at the tag (in one iteration of a scan).
       lead: lengths of the scans around the tag, outermost first.
       location: the user's line.
+      batch: the batch axis of z, where it has one.
     """
 
     name: str
@@ -69,15 +75,30 @@ class LossTag:
     z: Any
     lead: Shape
     location: str
+    batch: Batch | None = None
+
+    @property
+    def examples(self) -> int:
+        """Examples in z that can be told apart, in one scan step."""
+        return self.batch.examples(self.z.shape[self.batch.axis]) if self.batch else 1
 
     @property
     def columns(self) -> int:
         """Entries of z per example and scan step: the columns of the exact square root."""
-        units = len(self.z.shape) - self.loss.event_ndim
-        size = 1
-        for n in self.z.shape[1:] if units else self.z.shape:
-            size *= n
-        return size
+        return int(self.z.size) // max(self.examples, 1)
+
+    def by_example(self, x: jax.Array) -> jax.Array:
+        """z, or what has axes like it, as `(examples, entries of the batch axis each, ...)`."""
+        if self.batch is None:
+            return x[None]
+        x = jnp.moveaxis(x, self.batch.axis, 0)
+        return x.reshape((self.examples, -1, *x.shape[1:]))
+
+    def back(self, x: jax.Array) -> jax.Array:
+        """The inverse of `by_example`."""
+        if self.batch is None:
+            return x[0]
+        return jnp.moveaxis(x.reshape((-1, *x.shape[2:])), 0, self.batch.axis)
 
 
 @dataclasses.dataclass(eq=False)
@@ -91,7 +112,7 @@ class Step:
       use: the contraction with a parameter that this equation is.
       taps: operands that are parameters broadcast against the data, with their uses.
       derive: the operand whose elementwise derivative is brought along.
-      loss: the index of the tagged loss this equation is.
+      loss: the index of the tagged loss this equation is, and that loss.
       stacked: names of the layers whose statistics a scan stacks, one per iteration.
       losses: indices of the losses inside a scan.
       contractions: indices of the uses inside a scan that are contractions.
@@ -104,7 +125,7 @@ class Step:
     use: Use | None = None
     taps: list[tuple[int, Use]] = dataclasses.field(default_factory=list)
     derive: int | None = None
-    loss: int | None = None
+    loss: tuple[int, LossTag] | None = None
     stacked: tuple[str, ...] = ()
     losses: tuple[int, ...] = ()
     contractions: tuple[int, ...] = ()
@@ -141,7 +162,7 @@ def settle(plan: Plan) -> bool:
         if step.call is not None:
             if any([settle(body) for body in step.bodies]):
                 inside = [s for body in step.bodies for s in body.walk()]
-                step.losses = tuple(s.loss for s in inside if s.loss is not None)
+                step.losses = tuple(s.loss[0] for s in inside if s.loss is not None)
                 step.contractions = tuple(s.use.index for s in inside if s.use and s.use.layer)
                 scan = id(step.equation)
                 names = {u.layer for s in inside for u in s.uses() if scan in u.view.stack}

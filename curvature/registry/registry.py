@@ -218,10 +218,11 @@ def _analyse(
         values=[*(View.of(i, shape) for i, shape in enumerate(shapes)), *[None] * rest],
         after=[False] * len(jaxpr.invars),
         varies=[False] * len(leaves) + [True] * rest,
+        first=[True] * len(jaxpr.invars),
         closure=rest == 0,
         growth=growth,
     )
-    plan, _ = finder.walk(jaxpr, twin, inputs, [False] * len(jaxpr.outvars))
+    plan, _, _ = finder.walk(jaxpr, twin, inputs, [False] * len(jaxpr.outvars))
     if not finder.losses:
         raise ValueError(
             "The loss function has no tagged loss: nothing says where the network ends. Use a loss "
@@ -305,7 +306,8 @@ def _param_shapes(params: PyTree) -> PyTree:
             continue
         raise TypeError(
             f"params{jax.tree_util.keystr(path)} is {found}, expected an array of real floating "
-            "point. Pass what is not trained as another argument of the loss function."
+            "point. Pass what is not trained as another argument of the loss function, and keep a "
+            "complex parameter as its real and imaginary parts."
         )
     return jax.tree.map(_shape, params)
 

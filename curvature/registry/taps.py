@@ -90,6 +90,7 @@ class Lookup:
 
     Attributes:
       i_order: the indices' axes as (examples, positions, 1).
+      column: the entry of an index vector that counts rows of the table.
       y_order: the output's axes as (examples, positions, outputs).
       clip: whether indices out of bounds are clipped; dropped otherwise.
       examples: number of examples; 1 where the indices have no batch axis.
@@ -99,6 +100,7 @@ class Lookup:
     """
 
     i_order: Shape
+    column: int
     y_order: Shape
     clip: bool
     examples: int
@@ -122,7 +124,7 @@ class Elementwise:
     Attributes:
       shape: the shape to which it is broadcast.
       axes: for each axis of the parameter view, its axis in `shape`.
-      example_axis: the batch axis in `shape`.
+      example_axis: the batch axis in `shape`, examples first.
       examples: number of examples.
       curved: whether the operand is an elementwise function of the parameter, whose derivative
         the evaluator brings along.
@@ -143,17 +145,29 @@ Tap = Contraction | Elementwise
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """The batch axis of a value: `axis` has size examples x `each`, examples first."""
+    """The batch axis of a value, of size examples x `each`.
+
+    Attributes:
+      axis: which axis it is.
+      each: how many entries along it belong to one example.
+      first: whether they lie side by side, examples first; otherwise (an axis of time and batch,
+        in this order, was flattened) examples cannot be told apart.
+    """
 
     axis: int
     each: int = 1
+    first: bool = True
+
+    def examples(self, size: int) -> int:
+        """The number of examples that can be told apart along the axis."""
+        return size // self.each if self.first else 1
 
 
 def split_rows(rows: list[int], batch: Batch | None, size: int) -> tuple[list[int], int]:
     """Row axes with the batch axis first, and the number of examples among them."""
     if batch is None or batch.axis not in rows:
         return rows, 1
-    return [batch.axis, *(a for a in rows if a != batch.axis)], size // batch.each
+    return [batch.axis, *(a for a in rows if a != batch.axis)], batch.examples(size)
 
 
 def dense(
@@ -214,7 +228,7 @@ def convolution(
         x_dilation=tuple(params["lhs_dilation"]),
         window_dilation=tuple(params["rhs_dilation"]),
         members=(groups,) if groups > 1 else (),
-        examples=x[x_batch] // batch.each if is_batch and batch else 1,
+        examples=batch.examples(x[x_batch]) if is_batch and batch else 1,
         d_in=d_in,
         d_out=d_out,
     )
@@ -226,13 +240,17 @@ def lookup(
     equation: Any, table: Shape, indices: Shape, batch: Batch | None
 ) -> tuple[Lookup, Shape, Shape] | None:
     """The description of a `gather` of whole rows along one axis; None for any other gather."""
-    numbers = equation.params["dimension_numbers"]
-    sizes = equation.params["slice_sizes"]
-    if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
+    numbers, mode = equation.params["dimension_numbers"], str(equation.params["mode"])
+    sizes, indexed = equation.params["slice_sizes"], numbers.start_index_map
+    # An axis of which the slice is the whole can only start at zero, whatever its index says.
+    moving = [a for a in indexed if sizes[a] != table[a] or len(indexed) == 1]
+    if len(moving) != 1 or numbers.operand_batching_dims or (len(indexed) > 1 and "FILL" in mode):
         return None
-    (axis,) = numbers.start_index_map
+    (axis,) = moving
     rest = [a for a in range(len(table)) if a != axis]
-    if tuple(numbers.collapsed_slice_dims) != (axis,) or any(sizes[a] != table[a] for a in rest):
+    if set(numbers.collapsed_slice_dims) - {axis} or any(sizes[a] != table[a] for a in rest):
+        return None
+    if sizes[axis] != 1:
         return None
     out = equation.outvars[0].aval.ndim
     places = [a for a in range(out) if a not in numbers.offset_dims]  # of the indices' axes
@@ -240,8 +258,9 @@ def lookup(
     rows, examples = split_rows(free, batch, indices[batch.axis] if batch else 1)
     how = Lookup(
         i_order=(*rows, len(indices) - 1),
+        column=tuple(indexed).index(axis),
         y_order=(*(places[a] for a in rows), *numbers.offset_dims),
-        clip="CLIP" in str(equation.params["mode"]),
+        clip="CLIP" in mode,
         examples=examples,
         d_in=table[axis],
         d_out=math.prod(table[a] for a in rest),

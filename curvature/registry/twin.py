@@ -19,22 +19,30 @@ def more_examples(
 ) -> tuple[_jax.Jaxpr | None, int]:
     """The jaxpr of `loss_fn` on a larger batch, and how many examples more it has.
 
-    The batch is a leading size of the arguments' arrays, the commonest that makes the network's
-    output grow. Model state may happen to have that size, too: where growing every such array
-    fails, growing fewer arguments is tried. One more example is tried first, then twice as many,
-    which devices or micro-batches divide. None where no such trace can be had.
+    The batch is a size of the arguments' arrays along one axis, the commonest that makes the
+    network's output grow. Model state may happen to have that size, too: where growing every such
+    array fails, growing fewer arguments is tried. None where no such trace can be had.
+
+    The leading axis is tried before the others, one more example before twice as many (which
+    devices or micro-batches divide), and what leaves loops as long as they were before what does
+    not: a longer loop means that the axis was time, unless examples are looped over.
     """
     outputs = _outputs(jaxpr)
-    for doubled in (False, True):
-        for grown, growth in _grown(args, doubled):
+    longer = None
+    ndim = max((getattr(leaf, "ndim", 0) for leaf in jax.tree.leaves(args)), default=0)
+    others = [(axis, False) for axis in range(1, ndim)]
+    for axis, doubled in [(0, False), (0, True), *others, (None, False)]:
+        for grown, growth in _grown(args, axis, doubled):
             try:
                 twin, _ = _jax.trace(loss_fn, params, *grown)
             except Exception:  # whatever the user's function raises at shapes that do not fit
                 continue
-            same = _jax.alike(jaxpr, twin, lengths=doubled)
-            if same and _outputs(twin) != outputs:
+            if not _jax.alike(jaxpr, twin) or _outputs(twin) == outputs:
+                continue
+            if _jax.alike(jaxpr, twin, lengths=True):
                 return twin, growth
-    return None, 1
+            longer = longer or (twin, growth)
+    return longer or (None, 1)
 
 
 def _outputs(jaxpr: _jax.Jaxpr) -> list[tuple[int, ...]]:
@@ -48,17 +56,25 @@ def _outputs(jaxpr: _jax.Jaxpr) -> list[tuple[int, ...]]:
     return shapes
 
 
-def _grown(args: tuple[PyTree, ...], doubled: bool) -> Iterator[tuple[tuple[PyTree, ...], int]]:
-    """Larger arguments, each with how much larger."""
-    leading = [leaf.shape[0] for leaf in jax.tree.leaves(args) if getattr(leaf, "ndim", 0)]
-    sizes = [size for size, _ in collections.Counter(leading).most_common(3)]
+def _grown(
+    args: tuple[PyTree, ...], axis: int | None, doubled: bool
+) -> Iterator[tuple[tuple[PyTree, ...], int]]:
+    """Arguments larger along an axis (None: every axis of that size), with how much larger."""
+    arrays = [leaf for leaf in jax.tree.leaves(args) if getattr(leaf, "ndim", 0) > (axis or 0)]
+    sizes = [n for n, _ in collections.Counter(x.shape[axis or 0] for x in arrays).most_common(3)]
     for size in sorted(sizes, key=lambda n: n == 1):  # one example is the last thing to believe
         growth = max(size, 1) if doubled else 1
 
         def grow(leaf: Any, size: int = size, growth: int = growth) -> Any:
-            if getattr(leaf, "ndim", 0) and leaf.shape[0] == size:
-                return jax.ShapeDtypeStruct((size + growth, *leaf.shape[1:]), leaf.dtype)
-            return leaf
+            where = range(getattr(leaf, "ndim", 0)) if axis is None else (axis,)
+            shape = list(getattr(leaf, "shape", ()))
+            for a in where:
+                if a < len(shape) and shape[a] == size:
+                    shape[a] = size + growth
+            if shape == list(getattr(leaf, "shape", ())):
+                return leaf
+            weak = jax.typeof(leaf).weak_type
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, weak_type=weak)
 
         grown = [jax.tree.map(grow, arg) for arg in args]
         yield tuple(grown), growth

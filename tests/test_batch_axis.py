@@ -1,0 +1,222 @@
+"""The batch axis wherever it is: in front, behind time, or merged with positions, in either order.
+
+A wrong guess shows in diagonal blocks, which square the gradients of single examples, and in the
+exact Gauss-Newton matrix, which lights one output of every example at a time.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import normal
+
+import curvature
+
+N, T, D = 4, 3, 2
+PARAMS = {
+    "w": normal(0, D, D),
+    "b": normal(1, D),
+    "gain": 1 + normal(2, D),
+    "kernel": normal(3, 2, D, D),
+    "head": normal(4, D, 3),
+}
+X = normal(5, N, T, D)
+EXACT = curvature.GaussNewton()
+
+
+def mix(h, axis):
+    """Lets positions of an example see each other, so that they cannot pass for examples."""
+    return h + jnp.tanh(h.sum(axis, keepdims=True))
+
+
+def dense(p, h):
+    return jnp.tanh(h @ p["w"] + p["b"])
+
+
+def batch_major(p, x):
+    h = dense(p, mix(x, 1).reshape(-1, D)) * p["gain"]
+    return mix(h.reshape(-1, T, D), 1) @ p["head"]
+
+
+def flat_logits(p, x):
+    """As language models return them: one row a position."""
+    return batch_major(p, x).reshape(-1, 3)
+
+
+def norm_on_windows(p, x):
+    h = dense(p, x).reshape(-1, D)
+    h = h * p["gain"] / jnp.sqrt(1 + jnp.square(h).sum(-1, keepdims=True))
+    return mix(h.reshape(-1, T, D), 1) @ p["head"]
+
+
+def frames(p, x):
+    """A convolution over frames that are folded into the batch."""
+    x = jnp.stack([x, x + 1], 1).reshape(-1, T, D)
+    y = jax.lax.conv_general_dilated(
+        x, p["kernel"], (1,), [(1, 0)], dimension_numbers=("NWC", "WIO", "NWC")
+    )
+    return mix(jnp.tanh(y).reshape(-1, 2 * T, D), 1) @ p["head"]
+
+
+def in_a_jit(p, x):
+    return jax.jit(batch_major)(p, x)
+
+
+FIRST = {
+    "batch-major merge": batch_major,
+    "flat logits": flat_logits,
+    "norm on windows": norm_on_windows,
+    "frames": frames,
+    "in a jit": in_a_jit,
+}
+
+
+def time_major(p, x):
+    h = dense(p, mix(x, 1).swapaxes(0, 1).reshape(-1, D)) * p["gain"]
+    return mix(h.reshape(T, -1, D).swapaxes(0, 1), 1) @ p["head"]
+
+
+def two_views(p, x):
+    both = dense(p, jnp.concatenate([x[:, 0], x[:, 1]], 0)) * p["gain"]
+    one, other = jnp.split(both, 2)
+    return jnp.tanh(one * other) @ p["head"]
+
+
+LAST = {
+    "time-major merge": time_major,
+    "two views": two_views,
+    "in a jit": lambda p, x: jax.jit(time_major)(p, x),
+}
+
+
+def used(model, x):
+    """The parameters that a model depends on."""
+    z = lambda p: model(p, x).sum()  # noqa: E731
+    return {k: PARAMS[k] for k, g in jax.grad(z)(PARAMS).items() if np.any(g)}
+
+
+def losses(module, z):
+    labels = jnp.arange(z[..., 0].size).reshape(z.shape[:-1]) % z.shape[-1]
+    return module.softmax_cross_entropy_with_integer_labels(z, labels)
+
+
+def registered(model, params, x):
+    def loss_fn(p, x):
+        return losses(curvature.losses, model({**PARAMS, **p}, x)).mean()
+
+    return curvature.register(loss_fn, params, x).override("*", block="diagonal")
+
+
+def exact(model, params, x):
+    """The diagonal of J' H J."""
+    z = model(PARAMS, x)
+    total = lambda flat: losses(optax.losses, flat.reshape(z.shape)).mean()  # noqa: E731
+    hessian = jax.hessian(total)(z.ravel())
+    jacobian = jax.jacrev(lambda p: model({**PARAMS, **p}, x).ravel())(params)
+    return jax.tree.map(lambda j: jnp.einsum("i...,ij,j...->...", j, hessian, j), jacobian)
+
+
+def check(model, x, params=None):
+    params = params or used(model, x)
+    registry = registered(model, params, x)
+    assert registry.batch_found and registry.coverage == 1
+    found = jax.jit(curvature.Estimator(registry, EXACT))(params, x).diagonal()
+    for name, expected in exact(model, params, x).items():
+        np.testing.assert_allclose(found[name], expected, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_examples_first(name):
+    check(FIRST[name], X)
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_examples_last_are_not_told_apart_but_estimated_without_bias(name):
+    model = LAST[name]
+    params = used(model, X)
+    registry = registered(model, params, X)
+    examples = {layer.name: layer.examples for layer in registry.layers}
+    assert examples["w"] == 1 and examples["head"] == N
+    estimator = curvature.Estimator(registry, EXACT)
+    with pytest.raises(ValueError, match="needs a random key"):
+        estimator(params, X)
+    keys = jax.random.split(jax.random.key(0), 300)
+    draw = lambda key: estimator(params, X, key=key).diagonal()  # noqa: E731
+    draws = jax.jit(lambda keys: jax.lax.map(draw, keys))(keys)
+    for name, expected in exact(model, params, X).items():
+        error = draws[name].std(0) / np.sqrt(len(keys))
+        assert np.all(np.abs(draws[name].mean(0) - expected) < 4.5 * error + 1e-12), name
+
+
+def scanned_time(p, x):
+    """Data and outputs with time in front, as Haiku's recurrent nets have them."""
+    step = lambda h, x: (dense(p, h + x) * p["gain"],) * 2  # noqa: E731
+    return jax.lax.scan(step, jnp.zeros(x.shape[1:]), x)[1] @ p["head"]
+
+
+def unrolled_time(p, x):
+    h, out = jnp.zeros(x.shape[1:]), []
+    for step in x:
+        h = dense(p, h + step) * p["gain"]
+        out.append(h @ p["head"])
+    return jnp.stack(out)
+
+
+def images_last(p, x):
+    """The batch behind everything else."""
+    return (mix(dense(p, jnp.moveaxis(x, -1, 0)), 1) @ p["head"]).mean(1)
+
+
+def micro_batches(p, x):
+    """A scan over parts of the batch, whose number must divide it."""
+    parts = x.reshape(2, -1, *x.shape[1:])
+    return jax.lax.map(lambda x: batch_major(p, x).mean(1), parts).reshape(-1, 3)
+
+
+@pytest.mark.parametrize("model", [scanned_time, unrolled_time], ids=lambda m: m.__name__)
+def test_time_in_front(model):
+    check(model, X.swapaxes(0, 1))
+
+
+def test_the_batch_behind_all_other_axes():
+    check(images_last, jnp.moveaxis(X, 0, -1))
+
+
+def test_micro_batches():
+    assert registered(micro_batches, used(micro_batches, X), X).batch_found
+
+
+def test_a_batch_that_two_axes_of_one_array_have():
+    def loss_fn(p, features, adjacency, y):
+        z = dense(p, adjacency @ features) @ p["head"]
+        return losses(curvature.losses, z + 0 * y).mean()
+
+    adjacency = jnp.eye(5) + normal(6, 5, 5) / 5
+    args = (normal(5, 5, D), adjacency, normal(7, 5, 3))
+    params = {k: PARAMS[k] for k in ("w", "b", "head")}
+    assert curvature.register(loss_fn, params, *args).batch_found
+
+
+def test_weakly_typed_arguments():
+    def loss_fn(p, x, weights):
+        values = losses(curvature.losses, batch_major(PARAMS | p, x))
+        return (values * weights.astype(jnp.float64)[:, None]).mean()
+
+    params = used(batch_major, X)
+    assert curvature.register(loss_fn, params, X, jnp.full((N,), 1.0)).batch_found
+
+
+def test_the_exact_matrix_of_flat_logits_is_that_of_shaped_ones():
+    """Positions of an example share the network: lit together, they would not come apart."""
+    params = used(batch_major, X)
+
+    def factors(model):
+        loss_fn = lambda p, x: losses(curvature.losses, model(PARAMS | p, x)).mean()  # noqa: E731
+        registry = curvature.register(loss_fn, params, X)
+        return jax.jit(curvature.Estimator(registry, EXACT))(params, X).blocks
+
+    flat, shaped = factors(flat_logits), factors(batch_major)
+    for name, block in shaped.items():
+        for a, b in zip(jax.tree.leaves(flat[name]), jax.tree.leaves(block), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9)
