@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from curvature.estimator.evaluate import Sweep, evaluate
 from curvature.estimator.kinds import Draw
 from curvature.estimator.rows import output_rows
-from curvature.losses import OutputLoss, Targets
-from curvature.registry import Layer
+from curvature.losses import Targets
+from curvature.registry import Layer, LossTag
 from curvature.registry.registry import Analysis
 from curvature.registry.taps import Contraction
 
@@ -35,10 +35,10 @@ class _Anything:
     def needs_key(self, *, pooled: bool) -> bool:
         return False
 
-    def draw(self, losses: Sequence[Any], key: jax.Array | None) -> tuple[Draw, ...]:
+    def draw(self, losses: Sequence[LossTag], key: jax.Array | None) -> tuple[Draw, ...]:
         return tuple(jnp.zeros(tag.lead) for tag in losses)
 
-    def cotangent(self, loss: OutputLoss, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
+    def cotangent(self, tag: LossTag, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
         return jax.random.normal(jax.random.key(0), z.shape, z.dtype)
 
 

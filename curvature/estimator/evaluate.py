@@ -324,8 +324,7 @@ def _loss(tag: LossTag, sweep: Sweep, draw: Draw, operands: list[Any]) -> jax.Ar
     def backward(kept: Any, w: jax.Array) -> Any:
         z, targets, draw = kept
         exact = z.astype(accumulator(z.dtype))
-        arranged = tuple(tag.by_example(t) for t in targets)
-        v = tag.back(sweep.kind.cotangent(loss, draw, tag.by_example(exact), arranged))
+        v = sweep.kind.cotangent(tag, draw, exact, targets)
         root = jnp.sqrt(jnp.abs(w.astype(exact.dtype)))
         v = v * root.reshape(root.shape + (1,) * loss.event_ndim)
         return v.astype(z.dtype), None, None

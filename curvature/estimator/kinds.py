@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvature.losses import OutputLoss, Targets
+from curvature.losses import Targets
 from curvature.registry import LossTag
 
 Draw = Any  # the randomness or selection of one loss tag in one pass: a pytree of arrays
@@ -56,8 +56,8 @@ class Kind(Protocol):
         """For every loss tag, arrays with leading axes `(passes, *lead)`."""
         ...
 
-    def cotangent(self, loss: OutputLoss, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
-        """The cotangent v at z, for units of weight one; z's leading axis counts examples."""
+    def cotangent(self, tag: LossTag, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
+        """The cotangent v at z, for units of weight one."""
         ...
 
 
@@ -94,11 +94,11 @@ class GaussNewton:
         assert key is not None
         return _keys(key, self.probes, losses)
 
-    def cotangent(self, loss: OutputLoss, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
+    def cotangent(self, tag: LossTag, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
         """See `Kind`."""
         if self.probes is None:
-            return _column(loss, draw, z, targets)
-        return loss.root(jax.random.rademacher(draw, z.shape, z.dtype), z, targets)
+            return tag.loss.root(_column(tag, draw, z), z, targets)
+        return tag.loss.root(jax.random.rademacher(draw, z.shape, z.dtype), z, targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +134,11 @@ class Fisher:
         assert key is not None
         return _keys(key, self.samples, losses)
 
-    def cotangent(self, loss: OutputLoss, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
+    def cotangent(self, tag: LossTag, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
         """See `Kind`."""
         if self.samples is None:
-            return _column(loss, draw, z, targets)
-        return loss.sampled_score(draw, z, targets)
+            return tag.loss.root(_column(tag, draw, z), z, targets)
+        return tag.loss.sampled_score(draw, z, targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +165,9 @@ class EmpiricalFisher:
         # One sign per example: the same in every scan step, and for every loss.
         return tuple(jnp.broadcast_to(key, (1, *tag.lead)) for tag in losses)
 
-    def cotangent(self, loss: OutputLoss, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
+    def cotangent(self, tag: LossTag, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
         """See `Kind`."""
-        return _signed(draw, loss.score(z, targets))
+        return _signed(draw, tag, tag.loss.score(z, targets))
 
 
 def _check_count(name: str, count: int | None) -> None:
@@ -202,21 +202,23 @@ def _columns(losses: Sequence[LossTag], key: jax.Array | None) -> tuple[Draw, ..
     return tuple(draws)
 
 
-def _column(loss: OutputLoss, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
-    """One column of the square root of H_z, the same for every example but for its sign."""
+def _column(tag: LossTag, draw: Draw, z: jax.Array) -> jax.Array:
+    """What selects one column of a square root, the same for every example but for its sign."""
     index, signs = draw
-    lit = jnp.arange(math.prod(z.shape[1:]), dtype=index.dtype).reshape(z.shape[1:]) == index
-    vector = jnp.broadcast_to(lit, z.shape).astype(z.dtype)
-    return loss.root(_signed(signs, vector), z, targets)
+    shape = jax.eval_shape(tag.by_example, z).shape
+    lit = jnp.arange(math.prod(shape[1:]), dtype=index.dtype).reshape(shape[1:]) == index
+    vector = tag.back(jnp.broadcast_to(lit, shape).astype(z.dtype))
+    return _signed(signs, tag, vector)
 
 
-def _signed(draw: jax.Array, vector: jax.Array) -> jax.Array:
-    """`vector` with a random sign for each example (leading axis); as it is without a key.
+def _signed(draw: jax.Array, tag: LossTag, vector: jax.Array) -> jax.Array:
+    """`vector` with a random sign for each example; as it is without a key.
 
     Products of one example's cotangents do not see its sign. Where only the sum over examples can
     be seen, signs make the square of the sum an unbiased estimate of the sum of squares.
     """
     if not jnp.issubdtype(draw.dtype, jax.dtypes.prng_key):
         return vector
-    shape = (vector.shape[0], *[1] * (vector.ndim - 1))
-    return vector * jax.random.rademacher(draw, shape, vector.dtype)
+    examples = tag.by_example(vector)
+    shape = (examples.shape[0], *[1] * (examples.ndim - 1))
+    return tag.back(examples * jax.random.rademacher(draw, shape, vector.dtype))
