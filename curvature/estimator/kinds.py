@@ -6,10 +6,12 @@ kind is a choice of random (or enumerated) cotangents v at the network's output 
 | kind                    | v at the output z                       | passes                   |
 |-------------------------|-----------------------------------------|--------------------------|
 | `Fisher(samples=k)`     | score at targets sampled from the model | k                        |
+| `Fisher(samples=None)`  | the columns of F_z^(1/2)                | entries of z per example |
 | `EmpiricalFisher()`     | score at the targets in the data        | 1                        |
 | `GaussNewton(probes=k)` | H_z^(1/2) times random signs            | k                        |
 | `GaussNewton()`         | the columns of H_z^(1/2)                | entries of z per example |
-| `Fisher(samples=None)`  | the same: F_z = H_z for these losses    | the same                 |
+
+F_z and H_z are the same for most losses; `curvature.losses` says for which they are not.
 
 `EmpiricalFisher` is no approximation of the others: it converges to another matrix (Kunstner,
 Hennig and Balles 2019).
@@ -97,8 +99,10 @@ class GaussNewton:
     def cotangent(self, loss: OutputLoss, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
         """See `Kind`."""
         if self.probes is None:
-            return _column(loss, draw, z, targets)
-        return loss.root(jax.random.rademacher(draw, z.shape, z.dtype), z, targets)
+            vector = _column(loss, draw, z)
+        else:
+            vector = jax.random.rademacher(draw, z.shape, z.dtype)
+        return loss.root(vector, z, targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +111,8 @@ class Fisher:
 
     Attributes:
       samples: draws per unit, one backward pass each (an unbiased estimate); None for the exact
-        expectation, which is the exact Gauss-Newton matrix because F_z = H_z.
+        expectation, with one backward pass for each entry of z per example. Where F_z = H_z
+        (`OutputLoss.fisher_is_hessian`) that is the exact Gauss-Newton matrix.
 
     Raises:
       ValueError: `samples` is not positive.
@@ -137,7 +142,7 @@ class Fisher:
     def cotangent(self, loss: OutputLoss, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
         """See `Kind`."""
         if self.samples is None:
-            return _column(loss, draw, z, targets)
+            return loss.fisher_root(_column(loss, draw, z), z, targets)
         return loss.sampled_score(draw, z, targets)
 
 
@@ -202,13 +207,13 @@ def _columns(losses: Sequence[LossTag], key: jax.Array | None) -> tuple[Draw, ..
     return tuple(draws)
 
 
-def _column(loss: OutputLoss, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
-    """One column of the square root of H_z, the same for every example but for its sign."""
+def _column(loss: OutputLoss, draw: Draw, z: jax.Array) -> jax.Array:
+    """What selects one column of a square root, the same for every example but for its sign."""
     index, signs = draw
     per_example = z.shape[1:] if z.ndim > loss.event_ndim else z.shape
     lit = jnp.arange(math.prod(per_example), dtype=index.dtype).reshape(per_example) == index
     vector = jnp.broadcast_to(lit, z.shape).astype(z.dtype)
-    return loss.root(_signed(signs, loss, vector), z, targets)
+    return _signed(signs, loss, vector)
 
 
 def _signed(draw: jax.Array, loss: OutputLoss, vector: jax.Array) -> jax.Array:
