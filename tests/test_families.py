@@ -600,6 +600,14 @@ def test_a_custom_loss_in_a_net(key):
     assert 0.7 < np.trace(sampled) / np.trace(exact) < 1.3
 
 
+def test_a_vmapped_custom_loss_has_the_mapped_axis_in_front():
+    case = CASES["custom, elementwise"]
+    z, t, k = (jnp.asarray(x) for x in (case.z, *case.targets))
+    mapped = jax.vmap(case.call, (1, 1, 1), 1)
+    close(mapped(z, t, k), von_mises(z, t, k))
+    close(jax.grad(lambda z: mapped(z, t, k).sum())(z), k * jnp.sin(z - t))
+
+
 z, t = np.zeros((4, 5)), np.zeros((4, 5))
 
 BAD = {
