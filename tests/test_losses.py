@@ -1,8 +1,6 @@
-"""The output losses: optax's values and derivatives, and the analytic parts of every family.
+"""The losses with a namesake in optax: its values, derivatives and refusals, and the tag.
 
-Values, gradients and Hessians are compared with optax's functions of the same name. What a family
-adds (`score`, `root`, `sampled_score`) is compared with derivatives of optax's function: the
-gradient and the dense Hessian of one unit by automatic differentiation.
+What a family adds (scores, matrices, samples) is in test_families.py.
 """
 
 import functools
@@ -20,6 +18,7 @@ SOFT = "softmax_cross_entropy"
 SIGMOID = "sigmoid_binary_cross_entropy"
 L2 = "l2_loss"
 SQUARED = "squared_error"
+HUBER = "huber_loss"
 
 TOLERANCE = {"float64": 1e-13, "float32": 2e-6, "bfloat16": 3e-2}
 
@@ -144,6 +143,10 @@ CASES = {
     "l2, scalar": lambda: (L2, (normal(), normal(seed=1)), {}),
     "squared": lambda: (SQUARED, (normal(4, 3), normal(4, 3, seed=1)), {}),
     "squared, no targets": lambda: (SQUARED, (normal(4, 3),), {}),
+    "huber": lambda: (HUBER, (normal(4, 3), normal(4, 3, seed=1)), {}),
+    "huber, delta": lambda: (HUBER, (normal(4, 3), normal(4, 3, seed=1)), {"delta": 0.3}),
+    "huber, no targets": lambda: (HUBER, (normal(4, 3),), {"delta": 2}),
+    "huber, deltas": lambda: (HUBER, (normal(4, 3),), {"delta": np.array([0.5, 1.0, 2.0])}),
 }
 
 TYPICAL = [
@@ -156,6 +159,7 @@ TYPICAL = [
     "sigmoid, integer labels",
     "l2",
     "squared",
+    "huber",
 ]
 
 # Logits are broadcast to the labels before the classes are looked for, so all three differ from
@@ -349,6 +353,7 @@ def tags(loss_fn, z):
         "l2": (4, 3),
         "l2, no targets": (4, 3),
         "squared": (4, 3),
+        "huber, deltas": (4, 3),
     }.items(),
 )
 def test_a_loss_is_seen_in_the_trace(name, shape):
@@ -366,196 +371,6 @@ def test_a_vmapped_loss_is_one_tag_with_the_mapped_axis_in_front(name):
         lambda z: jax.vmap(ours, (-1, *(0 for _ in rest)))(z, *rest), jnp.moveaxis(z, 0, -1)
     )
     assert tag.z.shape == z.shape
-
-
-# Families -----------------------------------------------------------------------------------------
-
-# name -> (function, z of shape units + event, targets in the family's own layout)
-FAMILIES = {
-    "integer": lambda: (INTEGER, normal(4, 5), (labels(4, classes=5),)),
-    "integer, two unit axes": lambda: (INTEGER, normal(2, 3, 4), (labels(2, 3, classes=4),)),
-    "integer, mask": lambda: (INTEGER, normal(4, 5), (np.zeros(4, np.int32), mask(4, 5))),
-    "integer, empty unit": lambda: (
-        INTEGER,
-        normal(4, 5),
-        (np.zeros(4, np.int32), mask_with_an_empty_unit()),
-    ),
-    "soft": lambda: (SOFT, normal(4, 5), (soft(4, 5),)),
-    "soft, not summing to one": lambda: (SOFT, normal(4, 5), (weights(4, 5),)),
-    "soft, mask": lambda: (SOFT, normal(4, 5), (weights(4, 5) * mask(4, 5), mask(4, 5))),
-    "soft, empty unit": lambda: (
-        SOFT,
-        normal(4, 5),
-        (weights(4, 5) * mask_with_an_empty_unit(), mask_with_an_empty_unit()),
-    ),
-    "sigmoid": lambda: (SIGMOID, normal(4, 3), (labels(4, 3, classes=2).astype(float),)),
-    "sigmoid, soft labels": lambda: (SIGMOID, normal(4, 3), (weights(4, 3) / 2,)),
-    "l2": lambda: (L2, normal(4, 3), (normal(4, 3, seed=1),)),
-    "squared": lambda: (SQUARED, normal(4, 3), (normal(4, 3, seed=1),)),
-}
-
-MASKED_TARGETS = {
-    "soft, labels on masked classes": lambda: (SOFT, normal(4, 5), (weights(4, 5), mask(4, 5))),
-    "integer, label on a masked class": lambda: (
-        INTEGER,
-        normal(3, 3),
-        (np.array([2, 0, 2], np.int32), np.array([[True, True, False]] * 3)),
-    ),
-}
-
-
-def family(name):
-    """(the family, optax's function of z and targets, z, targets)."""
-    function, z, targets = {**FAMILIES, **MASKED_TARGETS}[name]()
-    z, targets = jnp.asarray(z), tuple(map(jnp.asarray, targets))
-
-    def theirs(z, target, *where):
-        kwargs = {"where": where[0]} if where else {}
-        return getattr(optax.losses, function)(z, target, **kwargs)
-
-    def tagged(z):
-        kwargs = {"where": targets[1]} if len(targets) > 1 else {}
-        return getattr(curvature.losses, function)(z, targets[0], **kwargs)
-
-    (tag,) = tags(tagged, z)
-    return tag.loss, theirs, z, targets
-
-
-def unit_hessians(loss, theirs, z, targets):
-    """Dense Hessians of every unit, shape [units, event, event], by automatic differentiation."""
-    count = z.ndim - loss.event_ndim
-    flat = [x.reshape((-1, *x.shape[count:])) for x in (z, *targets)]
-    dense = np.stack(jax.jit(jax.vmap(jax.hessian(theirs)))(*flat))
-    event = int(np.prod(z.shape[count:]))
-    return dense.reshape(-1, event, event)
-
-
-def columns_of_root(loss, z, targets):
-    """The matrix S of every unit, shape [units, event, event], one column at a time."""
-    units = z.ndim - loss.event_ndim
-    event = z.shape[units:]
-    size = int(np.prod(event))
-    columns = []
-    for k in range(size):
-        unit_vector = jnp.zeros(size).at[k].set(1).reshape(event)
-        columns.append(loss.root(jnp.broadcast_to(unit_vector, z.shape), z, targets))
-    return np.stack([np.asarray(c).reshape(-1, size) for c in columns], axis=-1)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_family_value_is_optax(name):
-    loss, theirs, z, targets = family(name)
-    close(loss.value(z, targets), theirs(z, *targets))
-
-
-@pytest.mark.parametrize(
-    "name", [*FAMILIES, "soft, labels on masked classes", "integer, label on a masked class"]
-)
-def test_score_is_the_gradient(name):
-    loss, theirs, z, targets = family(name)
-    close(loss.score(z, targets), jax.jit(jax.grad(summed(theirs)))(z, *targets))
-
-
-@pytest.mark.parametrize(
-    "name", [*FAMILIES, "soft, labels on masked classes", "integer, label on a masked class"]
-)
-def test_root_times_its_transpose_is_the_hessian(name):
-    loss, theirs, z, targets = family(name)
-    s = columns_of_root(loss, z, targets)
-    expected = unit_hessians(loss, theirs, z, targets)
-    assert np.abs(expected).max() > 0.05
-    np.testing.assert_allclose(s @ s.swapaxes(-1, -2), expected, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_root_is_linear(name):
-    loss, _, z, targets = family(name)
-    s = columns_of_root(loss, z, targets)
-    v = jnp.asarray(normal(*z.shape, seed=9))
-    expected = np.einsum("uij,uj->ui", s, np.asarray(v).reshape(s.shape[:2])).reshape(z.shape)
-    close(loss.root(v, z, targets), jnp.asarray(expected))
-
-
-def test_root_of_a_saturated_sigmoid_does_not_cancel():
-    loss, _, _, targets = family("sigmoid")
-    z = jnp.array([[-700.0, -40.0, 40.0]])
-    square = loss.root(jnp.ones_like(z), z, targets) ** 2
-    np.testing.assert_allclose(square, np.exp([[-700.0, -40.0, -40.0]]), rtol=1e-12)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_families_keep_the_dtype(name, key):
-    loss, _, z, targets = family(name)
-    z = z.astype(jnp.float32)
-    targets = tuple(
-        t.astype(jnp.float32) if jnp.issubdtype(t.dtype, jnp.floating) else t for t in targets
-    )
-    for out in (
-        jax.eval_shape(loss.score, z, targets),
-        jax.eval_shape(loss.root, z, z, targets),
-        jax.eval_shape(loss.sampled_score, key, z, targets),
-    ):
-        assert out.dtype == jnp.float32
-        assert out.shape == z.shape
-
-
-SAMPLED = [name for name in FAMILIES if "two unit" not in name]
-SIZES = 32 * 4 ** np.arange(5)
-REPEATS = 16
-
-
-@functools.cache
-def sampled(name):
-    """Independent draws for every size, [units, repeats, size, event], and the units' Hessians."""
-    loss, theirs, z, targets = family(name)
-    z, targets = z[:3], tuple(t[:3] for t in targets)
-    hessian = unit_hessians(loss, theirs, z, targets)
-    lead = (REPEATS, int(SIZES.sum()))
-    many = [jnp.broadcast_to(x, lead + x.shape) for x in (z, *targets)]
-    s = jax.jit(loss.sampled_score)(jax.random.key(0), many[0], tuple(many[1:]))
-    s = np.asarray(s).reshape(*lead, *hessian.shape[:-1])
-    draws = np.split(np.moveaxis(s, 2, 0), np.cumsum(SIZES)[:-1], axis=2)
-    return draws, hessian
-
-
-@pytest.mark.parametrize("name", SAMPLED)
-def test_sampled_scores_have_mean_zero_and_the_hessian_as_second_moment(name):
-    """Within five standard errors, entry by entry, of 131,072 draws a unit."""
-    draws, hessian = sampled(name)
-    s = draws[-1].reshape(len(hessian), -1, hessian.shape[-1])
-    count = s.shape[1]
-    assert (np.abs(s.mean(1)) <= 5 * s.std(1) / np.sqrt(count)).all()
-    second = s.swapaxes(1, 2) @ s / count
-    fourth = (s**2).swapaxes(1, 2) @ s**2 / count
-    spread = np.sqrt(np.maximum(fourth - second**2, 0))
-    assert (np.abs(second - hessian) <= 5 * spread / np.sqrt(count) + 1e-14).all()
-
-
-@pytest.mark.parametrize("name", SAMPLED)
-def test_sampled_scores_converge_with_the_square_root_of_the_samples(name):
-    """Root-mean-square errors of 16 repetitions at 32, 128, ..., 8,192 samples: slope -1/2.
-
-    A bias would flatten the slope. The standard deviation of the fitted slope is below 0.04.
-    """
-    draws, hessian = sampled(name)
-    means = [np.sqrt((s.mean(2) ** 2).mean()) for s in draws]
-    seconds = [s.swapaxes(-1, -2) @ s / s.shape[2] - hessian[:, None] for s in draws]
-    for errors in (means, [np.sqrt((e**2).mean()) for e in seconds]):
-        slope = np.polyfit(np.log(SIZES), np.log(errors), 1)[0]
-        assert -0.6 < slope < -0.4
-
-
-@pytest.mark.parametrize("name", SAMPLED)
-def test_targets_are_drawn_from_the_model_not_the_data(name, key):
-    loss, _, z, targets = family(name)
-    rest = targets[1:]
-    other = jnp.roll(targets[0], 1, axis=-1)  # the same mass for soft labels
-    if rest:
-        other = targets[0]
-    fixed = loss.sampled_score(key, z, (other, *rest))
-    close(loss.sampled_score(key, z, targets), fixed)
-    again = loss.sampled_score(jax.random.key(1), z, targets)
-    assert not np.allclose(again, fixed)
 
 
 # Bad inputs ---------------------------------------------------------------------------------------

@@ -6,10 +6,13 @@ kind is a choice of random (or enumerated) cotangents v at the network's output 
 | kind                    | v at the output z                       | passes                   |
 |-------------------------|-----------------------------------------|--------------------------|
 | `Fisher(samples=k)`     | score at targets sampled from the model | k                        |
+| `Fisher(samples=None)`  | the columns of F_z^(1/2)                | entries of z per example |
 | `EmpiricalFisher()`     | score at the targets in the data        | 1                        |
 | `GaussNewton(probes=k)` | H_z^(1/2) times random signs            | k                        |
 | `GaussNewton()`         | the columns of H_z^(1/2)                | entries of z per example |
-| `Fisher(samples=None)`  | the same: F_z = H_z for these losses    | the same                 |
+
+`GaussNewton(metric=...)` puts the G_z of any metric (`curvature.metrics`) in the place of H_z.
+F_z and H_z are the same for most losses; `curvature.losses` says for which they are not.
 
 `EmpiricalFisher` is no approximation of the others: it converges to another matrix (Kunstner,
 Hennig and Balles 2019).
@@ -30,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvature.losses import Targets
+from curvature.metrics import Metric
 from curvature.registry import LossTag
 
 Draw = Any  # the randomness or selection of one loss tag in one pass: a pytree of arrays
@@ -68,15 +72,37 @@ class GaussNewton:
     Attributes:
       probes: number of random sign vectors (an unbiased estimate); None for the exact matrix, with
         one backward pass for each entry of z per example.
+      metric: what takes the place of H_z at every loss, such as `curvature.metrics.Euclidean()`;
+        None for the loss's own Hessian. It sees the z of each tagged loss (classes on the last
+        axis), and must not couple examples. The weights w_i = dL/dl_i stay; where the entries of
+        one example have different ones, G_z becomes sqrt(w) G_z sqrt(w).
 
     Raises:
       ValueError: `probes` is not positive.
+      TypeError: `metric` is no metric.
+
+    >>> import jax.numpy as jnp, curvature
+    >>> def loss_fn(params, x, labels):
+    ...     logits = x @ params["w"]
+    ...     return curvature.losses.softmax_cross_entropy_with_integer_labels(logits, labels).sum()
+    >>> params, x, labels = {"w": jnp.eye(2)}, jnp.array([[1.0, 2.0]]), jnp.array([0])
+    >>> registry = curvature.register(loss_fn, params, x, labels)
+    >>> kind = curvature.GaussNewton(metric=curvature.metrics.Euclidean())
+    >>> curvature.Estimator(registry, kind)(params, x, labels) @ {"w": jnp.eye(2)}
+    {'w': Array([[1., 2.],
+           [2., 4.]], dtype=float32)}
     """
 
     probes: int | None = None
+    metric: Metric | None = None
 
     def __post_init__(self) -> None:
         _check_count("probes", self.probes)
+        if self.metric is not None and not isinstance(self.metric, Metric):
+            raise TypeError(
+                f"metric is {self.metric!r}, expected an object with methods `mvp` and `root`, "
+                "such as those in curvature.metrics, or None."
+            )
 
     @property
     def averaged(self) -> bool:
@@ -97,8 +123,12 @@ class GaussNewton:
     def cotangent(self, tag: LossTag, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
         """See `Kind`."""
         if self.probes is None:
-            return tag.loss.root(_column(tag, draw, z), z, targets)
-        return tag.loss.root(jax.random.rademacher(draw, z.shape, z.dtype), z, targets)
+            vector = _column(tag, draw, z)
+        else:
+            vector = jax.random.rademacher(draw, z.shape, z.dtype)
+        if self.metric is not None:
+            return self.metric.root(z, vector)
+        return tag.loss.root(vector, z, targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +137,8 @@ class Fisher:
 
     Attributes:
       samples: draws per unit, one backward pass each (an unbiased estimate); None for the exact
-        expectation, which is the exact Gauss-Newton matrix because F_z = H_z.
+        expectation, with one backward pass for each entry of z per example. Where F_z = H_z
+        (`OutputLoss.fisher_is_hessian`) that is the exact Gauss-Newton matrix.
 
     Raises:
       ValueError: `samples` is not positive.
@@ -137,7 +168,7 @@ class Fisher:
     def cotangent(self, tag: LossTag, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
         """See `Kind`."""
         if self.samples is None:
-            return tag.loss.root(_column(tag, draw, z), z, targets)
+            return tag.loss.fisher_root(_column(tag, draw, z), z, targets)
         return tag.loss.sampled_score(draw, z, targets)
 
 
