@@ -58,7 +58,7 @@ class Operator(lx.AbstractLinearOperator):
         Raises:
           ValueError: v has another structure or other shapes than the parameters.
         """
-        _check_like(vector, self.in_structure())
+        check_like(vector, self.in_structure())
         return self.product(vector)
 
     def mm(self, vectors: PyTree) -> PyTree:
@@ -123,7 +123,8 @@ for _view in (lx.linearise, lx.conj):
     _view.register(Operator)(_itself)
 
 
-def _check_like(found: PyTree, expected: PyTree) -> None:
+def check_like(found: PyTree, expected: PyTree) -> None:
+    """Raises where a tree has another structure or other shapes than the parameters."""
     have: Any = jax.tree.structure(found)
     want: Any = jax.tree.structure(expected)
     if have != want:
@@ -343,10 +344,14 @@ class Flat:
         flat, self.unravel = ravel_pytree(self.zeros)
         self.size = flat.size
 
+    def ravel(self, tree: PyTree) -> jax.Array:
+        """A tree like the parameters as a vector, shape `(n,)`."""
+        vector: jax.Array = ravel_pytree(jax.tree.map(lambda x: x.astype(self.dtype), tree))[0]
+        return vector
+
     def mv(self, vector: jax.Array) -> jax.Array:
         """A v, shape `(n,)`."""
-        result: jax.Array = ravel_pytree(self._op.mv(self.unravel(vector)))[0]
-        return result
+        return self.ravel(self._op.mv(self.unravel(vector)))
 
     def eager(self) -> Callable[[jax.Array], jax.Array]:
         """`mv` for code that traces it first and evaluates the trace without compiling it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from curvature.operators.operator import Operator
+from curvature.operators.operator import Flat, Operator, check_like
 
 PyTree = Any
 
@@ -34,7 +35,8 @@ def solve(
 ) -> lx.Solution:
     """Solves (A + damping I) x = v by conjugate gradients (`lineax.CG`).
 
-    The iteration runs in Python: not to be called inside `jax.jit`.
+    The iteration runs in Python, some milliseconds each beside the product: not to be called inside
+    `jax.jit`.
 
     Args:
       op: a symmetric linear operator on trees; with the damping it has to be positive definite.
@@ -61,19 +63,20 @@ def solve(
     >>> operators.solve(op, jnp.array([2.0, 4.0]), damping=1.0).value
     Array([1., 2.], dtype=float32)
     """
-
-    def damped(v: PyTree) -> PyTree:
-        return jax.tree.map(lambda a, x: a + jnp.asarray(damping, x.dtype) * x, op.mv(v), v)
-
-    system = Operator(damped, tree, semidefinite=True)
+    check_like(tree, op.in_structure())
+    flat = Flat(op)  # one vector, so that an iteration costs the same for any number of leaves
+    vector = flat.ravel(tree)
+    system = Operator(lambda x: flat.mv(x) + damping * x, vector, semidefinite=True)
     options: dict[str, Any] = {}
     if preconditioner is not None:
         apply = preconditioner if callable(preconditioner) else preconditioner.__matmul__
-        options["preconditioner"] = Operator(apply, tree, semidefinite=True)
-    largest = max((float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(tree)), default=0.0)
-    solver = lx.CG(rtol=tolerance, atol=tolerance * largest, max_steps=max_steps)
+        options["preconditioner"] = Operator(
+            lambda x: flat.ravel(apply(flat.unravel(x))), vector, semidefinite=True
+        )
+    atol = tolerance * float(jnp.max(jnp.abs(vector)))
+    solver = lx.CG(rtol=tolerance, atol=atol, max_steps=max_steps)
     with jax.disable_jit():  # in Python: the product loops over data
-        solution = lx.linear_solve(system, tree, solver, options=options, throw=False)
+        solution = lx.linear_solve(system, vector, solver, options=options, throw=False)
         reached = bool(solution.result == lx.RESULTS.successful)
     if throw and not reached:
         raise RuntimeError(
@@ -81,4 +84,5 @@ def solve(
             f"without reaching the tolerance {tolerance}. Is A + {damping} I positive definite? A "
             "Hessian may need a larger damping; otherwise allow more steps or a larger tolerance."
         )
-    return solution
+    like = jax.tree.map(lambda x, v: x.astype(v.dtype), flat.unravel(solution.value), tree)
+    return dataclasses.replace(solution, value=like)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 from matfree import decomp, stochtrace
 
 from curvature.operators.operator import Flat
@@ -157,7 +158,7 @@ def _lanczos(flat: Flat, start: jax.Array, depth: int) -> _Lanczos:
         found = tridiagonalise(flat.eager(), start / jnp.linalg.norm(start))
     # Where nothing but rounding is left of A q, the space is invariant and what follows is noise.
     below = jnp.abs(jnp.diagonal(found.J_small, -1))
-    whole = below > 10 * jnp.finfo(flat.dtype).eps * jnp.nanmax(jnp.abs(found.J_small))
+    whole = below > 10 * float(np.finfo(flat.dtype).eps) * jnp.nanmax(jnp.abs(found.J_small))
     if whole.all():
         return _Lanczos(found.Q_tall, found.J_small, jnp.linalg.norm(found.residual))
     size = int(jnp.argmin(whole)) + 1
