@@ -345,6 +345,24 @@ def test_negative_weights_count_by_magnitude():
         close(operators.to_dense(operator(loss_fn, jnp.ones(2), [(x, m)])), x.T * jnp.abs(m) @ x)
 
 
+def test_masked_classes_and_units_without_any():
+    """A linear model's Gauss-Newton matrix is its Hessian, whatever is masked."""
+    mask = jnp.array([[1, 1, 0], [1, 1, 1], [0, 0, 0], [1, 0, 0]], bool)
+
+    def loss_fn(module, p, x, rows):
+        loss = getattr(module, SOFTMAX)
+        return loss(x @ p, jnp.zeros(len(x), int), where=mask[jnp.array(rows)]).sum()
+
+    p, x = normal(0, 3, 3), normal(1, 4, 3)
+    tagged = functools.partial(loss_fn, curvature.losses, rows=(0, 1, 2, 3))
+    whole = np.array([0, 1, 3])  # optax's Hessian is not a number for the unit without a class
+    flat, plain = pulled(lambda p: loss_fn(optax.losses, p, x[whole], (0, 1, 3)), p)
+    close(
+        operators.to_dense(operators.gauss_newton(tagged, p, [x])),
+        jax.jit(jax.hessian(plain))(flat),
+    )
+
+
 def test_the_pullback_of_a_metric():
     """J' G J with a G of z for a tree-valued f; batches are summed."""
 
@@ -679,7 +697,7 @@ def test_the_spectral_density(key):
 
 def test_damped_solves_and_preconditioning():
     """The solution of the dense system; the blockwise estimate makes it need fewer iterations."""
-    params = {"w": 0.3 * normal(0, 8, 4), "v": normal(1, 4, 1)}
+    params = {"w": 0.3 * normal(0, 8, 3), "v": normal(1, 3, 1)}
     args = normal(2, 100, 8) * jnp.logspace(-1, 1, 8), normal(3, 100, 1)  # badly conditioned
 
     def loss_fn(p, x, y):
@@ -688,14 +706,14 @@ def test_damped_solves_and_preconditioning():
     op = operators.gauss_newton(loss_fn, params, [args])
     v = jax.tree.map(lambda p: normal(p.size, *p.shape), params)
     damping = 1e-2
-    matrix = operators.to_dense(op) + damping * jnp.eye(36)
+    matrix = operators.to_dense(op) + damping * jnp.eye(27)
     expected = np.linalg.solve(matrix, ravel_pytree(v)[0])
     registry = curvature.register(loss_fn, params, *args)
-    block = curvature.Estimator(registry, curvature.GaussNewton())(params, *args)
+    block = jax.jit(curvature.Estimator(registry, curvature.GaussNewton()))(params, *args)
     preconditioners = (None, block.damped_inverse(damping), lambda v: block.solve(v, damping))
     steps = []
     for preconditioner in preconditioners:
-        found = operators.solve(op, v, damping, preconditioner=preconditioner, tolerance=1e-10)
+        found = operators.solve(op, v, damping, preconditioner=preconditioner, tolerance=1e-9)
         close(ravel_pytree(found.value)[0], expected, 1e-8)
         steps.append(int(found.stats["num_steps"]))
     assert max(steps[1:]) < 0.8 * steps[0], steps
@@ -718,8 +736,8 @@ def test_a_solve_that_fails_says_so():
 # Memory ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["gauss_newton", "sampled", "empirical"])
-def test_a_product_at_a_vocabulary_of_50000_holds_a_few_buffers_of_outputs(kind):
+@pytest.mark.parametrize(("kind", "most"), [("gauss_newton", 4), ("empirical", 4), ("sampled", 12)])
+def test_a_product_at_a_vocabulary_of_50000_holds_a_few_buffers_of_outputs(kind, most):
     """XLA's own account of temporary memory; a [vocabulary]^2 object would take 10 GB."""
     vocabulary, positions, width = 50_000, 16, 8
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
@@ -740,4 +758,4 @@ def test_a_product_at_a_vocabulary_of_50000_holds_a_few_buffers_of_outputs(kind)
     options = {"xla_backend_optimization_level": 2}
     compiled = jax.jit(product).lower(*args).compile(options)
     outputs = 4 * positions * vocabulary
-    assert compiled.memory_analysis().temp_size_in_bytes < 12 * outputs
+    assert compiled.memory_analysis().temp_size_in_bytes < most * outputs
