@@ -1,8 +1,9 @@
 """Everything this library uses that JAX does not promise to keep.
 
-A jaxpr is only *read* (`Jaxpr`, `call_of`, `location`) and *evaluated* (`bind`), and one primitive
-is defined (`tag_primitive`). No other module may import `jax.extend`, `jax.interpreters` or
-`jax._src`: a JAX release that moves something is answered here and nowhere else.
+A jaxpr is only *read* (`Jaxpr`, `call_of`, `location`) and *evaluated* (`bind`), and two kinds of
+primitives are defined (`tag_primitive`, `opaque`). No other module may import `jax.extend`,
+`jax.interpreters` or `jax._src`: a JAX release that moves something is answered here and nowhere
+else.
 
 Two differences between the supported releases are levelled here: JAX 0.12 merged `ClosedJaxpr` into
 `Jaxpr`, and `scan` describes its operands by `ft_in` where 0.10 had `num_consts` and `num_carry`.
@@ -230,3 +231,17 @@ def tag_primitive(
     ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = batch
     return primitive
+
+
+_opaque = jex_core.Primitive("curvature_opaque")
+_opaque.def_impl(lambda x, function: function(x))
+_opaque.def_abstract_eval(lambda x, function: x)
+
+
+def opaque(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """`function`, from arrays to arrays of the same shape, as one equation to whoever traces it.
+
+    So a function that loops over data in Python can be handed to code that traces it first and
+    evaluates the trace eagerly afterwards. It can be neither compiled nor differentiated.
+    """
+    return lambda x: _opaque.bind(x, function=function)

@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 BACKEND = sorted((ROOT / "curvature").rglob("*.py"))
 ADAPTERS = sorted((ROOT / "adapters").rglob("*.py"))
 FRAMEWORKS = ("flax", "haiku", "curvature_flax", "curvature_haiku")
+OF_EXTRAS = ("lineax", "matfree", "equinox", "matplotlib")  # not imported by `import curvature`
 UNSTABLE = re.compile(r"\bjax\s*\.\s*(_src|extend|interpreters)\b")
 UNSTABLE_IMPORT = re.compile(r"^(jax\._src|jax\.extend|jax\.interpreters|jaxlib)(\.|$)")
 THE_FILE = ROOT / "curvature" / "_jax.py"
@@ -56,7 +57,14 @@ def test_the_backend_works_where_no_framework_can_be_imported():
     assert done.returncode == 0, done.stderr
     loaded = done.stdout.split()
     assert "curvature.kfac" in loaded
-    assert not [name for name in loaded if name.partition(".")[0] in FRAMEWORKS]
+    assert not [name for name in loaded if name.partition(".")[0] in (*FRAMEWORKS, *OF_EXTRAS)]
+
+
+def test_without_their_extra_the_operators_say_what_to_install():
+    done = run("import sys; sys.modules['matfree'] = None; import curvature.operators")
+    assert done.returncode != 0
+    assert "curvature.operators needs matfree" in done.stderr
+    assert "install the extra 'curvature[operators]'" in done.stderr
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
@@ -136,6 +144,7 @@ def test_imports_run_downward_only(path):
         "registry",
         "blocks",
         "estimator",
+        "operators",
         "kfac",
     ]
     layer = path.relative_to(ROOT / "curvature").parts[0].removesuffix(".py")
