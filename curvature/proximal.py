@@ -149,6 +149,7 @@ def proximal_point(
     """
     lam = _positive("lam", lam)
     x0, unravel = _ravel(w0)
+    lam = lam.astype(x0.dtype)
     z0 = f(w0)
     _check_scalar("loss", loss, z0)
     distance = _divergence(rho, z0)
