@@ -18,7 +18,8 @@ the pullback through J = df/dw of the metric G_z, the Hessian of rho at z = z0:
 
 Steps are displacements v, to be added: `optax.apply_updates(w, v)`. Data belongs in f's and loss's
 closures. `rho` is a function rho(z, z0) -> scalar, or a metric: an object whose `mvp(z, v)` gives
-G_z v. What is only a metric stands for the divergence 1/2 (z - z0)' G_z0 (z - z0).
+G_z v. A metric that can be called, as a Bregman divergence can, is called, and its values summed;
+what is only a metric stands for the divergence 1/2 (z - z0)' G_z0 (z - z0).
 
 All functions are pure and can be jitted with w and lam as arguments. Their convergence comes back
 as data. Outputs and weights may be any pytrees of floating-point arrays of one dtype.
@@ -143,9 +144,10 @@ def proximal_point(
     >>> f = lambda w: jnp.stack([w[0], w[1] - w[0] ** 2])
     >>> loss = lambda z: (1 - z[0]) ** 2 + 100 * z[1] ** 2  # loss(f(w)) is Rosenbrock's function
     >>> rho = lambda z, z0: ((z - z0) ** 2).sum()
-    >>> point, record = proximal.proximal_point(f, loss, rho, jnp.array([-1.2, 1.0]), 1.0)
-    >>> bool(record.converged), f(point).round(2)  # (1 - 1.2)/2, and -0.44/101
-    (True, Array([-0.1, -0. ], dtype=float32))
+    >>> w0 = jnp.array([-1.2, 1.0])
+    >>> point, record = proximal.proximal_point(f, loss, rho, w0, 1.0, tolerance=1e-6)
+    >>> bool(record.converged), [round(float(z), 3) for z in f(point)]  # -0.2/2, -0.44/101
+    (True, [-0.1, -0.004])
     """
     lam = _positive("lam", lam)
     x0, unravel = _ravel(w0)
@@ -519,7 +521,7 @@ def mirror_descent_step(
     Array([0.5, 0.5], dtype=float32)
     """
     rate = _positive("learning_rate", learning_rate)
-    x, unravel = _ravel(z)
+    x, unravel = _ravel(z, "z")
     rate = rate.astype(x.dtype)
     _check_structure("gradient", gradient, "z", z)
     if isinstance(potential, str):
@@ -685,6 +687,8 @@ def _half_squares(z: PyTree, z0: PyTree) -> jax.Array:
 def _divergence(rho: Divergence, z0: PyTree) -> Scalar:
     """The map z -> rho(z, z0), quadratic for what is only a metric."""
     if callable(rho):
+        if hasattr(rho, "mvp"):  # a value for every unit, where mvp is of their sum
+            return lambda z: jnp.sum(rho(z, z0))
         _check_scalar("rho", lambda z: rho(z, z0), z0)
         return lambda z: rho(z, z0)
     if not hasattr(rho, "mvp"):
@@ -701,11 +705,11 @@ def _divergence(rho: Divergence, z0: PyTree) -> Scalar:
     return quadratic
 
 
-def _ravel(w: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
+def _ravel(w: PyTree, name: str = "weights") -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
     for leaf in jax.tree.leaves(w):
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"weights have dtype {dtype}, expected floating point throughout.")
+            raise TypeError(f"{name}: found dtype {dtype}, expected floating point throughout.")
     return ravel_pytree(w)
 
 

@@ -58,13 +58,16 @@ class Weighted:
     def mvp(self, z, v):
         return v * (1 + z**2) / z.size
 
+    def root(self, z, v):
+        return v * jnp.sqrt((1 + z**2) / z.size)
+
 
 class BothWays(Weighted):
-    """A metric that is also called, as a Bregman divergence is: the value is what it returns."""
+    """A metric that can be called, as a Bregman divergence: a value for every example."""
 
     def __call__(self, z, z0):
         d = z - z0
-        return (0.5 * d**2 * (1 + z0**2) + d**4).sum() / z.size
+        return (0.5 * d**2 * (1 + z0**2) + d**4).sum(-1) / z.size
 
 
 def mean_squares(z, z0):
@@ -73,7 +76,7 @@ def mean_squares(z, z0):
 
 def value_of(rho, z, z0):
     if callable(rho):
-        return rho(z, z0)
+        return rho(z, z0).sum()
     return 0.5 * ((z - z0) * rho.mvp(z0, z - z0)).sum()
 
 
@@ -596,5 +599,5 @@ def test_bad_input_is_refused(message):
 def test_bad_types_are_refused():
     with pytest.raises(TypeError, match="rho is int, expected a function"):
         proximal.proximal_point(rosenbrock, valley, 3, jnp.asarray(W), 1.0)
-    with pytest.raises(TypeError, match="dtype int64, expected floating"):
+    with pytest.raises(TypeError, match="weights: found dtype int64, expected floating"):
         proximal.proximal_point(rosenbrock, valley, squares, jnp.array([1, 2]), 1.0)
