@@ -1,6 +1,6 @@
 """Curvature for JAX: K-FAC and its relatives for any model, in any framework."""
 
-from curvature import losses, metrics
+from curvature import losses, metrics, proximal
 from curvature.blocks import Block, BlockDiagonal, Dense, Diagonal, Kronecker
 from curvature.estimator import EmpiricalFisher, Estimator, Fisher, GaussNewton
 from curvature.kfac import CurvatureState, CurvatureStats, KFACState, kfac, scale_by_curvature
@@ -26,6 +26,7 @@ __all__ = [
     "kfac",
     "losses",
     "metrics",
+    "proximal",
     "register",
     "scale_by_curvature",
     "tag_layer",

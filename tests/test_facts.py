@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import curvature
+from curvature import proximal
 
 
 def deep_linear(dims=(5, 4, 4, 3), examples=12):
@@ -57,6 +58,52 @@ def test_a_control_kfac_is_not_the_empirical_fisher():
         s = score.reshape(x.shape[0], -1)
         far = distance(operator.blocks[layer.name].to_dense(), s.T @ s / x.shape[0])
         assert 0.3 < far < 0.7
+
+
+def excess_of_block_natural_gradient(depth, rate, steps):
+    """Excess loss over its start, after every step; each block's step is divided by the depth."""
+    d, examples = 3, 60
+    keys = jax.random.split(jax.random.key(0), depth + 3)
+    params = [jnp.eye(d) + 0.3 / d**0.5 * jax.random.normal(k, (d, d)) for k in keys[:depth]]
+    # A target that the product reaches without becoming singular on the way.
+    x, target = jax.random.normal(keys[-3], (examples, d)), 2 * jnp.eye(d)
+    target = target + 0.3 * jax.random.normal(keys[-2], (d, d))
+    y = x @ target + jax.random.normal(keys[-1], (examples, d))
+    least = ((x @ jnp.linalg.lstsq(x, y)[0] - y) ** 2).sum() / (2 * examples)
+
+    def squares(z, z0=y):
+        return ((z - z0) ** 2).sum() / (2 * examples)
+
+    def block_step(params, i):
+        def f(w):
+            return chain([*params[:i], w, *params[i + 1 :]], x)
+
+        return proximal.natural_gradient_step(
+            f, squares, squares, params[i], depth / rate, solver="dense"
+        )
+
+    def step(params, _):
+        new = [w + block_step(params, i) for i, w in enumerate(params)]
+        return new, squares(chain(new, x)) - least
+
+    _, excess = jax.jit(lambda p: jax.lax.scan(step, p, None, steps))(params)
+    return np.asarray(excess / (squares(chain(params, x)) - least))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_c_block_natural_gradient_converges_at_the_same_rate_at_every_depth(depth):
+    # Bernacchia, Lengyel and Hennequin 2018: (1 - rate)^(2 t), as a flow; so for depth > 1 up to
+    # the products of the layers' steps, which fall with the rate.
+    worst = []
+    for rate, steps in ((0.1, 40), (0.05, 80)):
+        excess = excess_of_block_natural_gradient(depth, rate, steps)
+        predicted = (1 - rate) ** (2 * np.arange(1, steps + 1))
+        worst.append(np.abs(excess / predicted - 1).max())
+    if depth == 1:
+        assert max(worst) < 1e-10
+    else:
+        assert worst[0] < 0.11  # while the excess falls to 2e-4 of what it was
+        assert worst[1] < 0.55 * worst[0]
 
 
 def squashed_nets():
@@ -167,3 +214,36 @@ def test_e_sampled_fisher_converges_with_slope_minus_one_half():
     slope = np.polyfit(np.log(counts), np.log(errors), 1)[0]
     assert -0.6 < slope < -0.4
     assert errors[-1] < 0.1 * np.linalg.norm(exact)
+
+
+def lognormal_regression():
+    """Kunstner, Balles and Hennig 2019, figure 1: y = 2 x + 2 + noise, one feature and a bias."""
+    random = np.random.RandomState(0)
+    x = random.lognormal(0.0, 0.75, (1000, 1))
+    y = 2.0 * x + 2.0 + random.standard_normal((1000, 1))
+    return jnp.asarray(x), jnp.asarray(y)
+
+
+@pytest.mark.parametrize("start", [(0.0, 0.0), (4.5, 3.0), (1.0, 3.0), (3.0, 1.0)])
+def test_h_one_natural_gradient_step_lands_on_the_optimum_and_no_empirical_one_does(start):
+    x, y = lognormal_regression()
+    design = np.concatenate([x, np.ones_like(x)], axis=1)
+    optimum = np.linalg.lstsq(design, y, rcond=None)[0].ravel()
+    np.testing.assert_allclose(optimum, [1.9804, 2.0386], atol=1e-4)
+
+    def loss_fn(params, x, y):
+        return curvature.losses.l2_loss(x @ params["w"] + params["b"], y).mean()
+
+    params = {"w": jnp.full((1, 1), start[0]), "b": jnp.full((1,), start[1])}
+    registry = curvature.register(loss_fn, params, x, y).override("*", block="dense")
+    gradient = jax.grad(loss_fn)(params, x, y)
+
+    def distance_after_a_step(kind):
+        operator = curvature.Estimator(registry, kind)(params, x, y)
+        after = jax.tree.map(jnp.subtract, params, operator.solve(gradient, damping=0.0))
+        landed = np.array([after["w"].item(), after["b"].item()])
+        return np.linalg.norm(landed - optimum) / np.linalg.norm(np.array(start) - optimum)
+
+    assert distance_after_a_step(curvature.Fisher(samples=None)) < 1e-12
+    # The empirical Fisher is larger by about the squared residuals: it hardly moves.
+    assert 0.85 < distance_after_a_step(curvature.EmpiricalFisher()) < 1.05

@@ -140,6 +140,8 @@ def test_imports_run_downward_only(path):
         "precision",
         "losses",
         "metrics",
+        "newton",
+        "proximal",
         "tags",
         "registry",
         "blocks",

@@ -21,12 +21,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from curvature.losses import OutputLoss, Targets
+from curvature.metrics import Metric
 from curvature.operators.operator import Operator, Product, over_dataset
 from curvature.operators.outputs import Output, linearise
 from curvature.precision import accumulator
@@ -38,14 +38,6 @@ LossOrRegistry = Callable[..., Any] | Registry
 OutputMetric = Callable[
     [Sequence[Output], Sequence[jax.Array], int, jax.Array | None], list[jax.Array]
 ]
-
-
-class Metric(Protocol):
-    """A metric of the output space, see `curvature.metrics`."""
-
-    def mvp(self, z: Any, v: Any) -> Any:
-        """G_z v, a tree like the output z."""
-        ...
 
 
 def hessian(
@@ -317,22 +309,12 @@ def _weighted(output: Output, cotangent: jax.Array) -> jax.Array:
     return _per_unit(output, jnp.abs(output.weights)) * cotangent
 
 
-def _hessian_mvp(loss: OutputLoss, v: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
-    """H_z v. To be replaced by `loss.hessian_mvp`, which is analytic."""
-    return jax.jvp(lambda z: loss.score(z, targets), (z,), (v,))[1]
-
-
-def _fisher_mvp(loss: OutputLoss, v: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
-    """F_z v, which is H_z v for all losses so far. To be replaced by `loss.fisher_mvp`."""
-    return _hessian_mvp(loss, v, z, targets)
-
-
 def _loss_hessian(
     outputs: Sequence[Output], tangents: Sequence[jax.Array], samples: int, key: jax.Array | None
 ) -> list[jax.Array]:
     del samples, key
     return [
-        _weighted(o, _hessian_mvp(o.tag.loss, u, o.z, o.targets))
+        _weighted(o, o.tag.loss.hessian_mvp(u, o.z, o.targets))
         for o, u in zip(outputs, tangents, strict=True)
     ]
 
@@ -342,7 +324,7 @@ def _loss_fisher(
 ) -> list[jax.Array]:
     del samples, key
     return [
-        _weighted(o, _fisher_mvp(o.tag.loss, u, o.z, o.targets))
+        _weighted(o, o.tag.loss.fisher_mvp(u, o.z, o.targets))
         for o, u in zip(outputs, tangents, strict=True)
     ]
 

@@ -134,7 +134,7 @@ def _tags(jaxpr: _jax.Jaxpr, inputs: Sequence[bool], lead: tuple[int, ...]) -> l
         if equation.primitive.name == TAG:
             _check_first(equation, operands[0])
             found.append(Tag(equation.params["loss"], lead, equation.outvars[0].aval))
-        elif _tagged(equation) and call is not None:
+        elif _tagged(equation) and call is not None and call.kind != "shard_map":
             scan = (equation.params["length"],) if call.kind == "scan" else ()
             inside = flow.scan_fixpoint(call, operands[call.skip :])
             found += [t for body in call.bodies for t in _tags(body, inside, (*lead, *scan))]

@@ -1,0 +1,61 @@
+"""The lecture's pages run, their assertions hold, and their pictures are in the repository."""
+
+import importlib.util
+import pathlib
+import re
+
+import jax
+import pytest
+
+LECTURE = pathlib.Path(__file__).parents[1] / "docs" / "lecture"
+LIMIT = 150_000  # bytes a picture
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+
+
+def load_runner():
+    spec = importlib.util.spec_from_file_location("lecture_run", LECTURE / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+runner = load_runner()
+PAGES = runner.pages()
+
+
+def pictures(page):
+    return set(re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_page_runs_and_draws_its_pictures(page, tmp_path):
+    with jax.numpy_dtype_promotion("standard"):  # as its readers have it
+        runner.run(page, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == pictures(page)
+    for name in pictures(page):
+        assert 0 < (LECTURE / name).stat().st_size < LIMIT
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_page_is_listed_and_has_the_parts_of_a_page(page):
+    assert f"({page.name})" in (LECTURE / "README.md").read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    for part in ("## What to learn", "## The formula", "## The code", "## What it shows", "assert"):
+        assert part in text
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (LECTURE / target).exists()
+
+
+def test_there_are_pages_and_no_stray_pictures():
+    assert len(PAGES) == 5
+    assert {path.name for path in LECTURE.glob("*.png")} == set().union(*map(pictures, PAGES))
+
+
+def test_a_control_a_wrong_number_in_a_page_is_an_error(tmp_path):
+    page = tmp_path / "wrong.md"
+    page.write_text("# Title\n\n```python\nx = 1\n```\n\nText\n\n```python\nassert x == 2\n```\n")
+    with pytest.raises(AssertionError) as raised:
+        runner.run(page, tmp_path)
+    assert raised.traceback[-1].lineno + 1 == 10  # where it stands in the page
