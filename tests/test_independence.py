@@ -140,7 +140,6 @@ def test_imports_run_downward_only(path):
         "precision",
         "losses",
         "metrics",
-        "newton",
         "proximal",
         "tags",
         "registry",
