@@ -10,7 +10,8 @@ import pytest
 import scipy.optimize
 from jax.flatten_util import ravel_pytree
 
-from curvature import newton, proximal
+from curvature import proximal
+from curvature.proximal import newton
 
 
 def rosenbrock(w):
