@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from curvature.metrics import Metric
 from curvature.operators.operator import Operator, Product, over_dataset
-from curvature.operators.outputs import Output, linearise
+from curvature.outputs import Output, linearise
 from curvature.precision import accumulator
 from curvature.registry import Registry
 

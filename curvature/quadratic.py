@@ -1,0 +1,90 @@
+"""The quadratic model of the loss along a few directions, with the exact curvature.
+
+With g the gradient and G the Gauss-Newton (or Fisher) matrix of the loss at w on one batch,
+
+    M(v) = g'v + 1/2 v'(G + lam I)v
+
+is what a step v is predicted to change. Only v'Gv is needed, so J is applied to each direction once
+and nothing is pulled back. Martens and Grosse (2015), sections 6.4 and 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvature.outputs import linearise
+from curvature.precision import HIGHEST, accumulator
+
+PyTree = Any
+
+
+class Quadratic(NamedTuple):
+    """A quadratic function of coefficients c: linear'c + 1/2 c'matrix c.
+
+    Attributes:
+      linear: g'd_i for every direction d_i.
+      matrix: d_i'(G + lam I)d_j.
+    """
+
+    linear: jax.Array
+    matrix: jax.Array
+
+    def __call__(self, coefficients: jax.Array) -> jax.Array:
+        """The predicted change of the loss."""
+        product = jnp.dot(self.matrix, coefficients, precision=HIGHEST)
+        return jnp.dot(self.linear + 0.5 * product, coefficients, precision=HIGHEST)
+
+    def minimiser(self) -> jax.Array:
+        """The coefficients of the smallest value; zero along directions that are zero."""
+        scale = jnp.sqrt(jnp.diagonal(self.matrix))
+        scale = jnp.where(scale > 0, scale, 1)
+        cosines = self.matrix / jnp.outer(scale, scale)
+        tolerance = 10 * len(scale) * jnp.finfo(scale.dtype).eps
+        inverse = jnp.linalg.pinv(cosines, rtol=tolerance, hermitian=True)
+        return -jnp.dot(inverse, self.linear / scale, precision=HIGHEST) / scale
+
+
+def along(
+    loss_fn: Callable[..., Any],
+    has_aux: bool,
+    params: PyTree,
+    args: tuple[PyTree, ...],
+    gradient: PyTree,
+    directions: Sequence[PyTree],
+    damping: jax.Array,
+) -> Quadratic:
+    """The quadratic model of a loss along directions; G is its Fisher matrix.
+
+    Args:
+      loss_fn: a loss function with tagged losses, `loss_fn(params, *args)`.
+      has_aux: whether it returns `(loss, aux)`.
+      params: the parameters.
+      args: its other arguments.
+      gradient: of the loss, or of the loss plus what else is trained on (weight decay).
+      directions: trees like `params`.
+      damping: lam.
+    """
+    found = linearise(loss_fn, has_aux, params, args)
+    dtype = accumulator(*(leaf.dtype for leaf in jax.tree.leaves(params)))
+    tangents = [found.pushforward(direction) for direction in directions]
+    count = len(directions)
+    matrix = jnp.zeros((count, count), dtype)
+    for i, output in enumerate(found.outputs):
+        z = output.z.astype(dtype)
+        weights = jnp.abs(output.weights.astype(dtype))
+        weights = weights.reshape(weights.shape + (1,) * len(output.event))
+        us = [t[i].astype(dtype) for t in tangents]
+        products = [weights * output.tag.loss.fisher_mvp(u, z, output.targets) for u in us]
+        matrix += jnp.stack([jnp.stack([jnp.sum(p * u) for u in us]) for p in products])
+    dots = jnp.stack([jnp.stack([_dot(a, b, dtype) for a in directions]) for b in directions])
+    linear = jnp.stack([_dot(gradient, d, dtype) for d in directions])
+    return Quadratic(linear, matrix + damping.astype(dtype) * dots)
+
+
+def _dot(one: PyTree, other: PyTree, dtype: Any) -> jax.Array:
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return sum((jnp.sum(a.astype(dtype) * b.astype(dtype)) for a, b in pairs), jnp.zeros((), dtype))
