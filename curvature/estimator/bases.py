@@ -37,7 +37,8 @@ def rebased(statistics: Statistics, stack_ndim: int, restart: ArrayLike) -> Stat
 
     The corrections become the diagonal, in the new basis, of the operator that they were in the
     old: of all operators that are diagonal in the new basis the closest one in Frobenius norm, and
-    of the same trace. With `restart` they become the products of the factors' eigenvalues: K-FAC.
+    of the same trace. With `restart` they become the products of the factors' eigenvalues, K-FAC
+    scaled to that trace.
     """
     values, new, overlaps = [], {}, []
     for side, basis in _pairs():
@@ -47,6 +48,8 @@ def rebased(statistics: Statistics, stack_ndim: int, restart: ArrayLike) -> Stat
     products = values[0][..., :, None] * values[1][..., None, :]
     moved = turned(overlaps[1], statistics["values"].mT, stack_ndim).mT
     moved = turned(overlaps[0], moved, stack_ndim)
+    exact, found = (jnp.sum(x, axis=(-2, -1), keepdims=True) for x in (moved, products))
+    products = products * (exact / jnp.where(found > 0, found, 1))
     return statistics | new | {"values": jnp.where(restart, products, moved)}
 
 

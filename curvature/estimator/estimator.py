@@ -144,8 +144,8 @@ class Estimator:
 
         Args:
           statistics: as `statistics` returns them, or averages in one basis.
-          restart: whether corrections become the products of the factors' eigenvalues instead, as
-            where nothing is known of them.
+          restart: whether corrections become the products of the factors' eigenvalues instead,
+            scaled to their trace: where they were taken in an arbitrary basis.
         """
         depth = {x.name: len(x.stack) for x in self._blocks if x.block == "ekfac"}
         return {
