@@ -1,7 +1,15 @@
 """Curvature for JAX: K-FAC and its relatives for any model, in any framework."""
 
 from curvature import losses, metrics, proximal
-from curvature.blocks import Block, BlockDiagonal, Dense, Diagonal, Kronecker
+from curvature.blocks import (
+    Block,
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    EigenKronecker,
+    Identity,
+    Kronecker,
+)
 from curvature.estimator import EmpiricalFisher, Estimator, Fisher, GaussNewton
 from curvature.kfac import CurvatureState, CurvatureStats, KFACState, kfac, scale_by_curvature
 from curvature.registry import Layer, LossTag, Registry, register
@@ -14,10 +22,12 @@ __all__ = [
     "CurvatureStats",
     "Dense",
     "Diagonal",
+    "EigenKronecker",
     "EmpiricalFisher",
     "Estimator",
     "Fisher",
     "GaussNewton",
+    "Identity",
     "KFACState",
     "Kronecker",
     "Layer",

@@ -18,6 +18,7 @@ import optax
 from jax.typing import ArrayLike
 
 from curvature.estimator import Estimator, Fisher, Kind
+from curvature.estimator.bases import BASES
 from curvature.registry import Registry
 
 PyTree = Any
@@ -46,8 +47,9 @@ class CurvatureState(NamedTuple):
     Attributes:
       step: steps taken (skipped ones not counted).
       weight: total weight of the exponential average, which corrects its bias towards zero.
-      statistics: the exponential averages before that correction, by layer and factor.
-      inverse: the factors of the damped inverse, of the same shapes.
+      statistics: the exponential averages before that correction, by layer and factor; of EKFAC
+        layers also the bases of the latest refresh, in which corrections are averaged.
+      inverse: the arrays of the damped inverse's blocks.
       fallback: the state of the fallback transformation.
       stats: what happened.
     """
@@ -94,6 +96,11 @@ def scale_by_curvature(
     `loss_args` (the arguments of the loss function after `params`), averages them, and applies
     (G + damping I)^-1, with factored damping in Kronecker blocks (Martens and Grosse 2015).
 
+    Layers with the block `"ekfac"` (see `Registry.with_blocks`) average their factors, and their
+    corrections in the eigenbasis of the latest refresh. A refresh takes the corrections over to the
+    eigenbasis of the averaged factors: they become the diagonal there of the operator that they
+    were. The first ones are the products of the factors' eigenvalues, of the right trace.
+
     A step whose gradient, statistics or update is not finite is skipped: the update is zero, the
     state is as before but for `state.stats.skipped`.
 
@@ -131,7 +138,8 @@ def scale_by_curvature(
         scalar = jnp.zeros((), jnp.result_type(float))
         stats = CurvatureStats(zero, zero, scalar)
         zeros = estimator.zeros()
-        return CurvatureState(zero, scalar, zeros, zeros, rest.init(params), stats)
+        inverse = estimator.operator(zeros).arrays()
+        return CurvatureState(zero, scalar, zeros, inverse, rest.init(params), stats)
 
     def update(
         updates: PyTree,
@@ -145,9 +153,9 @@ def scale_by_curvature(
         args = _check_update(params, loss_args)
 
         def sample() -> tuple[BlockArrays, jax.Array]:
-            fresh = estimator.statistics(params, *args, key=key)
+            fresh = estimator.statistics(params, *args, key=key, bases=state.statistics)
             mix = functools.partial(_mix, decay)
-            return jax.tree.map(mix, state.statistics, fresh), mix(state.weight, 1.0)
+            return _but_bases(mix, state.statistics, fresh), mix(state.weight, 1.0)
 
         averages, weight = _every(
             statistics_every, state.step, sample, (state.statistics, state.weight)
@@ -155,15 +163,18 @@ def scale_by_curvature(
         strength = jnp.asarray(damping(state.step) if callable(damping) else damping)
         strength = strength.astype(state.stats.damping.dtype)
 
-        def invert() -> tuple[BlockArrays, jax.Array, jax.Array]:
-            corrected = jax.tree.map(lambda s: s / weight.astype(s.dtype), averages)
+        def invert() -> tuple[BlockArrays, BlockArrays, jax.Array, jax.Array]:
+            turned = estimator.rebased(averages, restart=state.weight == 0)
+            corrected = _but_bases(lambda s: s / weight.astype(s.dtype), turned)
             inverse = estimator.operator(corrected).damped_inverse(strength).arrays()
             good = _finite(inverse)
-            kept = jax.tree.map(functools.partial(jnp.where, good), inverse, state.inverse)
-            return kept, jnp.where(good, 0, 1).astype(jnp.int32), strength
+            kept = jax.tree.map(
+                functools.partial(jnp.where, good), (turned, inverse), (averages, state.inverse)
+            )
+            return *kept, jnp.where(good, 0, 1).astype(jnp.int32), strength
 
-        nothing = (state.inverse, jnp.zeros((), jnp.int32), state.stats.damping)
-        inverse, failed, used = _every(refresh_every, state.step, invert, nothing)
+        nothing = (averages, state.inverse, jnp.zeros((), jnp.int32), state.stats.damping)
+        averages, inverse, failed, used = _every(refresh_every, state.step, invert, nothing)
         direction = estimator.operator(inverse) @ updates
         others, fallen = rest.update(updates, state.fallback, params, **extra)
         direction = jax.tree.map(lambda out, o, d: o if out else d, left, others, direction)
@@ -263,6 +274,18 @@ def kfac(
 
 def _mix(decay: float, old: jax.Array, new: ArrayLike) -> jax.Array:
     return decay * old + (1 - decay) * jnp.asarray(new, old.dtype)
+
+
+def _but_bases(function: Callable[..., jax.Array], *trees: BlockArrays) -> BlockArrays:
+    """`function` of the statistics in several trees; bases are no averages and stay as they are."""
+    first, *rest = trees
+    return {
+        layer: {
+            name: x if name in BASES else function(x, *(tree[layer][name] for tree in rest))
+            for name, x in arrays.items()
+        }
+        for layer, arrays in first.items()
+    }
 
 
 def _every(period: int, count: jax.Array, act: Callable[[], Any], otherwise: Any) -> Any:

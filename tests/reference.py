@@ -48,3 +48,44 @@ def factors(reference, loss_of_z, params, x, biased, compiled=jax.jit):
         j = jnp.concatenate(j, axis=1)
         out[name] = (a.T @ a / len(a), jnp.einsum("irp,ij,jrq->pq", j, hessian, j))
     return out
+
+
+def rows(reference, loss_of_z, params, x, biased, compiled=jax.jit):
+    """{layer: (a, g)}: input rows and output cotangents of every example, by brute force.
+
+    `a` is (examples, rows, d_in), every use and position of an example a row; `g` is
+    (examples, outputs, rows, d_out), one cotangent for each entry c of an example's output z_n,
+    scaled so that sum_c z_nc z_nc' is the Hessian of the loss, which must be diagonal.
+    """
+    inputs, shapes = {}, {}
+
+    def record(name, a, y):
+        inputs.setdefault(name, []).append(a.reshape(len(a), -1, a.shape[-1]))
+        shapes.setdefault(name, []).append(y.shape)
+        return y
+
+    z = reference(params, x, record)
+
+    def perturbed(taps):
+        seen = {}
+
+        def tap(name, a, y):
+            i = seen[name] = seen.get(name, -1) + 1
+            return y + taps[name][i]
+
+        return reference(params, x, tap).reshape(len(z), -1)
+
+    zeros = {name: [jnp.zeros(s) for s in shape] for name, shape in shapes.items()}
+    jacobians = compiled(jax.jacrev(perturbed))(zeros)
+    curvature = compiled(jax.hessian(loss_of_z))(z).reshape(z.size, z.size)
+    roots = jnp.sqrt(jnp.diagonal(curvature)).reshape(len(z), -1)
+    out = {}
+    for name, a in inputs.items():
+        a = jnp.concatenate(a, axis=1)
+        if name in biased:
+            a = jnp.concatenate([a, jnp.ones((*a.shape[:2], 1))], axis=2)
+        each = range(len(z))
+        own = [jnp.stack([j[n, :, n] for n in each]) for j in jacobians[name]]
+        own = [j.reshape(*j.shape[:2], -1, j.shape[-1]) for j in own]
+        out[name] = (a, jnp.concatenate(own, axis=2) * roots[..., None, None])
+    return out

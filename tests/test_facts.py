@@ -106,6 +106,136 @@ def test_c_block_natural_gradient_converges_at_the_same_rate_at_every_depth(dept
         assert worst[1] < 0.55 * worst[0]
 
 
+SHARING = {"expand": lambda z: z, "reduce": lambda z: z.mean(1)}
+
+
+@pytest.mark.parametrize("setting", SHARING)
+def test_b_expand_and_reduce_are_exact_each_in_its_own_setting(setting):
+    """Eschenhagen et al. 2023: a loss at every position, or one of the mean over positions."""
+    params, _, _ = deep_linear()
+    x = jax.random.normal(jax.random.key(5), (12, 6, 5))
+
+    def network(params):
+        return SHARING[setting](chain(params, x))
+
+    def loss_fn(params, x):
+        return curvature.losses.l2_loss(SHARING[setting](chain(params, x))).sum(-1).mean()
+
+    registry = curvature.register(loss_fn, params, x)
+    expand, reduce = (
+        curvature.Estimator(registry.with_blocks(block), curvature.GaussNewton())(params, x)
+        for block in ("kronecker", "kronecker_reduce")
+    )
+    right, wrong = (expand, reduce) if setting == "expand" else (reduce, expand)
+    z = network(params)
+    jacobians = jax.jacrev(lambda p: network(p).reshape(-1))(params)
+    for layer, jacobian in zip(registry.layers, jacobians, strict=True):
+        j = jacobian.reshape(z.size, -1)
+        exact = j.T @ j / (z.size // 3)
+        assert distance(right.blocks[layer.name].to_dense(), exact) < 1e-14
+        assert distance(wrong.blocks[layer.name].to_dense(), exact) > 0.1
+
+
+def attention(params, x):
+    """A small net with nonlinear weight sharing: attention over positions, then a mean."""
+    q, k = x @ params["q"], x @ params["k"]
+    weights = jax.nn.softmax(q @ k.mT)
+    return jnp.tanh(weights @ x @ params["v"]).mean(1) @ params["head"]
+
+
+NETS = {
+    "tanh": (
+        {"u": (4, 5), "v": (5, 4), "w": (4, 3)},
+        (10, 4),
+        lambda p, x: jnp.tanh(jnp.tanh(x @ p["u"]) @ p["v"]) @ p["w"],
+    ),
+    "relu per position": (
+        {"u": (3, 6), "v": (6, 2)},
+        (6, 4, 3),
+        lambda p, x: jax.nn.relu(x @ p["u"]) @ p["v"],
+    ),
+    "attention": (
+        {"q": (3, 2), "k": (3, 2), "v": (3, 4), "head": (4, 3)},
+        (6, 5, 3),
+        attention,
+    ),
+    "recurrent": (
+        {"u": (2, 3), "w": (3, 3)},
+        (7, 4, 2),
+        lambda p, x: jax.lax.scan(
+            lambda h, a: (jnp.tanh(h @ p["w"] + a @ p["u"]), None),
+            jnp.zeros((7, 3)),
+            x.swapaxes(0, 1),
+        )[0],
+    ),
+}
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_f_ekfac_is_never_farther_than_kfac_from_the_block(net):
+    """A theorem (George et al. 2018), and more: a right angle at EKFAC, in Frobenius norm."""
+    shapes, shape, network = NETS[net]
+
+    def data(seed):
+        keys = jax.random.split(jax.random.key(seed), len(shapes) + 1)
+        pairs = zip(shapes.items(), keys, strict=False)
+        return {n: jax.random.normal(k, s) for (n, s), k in pairs}, jax.random.normal(
+            keys[-1], shape
+        )
+
+    def loss_of_z(z, module):
+        labels = jnp.arange(z[..., 0].size).reshape(z.shape[:-1]) % z.shape[-1]
+        return module.softmax_cross_entropy_with_integer_labels(z, labels).mean()
+
+    def loss_fn(params, x):
+        return loss_of_z(network(params, x), curvature.losses)
+
+    registry = curvature.register(loss_fn, *data(0))
+
+    @jax.jit
+    def matrices(params, x):
+        kfac, ekfac = (
+            curvature.Estimator(registry.with_blocks(block), curvature.GaussNewton())(params, x)
+            for block in ("kronecker", "ekfac")
+        )
+        z = network(params, x)
+        hessian = jax.hessian(lambda z: loss_of_z(z, optax.losses))(z).reshape(z.size, z.size)
+        jacobians = jax.jacrev(lambda p: network(p, x))(params)
+        out = {}
+        for layer in registry.layers:
+            j = jacobians[layer.name].reshape(z.size, -1)
+            block = ekfac.blocks[layer.name]
+            basis = jnp.kron(block.input_basis, block.output_basis)
+            exact = j.T @ hessian @ j
+            out[layer.name] = (
+                exact,
+                kfac.blocks[layer.name].to_dense(),
+                block.to_dense(),
+                jnp.diagonal(basis.T @ exact @ basis) - block.values.ravel(),
+            )
+        return out
+
+    for seed in range(4):
+        for exact, kfac, ekfac, difference in matrices(*data(seed)).values():
+            scale = jnp.linalg.norm(exact)
+            assert float(jnp.abs(difference).max()) < 1e-12 * scale
+            far, near = (float(jnp.linalg.norm(m - exact) / scale) for m in (kfac, ekfac))
+            between = float(jnp.linalg.norm(kfac - ekfac) / scale)
+            assert near <= far
+            np.testing.assert_allclose(far**2, near**2 + between**2, rtol=1e-9)
+            assert far > 1e-3  # it is no vacuous statement
+
+
+def test_f_without_sharing_ekfac_of_a_deep_linear_net_is_exact():
+    params, x, y = deep_linear()
+    registry = curvature.register(mean_squared, params, x, y).with_blocks("ekfac")
+    operator = curvature.Estimator(registry, curvature.GaussNewton())(params, x, y)
+    jacobians = jax.jacrev(lambda p: chain(p, x).reshape(-1))(params)
+    for layer, jacobian in zip(registry.layers, jacobians, strict=True):
+        j = jacobian.reshape(x.shape[0] * 3, -1)
+        assert distance(operator.blocks[layer.name].to_dense(), j.T @ j / x.shape[0]) < 1e-13
+
+
 def squashed_nets():
     """One function in two parametrisations: tanh(u) = 2 sigmoid(2 u) - 1."""
     dims = (4, 5, 4, 3)

@@ -4,6 +4,17 @@ from curvature.blocks.block import Block
 from curvature.blocks.block_diagonal import BlockDiagonal, block_of
 from curvature.blocks.dense import Dense
 from curvature.blocks.diagonal import Diagonal
+from curvature.blocks.eigen_kronecker import EigenKronecker
+from curvature.blocks.identity import Identity
 from curvature.blocks.kronecker import Kronecker
 
-__all__ = ["Block", "BlockDiagonal", "Dense", "Diagonal", "Kronecker", "block_of"]
+__all__ = [
+    "Block",
+    "BlockDiagonal",
+    "Dense",
+    "Diagonal",
+    "EigenKronecker",
+    "Identity",
+    "Kronecker",
+    "block_of",
+]

@@ -13,6 +13,8 @@ from jax.typing import ArrayLike
 from curvature.blocks.block import Block
 from curvature.blocks.dense import Dense
 from curvature.blocks.diagonal import Diagonal
+from curvature.blocks.eigen_kronecker import EigenKronecker
+from curvature.blocks.identity import Identity
 from curvature.blocks.kronecker import Kronecker
 from curvature.precision import accumulator
 from curvature.registry import Layer
@@ -23,10 +25,15 @@ PyTree = Any
 def block_of(layer: Layer, statistics: dict[str, jax.Array]) -> Block:
     """The block of a layer from its statistics (see `Estimator.statistics`)."""
     depth = len(layer.stack)
-    if layer.block == "kronecker":
+    if layer.block == "ekfac":
+        fields = ("input_basis", "output_basis", "values")
+        return EigenKronecker(**{name: statistics[name] for name in fields}, stack_ndim=depth)
+    if layer.factored:
         return Kronecker(**statistics, stack_ndim=depth)
     if layer.block == "dense":
         return Dense(**statistics, shape=layer.shape, stack_ndim=depth)
+    if layer.block == "identity":
+        return Identity(**statistics, shape=layer.shape, stack_ndim=depth)
     return Diagonal(**statistics, stack_ndim=depth)
 
 
@@ -66,7 +73,7 @@ class BlockDiagonal:
         return dataclasses.replace(self, blocks=inverses)
 
     def arrays(self) -> dict[str, dict[str, jax.Array]]:
-        """The blocks' arrays by layer and field, the layout of `Estimator.statistics`."""
+        """The blocks' arrays by layer and field; `Estimator.operator` takes them as statistics."""
         return {
             name: {
                 field.name: getattr(block, field.name)

@@ -61,7 +61,7 @@ def alive_rows(
     tokens = {}
     for step in analysis.plan.walk():
         use = step.use
-        if use is None or use.layer is None or layers[use.layer].block != "kronecker":
+        if use is None or use.layer is None or not layers[use.layer].factored:
             continue
         if use.local:  # other devices have other rows: all count
             continue

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from curvature.blocks import BlockDiagonal, block_of
 from curvature.estimator import statistics as stats
 from curvature.estimator.alive import alive_rows
+from curvature.estimator.bases import BASES, of_factors, rebased
 from curvature.estimator.evaluate import Sweep, evaluate
+from curvature.estimator.factors import Statistics
 from curvature.estimator.kinds import Draw, Fisher, Kind
-from curvature.estimator.statistics import Statistics
 from curvature.precision import accumulator
 from curvature.registry import Layer, Registry
 from curvature.registry.layers import EXCLUDED
@@ -81,13 +85,33 @@ class Estimator:
         return self.operator(self.statistics(params, *args, key=key))
 
     def statistics(
-        self, params: PyTree, *args: PyTree, key: jax.Array | None = None
+        self,
+        params: PyTree,
+        *args: PyTree,
+        key: jax.Array | None = None,
+        bases: Mapping[str, Statistics] | None = None,
     ) -> dict[str, Statistics]:
         """The statistics of every block, by layer name; linear averages of these are meaningful.
 
         A Kronecker block has `input` (mean over rows of a a') and `output` (sum over rows of g g'),
         a diagonal one `values`. The sum over examples is weighted by dL/dl: the curvature of the
         loss itself, not of a single example.
+
+        An EKFAC block has the factors, their eigenvectors `input_basis` and `output_basis`, and
+        `values`, the second moments of per-example gradients in that basis (George et al. 2018).
+        They take a second sweep of backward passes, with the same draws; none with known `bases`.
+
+        Args:
+          params: the parameters, as registered.
+          *args: the other arguments of the loss function.
+          key: random key, where the kind needs one.
+          bases: statistics whose bases the corrections of EKFAC blocks are taken in, so that
+            averages of corrections are meaningful; for example those of `rebased`. Their other
+            entries are not looked at.
+
+        Raises:
+          ValueError: the key is missing, an argument differs from what was registered, or `bases`
+            are missing or of other shapes for some layer.
         """
         if self.needs_key and key is None:
             raise ValueError(
@@ -96,14 +120,11 @@ class Estimator:
             )
         if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)  # a key of jax.random.PRNGKey
+        known = None if bases is None else self._checked(bases)
         analysis = self.registry.analyse(params, args)
         draws = self.kind.draw(analysis.losses, key)
-        passes = jax.tree.leaves(draws)[0].shape[0]
         try:
-            alive = self._alive(analysis, params, args)
-            summed = _sum_passes(
-                lambda draw: self._pass(analysis, params, args, draw, alive), draws, passes
-            )
+            return self._statistics(analysis, params, args, draws, known)
         except (ValueError, NotImplementedError) as error:
             if not analysis.blocked:
                 raise
@@ -112,10 +133,24 @@ class Estimator:
                 f"tagged loss stands {'; '.join(analysis.blocked)}. Use scan or a fori_loop with "
                 "constant bounds, give the function a custom_vjp, or exclude the parameters."
             ) from error
+
+    def rebased(
+        self, statistics: dict[str, Statistics], restart: ArrayLike = False
+    ) -> dict[str, Statistics]:
+        """Statistics with the bases of EKFAC blocks computed anew from their (averaged) factors.
+
+        The corrections are taken over to the new bases as well as a diagonal can: see
+        `curvature.estimator.bases`. Statistics of other blocks are as they were.
+
+        Args:
+          statistics: as `statistics` returns them, or averages in one basis.
+          restart: whether corrections become the products of the factors' eigenvalues instead,
+            scaled to their trace: where they were taken in an arbitrary basis.
+        """
+        depth = {x.name: len(x.stack) for x in self._blocks if x.block == "ekfac"}
         return {
-            layer.name: stats.combined(layer, summed[layer.name], passes, self.kind.averaged)
-            for layer in analysis.layers
-            if layer.block != EXCLUDED
+            name: rebased(found, depth[name], restart) if name in depth else found
+            for name, found in statistics.items()
         }
 
     def operator(self, statistics: dict[str, Statistics]) -> BlockDiagonal:
@@ -139,38 +174,106 @@ class Estimator:
         layers = {layer.name: layer for layer in analysis.layers}
         return alive_rows(analysis, layers, [*jax.tree.leaves(params), *jax.tree.leaves(args)])
 
-    def _pass(
+    def _checked(self, bases: Mapping[str, Statistics]) -> dict[str, Statistics]:
+        """The bases of every EKFAC layer, of the right shapes."""
+        found: dict[str, Statistics] = {}
+        for layer in self._blocks:
+            if layer.block != "ekfac":
+                continue
+            zeros = stats.zeros(layer, self._dtype(layer), self.max_factor_dim)
+            found[layer.name] = {}
+            for name in BASES:
+                basis = bases.get(layer.name, {}).get(name)
+                if basis is None or basis.shape != zeros[name].shape:
+                    what = "none" if basis is None else f"shape {list(basis.shape)}"
+                    raise ValueError(
+                        f"bases[{layer.name!r}][{name!r}]: found {what}, expected an array of "
+                        f"shape {list(zeros[name].shape)}. Pass earlier statistics as bases."
+                    )
+                found[layer.name][name] = basis.astype(zeros[name].dtype)
+        return found
+
+    def _statistics(
         self,
         analysis: Analysis,
         params: PyTree,
         args: PyTree,
         draws: tuple[Draw, ...],
-        alive: dict[int, jax.Array],
+        bases: dict[str, Statistics] | None,
     ) -> dict[str, Statistics]:
-        """One backward pass: the raw statistics of every layer."""
+        """All sweeps: the corrections of EKFAC blocks come second where their bases do."""
+        passes = jax.tree.leaves(draws)[0].shape[0]
+        alive = self._alive(analysis, params, args)
+        layers = {layer.name: layer for layer in analysis.layers if layer.block != EXCLUDED}
+        tokens = {
+            name: stats.tokens(layer, self._dtype(layer), self.max_factor_dim)
+            for name, layer in layers.items()
+            if layer.structured
+        }
+        generic = [name for name, layer in layers.items() if not layer.structured]
+        corrected = [name for name, layer in layers.items() if layer.block == "ekfac"]
+        first, second = tokens, {}
+        if bases is None:
+            later = ("values", "gradients")
+            second = {n: {k: x for k, x in tokens[n].items() if k in later} for n in corrected}
+            early = {n: {k: x for k, x in tokens[n].items() if k not in later} for n in corrected}
+            first = tokens | early
+
+        def combined(name: str, summed: Statistics) -> Statistics:
+            return stats.combined(layers[name], summed, passes, self.kind.averaged)
+
+        def sweep(
+            tokens: dict[str, Statistics], generic: list[str], bases: dict[str, Statistics]
+        ) -> dict[str, Statistics]:
+            one = functools.partial(
+                self._pass, analysis, params, args, alive, tokens, generic, bases
+            )
+            summed = _sum_passes(one, draws, passes)
+            return {name: combined(name, found) for name, found in summed.items()}
+
+        found = sweep(first, generic, bases or {})
+        if bases is None:
+            bases = {n: of_factors(found[n], len(layers[n].stack)) for n in corrected}
+            if corrected:
+                values = sweep(second, [], bases)
+                found |= {name: found[name] | values[name] for name in corrected}
+        return {name: found[name] | bases.get(name, {}) for name in layers}
+
+    def _pass(
+        self,
+        analysis: Analysis,
+        params: PyTree,
+        args: PyTree,
+        alive: dict[int, jax.Array],
+        tokens: dict[str, Statistics],
+        generic: list[str],
+        bases: dict[str, Statistics],
+        draws: tuple[Draw, ...],
+    ) -> dict[str, Statistics]:
+        """One backward pass: the raw statistics of the layers with tokens and the generic ones."""
         layers = {layer.name: layer for layer in analysis.layers}
         leaves = jax.tree.leaves(params)
-        structured, generic = {}, {}
-        for name, layer in layers.items():
-            if layer.structured:
-                structured[name] = stats.tokens(layer, self._dtype(layer), self.max_factor_dim)
-            elif layer.block != EXCLUDED:
-                generic[name] = leaves[layer.views[0].source]
 
         def loss(tokens: dict[str, Statistics], generic: dict[str, jax.Array]) -> jax.Array:
             inputs = list(leaves)
             for name, leaf in generic.items():
                 inputs[layers[name].views[0].source] = leaf
-            sweep = Sweep(layers, self.kind, tokens, dict(enumerate(draws)), alive)
+            draw = dict(enumerate(draws))
+            sweep = Sweep(layers, self.kind, tokens, draw, alive, bases=bases)
             outs, _ = evaluate(analysis.plan, [*inputs, *jax.tree.leaves(args)], sweep)
             value: jax.Array = outs[0]
             return value
 
-        raw, gradients = jax.grad(loss, argnums=(0, 1))(structured, generic)
-        done = {name: stats.finished(layers[name], raw[name]) for name in structured}
+        whole = {name: leaves[layers[name].views[0].source] for name in generic}
+        raw, gradients = jax.grad(loss, argnums=(0, 1))(tokens, whole)
+        done = {
+            name: stats.finished(layers[name], found, bases.get(name), self.max_factor_dim)
+            for name, found in raw.items()
+        }
         for name, gradient in gradients.items():
             layer = layers[name]
-            done[name] = stats.of_generic(layer.gather({layer.views[0].source: gradient}))
+            part = layer.gather({layer.views[0].source: gradient})
+            done[name] = stats.of_generic(layer, part)
         return done
 
 

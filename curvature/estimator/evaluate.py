@@ -22,15 +22,16 @@ import jax
 import jax.numpy as jnp
 
 from curvature import _jax
+from curvature.estimator.factors import Statistics
 from curvature.estimator.kinds import Draw, Kind
 from curvature.estimator.rows import output_rows, rows_of
-from curvature.estimator.statistics import Statistics, of_contraction, of_elementwise
+from curvature.estimator.statistics import of_contraction, of_elementwise
 from curvature.losses import Targets
 from curvature.precision import accumulator
 from curvature.registry import meet
 from curvature.registry.layers import Layer
 from curvature.registry.plan import LossTag, Plan, Step, Use
-from curvature.registry.taps import Convolution, Dense, Elementwise, Lookup
+from curvature.registry.taps import Contraction, Elementwise, Lookup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +41,13 @@ class Sweep:
     Attributes:
       layers: the layers by name.
       kind: the source of cotangents.
-      tokens: for each layer, zeros of the shape of its statistics.
+      tokens: for each layer whose statistics are taken, zeros of their shape.
       draws: for each loss, what the kind needs there.
       alive: for each contraction, by the index of its use, which rows count; all do where it is
         missing.
       marking: whether `alive` holds tokens instead, whose gradient says which rows a loss depends
         on (see `alive.py`), and no statistics are taken.
+      bases: for each EKFAC layer whose corrections are taken, the eigenbases.
       devices: mesh axes of the `shard_map`s around, and whether what varies over them is tracked.
     """
 
@@ -55,6 +57,7 @@ class Sweep:
     draws: Mapping[int, Draw]
     alive: Mapping[int, jax.Array] = dataclasses.field(default_factory=dict)
     marking: bool = False
+    bases: Mapping[str, Statistics] = dataclasses.field(default_factory=dict)
     devices: tuple[tuple[str, ...], bool] = ((), False)
 
 
@@ -84,6 +87,8 @@ def evaluate(
         ]
         known = [read_slope(v) for v in step.equation.invars]
         for position, use in () if sweep.marking else step.taps:
+            if use.layer not in sweep.tokens:
+                continue
             values[position] = _broadcast(use, values[position], known[position], sweep)
         if step.derive is not None:
             slope[step.equation.outvars[0]] = _derived(step, values, known[step.derive])
@@ -132,15 +137,17 @@ def _scan(step: Step, values: list[Any], slopes: list[Any], sweep: Sweep) -> lis
     consts = values[: call.num_consts]
     init = values[call.num_consts : call.num_consts + call.num_carry]
     scanned = values[call.num_consts + call.num_carry :]
-    stacked = {name: sweep.tokens[name] for name in step.stacked if not sweep.marking}
+    stacked = {name: sweep.tokens[name] for name in step.stacked if name in sweep.tokens}
+    bases = {name: sweep.bases[name] for name in step.stacked if name in sweep.bases}
     draws = {i: sweep.draws[i] for i in step.losses}
     rows = {i: sweep.alive[i] for i in step.contractions if i in sweep.alive}
 
     def one(carry: list[Any], slices: Any) -> tuple[list[Any], list[Any]]:
-        xs, tokens, drawn, alive = slices
+        xs, tokens, bases, drawn, alive = slices
         inner = dataclasses.replace(
             sweep,
             tokens={**sweep.tokens, **tokens},
+            bases={**sweep.bases, **bases},
             draws={**sweep.draws, **drawn},
             alive={**sweep.alive, **alive},
         )
@@ -150,7 +157,7 @@ def _scan(step: Step, values: list[Any], slopes: list[Any], sweep: Sweep) -> lis
     carry, ys = jax.lax.scan(
         one,
         init,
-        (scanned, stacked, draws, rows),
+        (scanned, stacked, bases, draws, rows),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
@@ -163,14 +170,13 @@ def _sharded(step: Step, values: list[Any], slopes: list[Any], sweep: Sweep) -> 
     (body,) = step.bodies
 
     def run(*operands: Any) -> list[Any]:
-        *inputs, (tokens, draws, slopes) = operands
+        *inputs, (tokens, bases, draws, slopes) = operands
         axes, tracked = _jax.devices_apart(step.equation)
-        inner = dataclasses.replace(
-            sweep, tokens=tokens, draws=draws, devices=((*sweep.devices[0], *axes), tracked)
-        )
+        devices = ((*sweep.devices[0], *axes), tracked)
+        inner = dataclasses.replace(sweep, tokens=tokens, bases=bases, draws=draws, devices=devices)
         return evaluate(body, inputs, inner, slopes)[0]
 
-    rest = (dict(sweep.tokens), dict(sweep.draws), slopes)
+    rest = (dict(sweep.tokens), dict(sweep.bases), dict(sweep.draws), slopes)
     return _jax.shard_map(step.equation, run, values, rest)
 
 
@@ -194,57 +200,66 @@ def _derived(step: Step, values: list[Any], slope: Any) -> jax.Array:
 def _contraction(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.Array:
     """A contraction of data and parameter whose token's gradient is its statistics."""
     how, layer = use.how, sweep.layers[str(use.layer)]
-    assert isinstance(how, (Dense, Convolution, Lookup))
+    assert isinstance(how, Contraction)
     if sweep.marking:
         return _marked(step, use, values, sweep)
-    bias = use.bias.scale if use.bias is not None else None
+    if layer.name not in sweep.tokens:
+        return _jax.bind(step.equation, values)[0]
     alive = sweep.alive.get(use.index)
     if use.manual:
-        assert isinstance(how, Dense)
-        return _manual(layer, use, how, values, sweep)
+        return _manual(layer, use, values, sweep)
 
     def apply(x: jax.Array, w: jax.Array) -> jax.Array:
         (y,) = _jax.bind(step.equation, (x, w) if how.operand == 0 else (w, x))
         return y
 
     @jax.custom_vjp
-    def tapped(x: jax.Array, w: jax.Array, token: Statistics, alive: Any) -> jax.Array:
+    def tapped(x: jax.Array, w: jax.Array, token: Statistics, known: Any) -> jax.Array:
         return apply(x, w)
 
-    def forward(x: jax.Array, w: jax.Array, token: Statistics, alive: Any) -> Any:
-        return apply(x, w), (x, w, token, alive)
+    def forward(x: jax.Array, w: jax.Array, token: Statistics, known: Any) -> Any:
+        return apply(x, w), (x, w, token, known)
 
     def backward(kept: Any, g: jax.Array) -> Any:
-        x, w, token, alive = kept
+        x, w, token, known = kept
         dx = None
         if not isinstance(how, Lookup):
             (dx,) = jax.linear_transpose(lambda y: apply(y, w), x)(g)
-        rows = rows_of(how, x, g, bias, alive, jax.tree.leaves(token)[0].dtype)
-        found = of_contraction(layer, rows, token, flipped=use.flipped)
-        return dx, None, _varying_like(found, g), None
+        return dx, None, _statistics(layer, use, x, g, token, known), None
 
     tapped.defvjp(forward, backward)
     x, w = values[how.operand], jax.lax.stop_gradient(values[1 - how.operand])
-    return tapped(x, w, _varying_like(sweep.tokens[layer.name], x), alive)
+    known = (alive, sweep.bases.get(layer.name, {}))
+    return tapped(x, w, _varying_like(sweep.tokens[layer.name], x), known)
 
 
-def _manual(layer: Layer, use: Use, how: Dense, values: list[Any], sweep: Sweep) -> jax.Array:
-    """The output of a layer tagged by hand, whose token's gradient is its statistics."""
+def _statistics(
+    layer: Layer, use: Use, x: jax.Array, g: jax.Array, token: Statistics, known: Any
+) -> Statistics:
+    """The statistics of a contraction from its input and the cotangent of its output."""
+    assert isinstance(use.how, Contraction)
+    alive, bases = known
     bias = use.bias.scale if use.bias is not None else None
+    rows = rows_of(use.how, x, g, bias, alive, jax.tree.leaves(token)[0].dtype)
+    found = of_contraction(layer, rows, token, bases, flipped=use.flipped)
+    return _varying_like(found, g)
+
+
+def _manual(layer: Layer, use: Use, values: list[Any], sweep: Sweep) -> jax.Array:
+    """The output of a layer tagged by hand, whose token's gradient is its statistics."""
 
     @jax.custom_vjp
-    def tapped(y: jax.Array, x: jax.Array, token: Statistics, alive: Any) -> jax.Array:
+    def tapped(y: jax.Array, x: jax.Array, token: Statistics, known: Any) -> jax.Array:
         return y
 
     def backward(kept: Any, g: jax.Array) -> Any:
-        x, token, alive = kept
-        rows = rows_of(how, x, g, bias, alive, jax.tree.leaves(token)[0].dtype)
-        found = of_contraction(layer, rows, token, flipped=use.flipped)
-        return g, None, _varying_like(found, g), None
+        x, token, known = kept
+        return g, None, _statistics(layer, use, x, g, token, known), None
 
     tapped.defvjp(lambda y, *rest: (y, rest), backward)
     y, x, *_ = values
-    return tapped(y, x, _varying_like(sweep.tokens[layer.name], y), sweep.alive.get(use.index))
+    known = (sweep.alive.get(use.index), sweep.bases.get(layer.name, {}))
+    return tapped(y, x, _varying_like(sweep.tokens[layer.name], y), known)
 
 
 def _varying_like(statistics: Statistics, like: jax.Array) -> Statistics:
@@ -254,7 +269,7 @@ def _varying_like(statistics: Statistics, like: jax.Array) -> Statistics:
 def _marked(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.Array:
     """The output of a contraction; its token's gradient says which rows have a cotangent."""
     how = use.how
-    assert isinstance(how, (Dense, Convolution, Lookup))
+    assert isinstance(how, Contraction)
 
     @jax.custom_vjp
     def marked(y: jax.Array, token: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from curvature.precision import HIGHEST
-from curvature.registry.taps import Contraction, Convolution, Dense, Lookup
+from curvature.registry.taps import Contraction, Convolution, Lookup
 from curvature.registry.views import Shape
 
 
@@ -33,6 +33,8 @@ class Rows:
       bias: the homogeneous coordinate (1 times the bias's scale); None without a bias.
       alive: 1 for rows that a loss depends on, 0 for others, `members + (examples, positions)`;
         None where all count.
+      basis: orthogonal matrices in which inputs are expressed, `members + (d_in, d_in)`; None for
+        the coordinates themselves.
     """
 
     how: Contraction
@@ -40,6 +42,16 @@ class Rows:
     g: jax.Array
     bias: float | None
     alive: jax.Array | None = None
+    basis: jax.Array | None = None
+
+    def turned(self, inputs: jax.Array, outputs: jax.Array) -> Rows:
+        """The rows in other bases, a Q_A and g Q_B; ones in place of a matrix for the identity."""
+        members = len(self.how.members)
+        g = self.g
+        if outputs.ndim == members + 2:
+            g = jnp.einsum("...nti,...ij->...ntj", g, outputs, precision=HIGHEST)
+        basis = inputs if inputs.ndim == members + 2 else None
+        return dataclasses.replace(self, g=g, basis=basis)
 
     def count(self) -> jax.Array:
         """Rows of every member."""
@@ -48,49 +60,90 @@ class Rows:
         rows = math.prod(self.g.shape[len(self.how.members) : -1])
         return jnp.full(self.how.members, rows, self.g.dtype)
 
-    def input_moment(self, diagonal: bool) -> jax.Array:
-        """Sum over rows of a a', or its diagonal."""
+    def weights(self) -> jax.Array:
+        """1 for rows that count, 0 for others, `members + (examples, positions)`."""
+        return jnp.ones(self.g.shape[:-1], self.g.dtype) if self.alive is None else self.alive
+
+    def input_moment(self, diagonal: bool, weights: jax.Array | None = None) -> jax.Array:
+        """Sum over rows of a a', each times its weight (None for 1), or the diagonal of that."""
         if isinstance(self.how, Lookup):
-            ones = jnp.ones(self.x.shape, self.g.dtype) if self.alive is None else self.alive
+            ones = jnp.ones(self.x.shape, self.g.dtype) if weights is None else weights
             return self._scattered(ones[..., None])[:, 0] * self.how.scale**2
+        roots = () if weights is None else (jnp.sqrt(weights),)
         if isinstance(self.how, Convolution):
-            images = self.x.shape[0]
-            chunk = max(1, images // math.prod(self.how.window))
 
-            def moment(x: jax.Array, *alive: jax.Array) -> jax.Array:
-                rows = self._with_bias(self._patches(x))
-                for part in alive:
-                    rows = rows * jnp.moveaxis(part, 0, -2)[..., None]
-                return _moment(rows, diagonal)
+            def of_images(x: jax.Array, *roots: jax.Array) -> jax.Array:
+                rows = self._inputs(x)
+                for root in roots:
+                    rows = rows * jnp.moveaxis(root, 0, -2)[..., None]
+                return moment(rows, diagonal)
 
-            if self.alive is None:
-                return _sum_over_examples(moment, chunk, self.x)
-            alive = self.alive.reshape((*self.how.members, images, -1))
-            return _sum_over_examples(moment, chunk, self.x, jnp.moveaxis(alive, -2, 0))
-        a = self._with_bias(self.x * _scale(self.how, self.x))
-        return _moment(a if self.alive is None else a * self.alive[..., None], diagonal)
+            per_image = [r.reshape((*self.how.members, len(self.x), -1)) for r in roots]
+            leading = [jnp.moveaxis(r, -2, 0) for r in per_image]
+            chunk = max(1, len(self.x) // math.prod(self.how.window))
+            return _sum_over_examples(of_images, chunk, self.x, *leading)
+        a = self._inputs(self.x)
+        for root in roots:
+            a = a * root[..., None]
+        return moment(a, diagonal)
 
-    def output_moment(self, diagonal: bool) -> jax.Array:
-        """Sum over rows of g g', or its diagonal."""
-        return _moment(self.g, diagonal)
+    def output_moment(self, diagonal: bool, weights: jax.Array | None = None) -> jax.Array:
+        """Sum over rows of g g', each times its weight (None for 1), or the diagonal of that."""
+        g = self.g if weights is None else self.g * jnp.sqrt(weights)[..., None]
+        return moment(g, diagonal)
+
+    def input_sums(self) -> jax.Array:
+        """Sums of a over the positions of every example, `members + (examples, d_in [+ 1])`."""
+        if isinstance(self.how, Lookup):
+            ones = self.weights()[..., None]
+            counts = jax.vmap(functools.partial(_scatter, self.how))(self.x, ones)[..., 0]
+            return counts * self.how.scale
+        if isinstance(self.how, Convolution):
+            x = self.x.reshape((self.how.examples, -1, *self.x.shape[1:]))
+            alive = jnp.moveaxis(self.weights(), -2, 0)
+
+            def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+                image, alive = part
+                rows = self._inputs(image)
+                rows = rows.reshape((*self.how.members, -1, rows.shape[-1]))
+                return jnp.sum(rows * alive[..., None], axis=-2)
+
+            chunk = max(1, len(x) // math.prod(self.how.window))
+            return jnp.moveaxis(jax.lax.map(one, (x, alive), batch_size=chunk), 0, -2)
+        a = self._inputs(self.x)
+        return jnp.sum(a if self.alive is None else a * self.alive[..., None], axis=-2)
+
+    def input_norms(self) -> jax.Array:
+        """|a|^2 of every row, `members + (examples, positions)`."""
+        bias = 0.0 if self.bias is None else self.bias**2
+        if isinstance(self.how, Lookup):
+            found = jnp.ones(self.x.shape, bool) if self.how.clip else self.x < self.how.d_in
+            return found.astype(self.g.dtype) * self.how.scale**2
+        if isinstance(self.how, Convolution):  # patches of |x|^2, which has one channel a group
+            groups = self.how.members[0] if self.how.members else 1
+            squares = self.x.reshape((len(self.x), groups, -1, *self.x.shape[2:])) ** 2
+            patches = _windows(self.how, jnp.sum(squares, axis=2))
+            norms = patches.reshape((len(self.x), groups, math.prod(self.how.window), -1)).sum(2)
+            norms = jnp.moveaxis(norms, 1, 0).reshape(self.g.shape[:-1])
+        else:
+            norms = jnp.sum(self.x**2, axis=-1)
+        return norms * self.how.scale**2 + bias
 
     def gradients(self) -> jax.Array:
         """Per-example gradients, `(examples,) + members + (d_in [+ 1], d_out)`."""
         if isinstance(self.how, Lookup):
             tables: jax.Array = jax.vmap(functools.partial(_scatter, self.how))(self.x, self.g)
             return tables * self.how.scale
-        x = self.x
+        a = self._inputs(self.x)
         if isinstance(self.how, Convolution):
-            x = self._patches(x)
-            x = x.reshape((*self.how.members, self.g.shape[-3], -1, x.shape[-1]))
-        a = self._with_bias(x * _scale(self.how, x))
+            a = a.reshape((*self.how.members, self.g.shape[-3], -1, a.shape[-1]))
         products = jnp.einsum("...nti,...nto->n...io", a, self.g, precision=HIGHEST)
         return products
 
     def squares(self) -> jax.Array:
         """Sum over examples of the squared per-example gradients."""
         if isinstance(self.how, Lookup):
-            return self._lookup_squares()
+            return self._lookup_squares(self.g) * self.how.scale**2
         if isinstance(self.how, Convolution):
 
             def squares(x: jax.Array, g: jax.Array) -> jax.Array:
@@ -104,45 +157,48 @@ class Rows:
                 else _sum_over_examples(squares, 1, x, self.g)
             )
         if self.g.shape[-2] == 1:  # one row an example: (a^2)' g^2, no per-example gradients
-            a = self._with_bias(self.x * _scale(self.how, self.x))[..., 0, :]
+            a = self._inputs(self.x)[..., 0, :]
             g = self.g[..., 0, :]
             return jnp.einsum("...ni,...no->...io", a * a, g * g, precision=HIGHEST)
         return jnp.sum(self.gradients() ** 2, axis=0)
 
-    def _lookup_squares(self) -> jax.Array:
-        """As `squares`, without tables for every example.
+    def squared_counts(self) -> jax.Array:
+        """For a lookup, the sum over examples of each entry's squared share of the positions."""
+        weights = self.weights()
+        share = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1)
+        return self._lookup_squares(share[..., None])[:, 0] * self.how.scale**2
 
-        An entry's gradient in one example is the sum of the cotangents at the places where it is
-        looked up; each of those places adds the same square, so it is shared among them.
+    def _lookup_squares(self, values: jax.Array) -> jax.Array:
+        """For a lookup, squares of the sums of `values` by example and entry, summed over examples.
+
+        An entry's sum in one example is over the places where it is looked up; each of those places
+        adds the same square, so it is shared among them, and no table is made for an example.
         """
-        same = (self.x[:, :, None] == self.x[:, None, :]).astype(self.g.dtype)
-        sums = jnp.einsum("nst,nto->nso", same, self.g, precision=HIGHEST)
-        shared = sums**2 / same.sum(axis=-1, keepdims=True)
-        return self._scattered(shared) * self.how.scale**2
+        same = (self.x[:, :, None] == self.x[:, None, :]).astype(values.dtype)
+        sums = jnp.einsum("nst,nto->nso", same, values, precision=HIGHEST)
+        return self._scattered(sums**2 / same.sum(axis=-1, keepdims=True))
 
     def _scattered(self, values: jax.Array) -> jax.Array:
         return _scatter(self.how, self.x.ravel(), values.reshape((-1, values.shape[-1])))
 
-    def _with_bias(self, a: jax.Array) -> jax.Array:
-        if self.bias is None:
+    def _inputs(self, x: jax.Array) -> jax.Array:
+        """Rows a from (a part of) `x`: patches, scale, bias and basis; a lookup has none."""
+        if isinstance(self.how, Convolution):
+            x = self._patches(x)
+        a = x * jnp.asarray(self.how.scale, x.dtype)
+        if self.bias is not None:
+            ones = jnp.full((*a.shape[:-1], 1), self.bias, a.dtype)
+            a = jnp.concatenate([a, ones], axis=-1)
+        if self.basis is None:
             return a
-        return jnp.concatenate([a, jnp.full((*a.shape[:-1], 1), self.bias, a.dtype)], axis=-1)
+        return jnp.einsum("...nti,...ij->...ntj", a, self.basis, precision=HIGHEST)
 
     def _patches(self, x: jax.Array) -> jax.Array:
         """The windows of images `(examples, channels, spatial...)` as rows."""
         how = self.how
         assert isinstance(how, Convolution)
         groups = how.members[0] if how.members else 1
-        patches = jax.lax.conv_general_dilated_patches(
-            x * _scale(how, x),
-            how.window,
-            how.strides,
-            how.padding,
-            lhs_dilation=how.x_dilation,
-            rhs_dilation=how.window_dilation,
-            precision=HIGHEST,
-        )
-        split = patches.reshape((x.shape[0], groups, how.d_in, -1))
+        split = _windows(how, x).reshape((x.shape[0], groups, how.d_in, -1))
         rows = split.transpose((1, 0, 3, 2))
         return rows if how.members else rows[0]
 
@@ -178,11 +234,21 @@ def output_rows(how: Contraction, g: jax.Array) -> jax.Array:
     return g
 
 
-def _scale(how: Dense | Convolution | Lookup, x: jax.Array) -> jax.Array:
-    return jnp.asarray(how.scale, x.dtype)
+def _windows(how: Convolution, x: jax.Array) -> jax.Array:
+    """The windows of images, `(examples, channels * window entries, spatial...)`."""
+    return jax.lax.conv_general_dilated_patches(
+        x,
+        how.window,
+        how.strides,
+        how.padding,
+        lhs_dilation=how.x_dilation,
+        rhs_dilation=how.window_dilation,
+        precision=HIGHEST,
+    )
 
 
-def _moment(x: jax.Array, diagonal: bool) -> jax.Array:
+def moment(x: jax.Array, diagonal: bool) -> jax.Array:
+    """The sum of x x' over rows `(examples, positions)`, or its diagonal."""
     if diagonal:
         return jnp.sum(x * x, axis=(-3, -2))
     return jnp.einsum("...nti,...ntj->...ij", x, x, precision=HIGHEST)

@@ -1,11 +1,14 @@
 """Statistics of one use of a layer in one backward pass.
 
 For a layer with input rows a_r (a last entry 1 where there is a bias) and output cotangents g_r,
-which carry the square root of the loss weights:
+which carry the square root of the loss weights, the gradient of an example is P_n = sum_r a_r g_r'
+over its rows, and the statistics are
 
-- `kronecker`: sums over rows of a a' and of g g', and the number of rows;
-- `diagonal`: the sum over examples of the squared per-example gradient (sum_r a_r g_r')^2;
-- `dense`: the sum over examples of the outer product of the per-example gradient with itself.
+- blocks with Kronecker factors: see `factors`;
+- `ekfac`: factors, and `values`, the sum over examples of (Q_A' P_n Q_B)^2 (see `bases`);
+- `diagonal`: `values`, the sum over examples of P_n^2;
+- `identity`: `values`, the mean of that over a layer's coordinates;
+- `dense`: `values`, the sum over examples of the outer product of P_n with itself.
 
 Arrays of rows have shape `members + (examples, positions, features)`. Where a layer is used several
 times, its per-example gradients have to be summed before they are squared; then the use returns the
@@ -20,70 +23,73 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvature.estimator import bases, factors
+from curvature.estimator.factors import Statistics
 from curvature.estimator.rows import Rows
 from curvature.precision import HIGHEST
 from curvature.registry.layers import Layer
 from curvature.registry.taps import Elementwise
 from curvature.registry.views import Shape
 
-Statistics = dict[str, jax.Array]
-
 
 def tokens(layer: Layer, dtype: Any, max_factor_dim: int) -> Statistics:
     """Zeros of the shape of a layer's statistics: what they are the gradient of."""
-    if layer.block != "kronecker":
-        lead = layer.views[0].stacked
-        inner = layer.shape[len(lead) :]
-        if layer.shared:
-            return {"gradients": jnp.zeros((*lead, layer.examples, *inner), dtype)}
-        return zeros(layer, dtype, max_factor_dim)
-    token = zeros(layer, dtype, max_factor_dim) | {"rows": jnp.zeros(layer.stack, dtype)}
-    if layer.flipped:
-        return token | {f"{name}_flipped": zero for name, zero in token.items()}
-    return token
+    token = factors.tokens(layer, dtype, max_factor_dim) if layer.factored else {}
+    if layer.factored and layer.block != "ekfac":
+        return token
+    if not layer.shared:
+        return token | {"values": jnp.zeros(_values_shape(layer), dtype)}
+    lead = layer.views[0].stacked
+    each = (*lead, layer.examples, *layer.shape[len(lead) :])
+    return token | {"gradients": jnp.zeros(each, dtype)}
 
 
 def zeros(layer: Layer, dtype: Any, max_factor_dim: int) -> Statistics:
     """Statistics of nothing, as `combined` returns them."""
-    if layer.block != "kronecker":
-        return {"values": jnp.zeros(block_shape(layer), dtype)}
-    first, second = factor_shapes(layer, max_factor_dim)
-    return {"input": jnp.zeros(first, dtype), "output": jnp.zeros(second, dtype)}
+    if layer.factored and layer.block != "ekfac":
+        return factors.zeros(layer, dtype, max_factor_dim)
+    values = {"values": jnp.zeros(_values_shape(layer), dtype)}
+    if layer.block != "ekfac":
+        return values
+    found = factors.zeros(layer, dtype, max_factor_dim)
+    return found | values | bases.identity(found, len(layer.stack))
 
 
-def block_shape(layer: Layer) -> Shape:
-    """The shape of the values of a diagonal or dense block."""
-    if layer.block == "diagonal":
+def _values_shape(layer: Layer) -> Shape:
+    """The shape of what is kept of a layer's per-example gradients."""
+    if layer.block == "identity":
+        return layer.stack
+    if layer.block != "dense":
         return layer.shape
     size = math.prod(layer.shape[len(layer.stack) :])
     return (*layer.stack, size, size)
 
 
-def factor_shapes(layer: Layer, max_factor_dim: int) -> tuple[Shape, Shape]:
-    """The shapes of the two Kronecker factors: full, or diagonal where wide or one-hot."""
-    d_in, d_out = layer.shape[-2:]
-    full_in = d_in <= max_factor_dim and not layer.one_hot
-    return (
-        (*layer.stack, *((d_in, d_in) if full_in else (d_in,))),
-        (*layer.stack, *((d_out, d_out) if d_out <= max_factor_dim else (d_out,))),
-    )
+def of_contraction(
+    layer: Layer, rows: Rows, token: Statistics, turn: Statistics, *, flipped: bool
+) -> Statistics:
+    """The statistics of one use of a dense, convolutional or embedding layer.
 
-
-def of_contraction(layer: Layer, rows: Rows, token: Statistics, *, flipped: bool) -> Statistics:
-    """The statistics of one use of a dense, convolutional or embedding layer."""
-    if layer.block != "kronecker":
-        if layer.block == "diagonal" and not layer.shared:
-            return {"values": rows.squares()}
+    Args:
+      layer: the layer.
+      rows: the use's inputs and output cotangents.
+      token: zeros; which statistics are asked for.
+      turn: the bases of an `ekfac` layer's corrections, in this copy of the layer.
+      flipped: whether the use is of the transposed weight.
+    """
+    found: Statistics = {}
+    if f"rows{'_flipped' if flipped else ''}" in token:
+        found |= factors.of_rows(layer, rows, token, flipped=flipped)
+    if "values" in token:
+        members = len(rows.how.members)
+        found["values"] = (
+            _squared(layer, rows.gradients(), members)
+            if layer.block == "dense"
+            else _summary(layer, bases.turned_rows(rows, turn).squares(), members)
+        )
+    if "gradients" in token:
         gradients = rows.gradients()
-        return _from_gradients(layer, gradients.mT if flipped else gradients, rows.how.members)
-    members = len(rows.how.members)
-    suffix = "_flipped" if flipped else ""
-    first, second = ("output", "input") if flipped else ("input", "output")
-    found = {
-        first + suffix: rows.input_moment(token[first + suffix].ndim == members + 1),
-        second + suffix: rows.output_moment(token[second + suffix].ndim == members + 1),
-        f"rows{suffix}": rows.count(),
-    }
+        found |= _handed_on(layer, gradients.mT if flipped else gradients)
     return {name: found.get(name, jnp.zeros_like(zero)) for name, zero in token.items()}
 
 
@@ -102,13 +108,13 @@ def of_elementwise(layer: Layer, how: Elementwise, slope: jax.Array | None, g: j
     rest = [a for a in range(g.ndim) if a not in keep]
     gradients = g.transpose((*keep, *rest)).reshape([g.shape[a] for a in keep]) * how.scale
     gradients = gradients.reshape((how.examples, -1, *gradients.shape[1:])).sum(axis=1)
-    return _from_gradients(layer, gradients, ())
+    if layer.shared:
+        return _handed_on(layer, gradients)
+    return {"values": _squared(layer, gradients, 0)}
 
 
-def _from_gradients(layer: Layer, gradients: jax.Array, members: Shape) -> Statistics:
-    """Squares per-example gradients, or hands them on where several uses are to be summed."""
-    if not layer.shared:
-        return {"values": _squared(layer, gradients, len(members))}
+def _handed_on(layer: Layer, gradients: jax.Array) -> Statistics:
+    """Per-example gradients of one of several uses, to be summed over them."""
     if gradients.shape[0] != layer.examples:  # uses differ in what their examples are: pool them
         gradients = gradients.sum(axis=0, keepdims=True)
     return {"gradients": gradients}
@@ -116,25 +122,44 @@ def _from_gradients(layer: Layer, gradients: jax.Array, members: Shape) -> Stati
 
 def _squared(layer: Layer, gradients: jax.Array, members: int) -> jax.Array:
     """`members + ...` block values from `(examples,) + members + ...` gradients."""
-    if layer.block == "diagonal":
-        return jnp.sum(gradients**2, axis=0)
+    if layer.block != "dense":
+        return _summary(layer, jnp.sum(gradients**2, axis=0), members)
     flat = gradients.reshape((*gradients.shape[: 1 + members], -1))
     return jnp.einsum("n...i,n...j->...ij", flat, flat, precision=HIGHEST)
 
 
-def finished(layer: Layer, raw: Statistics) -> Statistics:
-    """What one backward pass gives: squares what had to be summed first."""
+def _summary(layer: Layer, squares: jax.Array, members: int) -> jax.Array:
+    """What is kept of `members + ...` squares: all, or their mean."""
+    if layer.block == "identity":
+        return jnp.mean(squares, axis=tuple(range(members, squares.ndim)))
+    return squares
+
+
+def finished(
+    layer: Layer, raw: Statistics, turn: Statistics | None, max_factor_dim: int
+) -> Statistics:
+    """What one backward pass gives: products of what had to be summed first.
+
+    Args:
+      layer: the layer.
+      raw: the gradient of its token.
+      turn: the bases of an `ekfac` layer's corrections, all copies.
+      max_factor_dim: a factor wider than this keeps its diagonal only.
+    """
+    raw = factors.finished(layer, raw, max_factor_dim)
     if "gradients" not in raw:
         return raw
     lead = len(layer.views[0].stack)
     members = len(layer.stack) - lead
-    gradients = jnp.moveaxis(raw["gradients"], lead, 0)
-    return {"values": _squared(layer, gradients, lead + members)}
+    gradients = jnp.moveaxis(raw.pop("gradients"), lead, 0)
+    if turn:
+        gradients = bases.turned_gradients(gradients, turn, len(layer.stack))
+    return raw | {"values": _squared(layer, gradients, lead + members)}
 
 
-def of_generic(gradient: jax.Array) -> Statistics:
+def of_generic(layer: Layer, gradient: jax.Array) -> Statistics:
     """The square of the gradient of the drawn cotangents, summed over examples."""
-    return {"values": gradient**2}
+    return {"values": _summary(layer, gradient**2, 0)}
 
 
 def combined(layer: Layer, summed: Statistics, passes: int, averaged: bool) -> Statistics:
@@ -143,40 +168,5 @@ def combined(layer: Layer, summed: Statistics, passes: int, averaged: bool) -> S
     The input is the same in every pass; cotangents of samples are averaged, of columns summed.
     """
     share = 1 / passes if averaged else 1.0
-    if layer.block != "kronecker":
-        return {"values": summed["values"] * share}
-    straight = _normalised(summed, "", "input", "output", share)
-    if not layer.flipped:
-        return straight
-    return _pooled(layer, straight, _normalised(summed, "_flipped", "output", "input", share))
-
-
-def _normalised(
-    summed: Statistics, suffix: str, data: str, cotangent: str, share: float
-) -> Statistics:
-    rows = jnp.maximum(summed["rows" + suffix], 1)  # zero where no branch ran: so is the sum
-    moment = summed[data + suffix]
-    extra = (1,) * (moment.ndim - rows.ndim)
-    return {
-        data: moment / rows.reshape(rows.shape + extra),
-        cotangent: summed[cotangent + suffix] * share,
-    }
-
-
-def _pooled(layer: Layer, one: Statistics, other: Statistics) -> Statistics:
-    """The Kronecker product with the partial traces of A1 (x) B1 + A2 (x) B2 (tied weights)."""
-
-    def trace(x: jax.Array) -> jax.Array:
-        full = x.ndim - len(layer.stack) == 2
-        return jnp.trace(x, axis1=-2, axis2=-1) if full else x.sum(axis=-1)
-
-    def lift(scalar: jax.Array, x: jax.Array) -> jax.Array:
-        return scalar.reshape(scalar.shape + (1,) * (x.ndim - scalar.ndim))
-
-    a, b = (one["input"], other["input"]), (one["output"], other["output"])
-    total = trace(a[0]) * trace(b[0]) + trace(a[1]) * trace(b[1])
-    safe = jnp.where(total > 0, total, 1)
-    return {
-        "input": a[0] * lift(trace(b[0]) / safe, a[0]) + a[1] * lift(trace(b[1]) / safe, a[1]),
-        "output": b[0] * lift(trace(a[0]), b[0]) + b[1] * lift(trace(a[1]), b[1]),
-    }
+    found = factors.combined(layer, summed, share) if "rows" in summed else {}
+    return found | ({"values": summed["values"] * share} if "values" in summed else {})

@@ -24,15 +24,16 @@ from curvature.registry.plan import Use
 from curvature.registry.taps import Elementwise
 from curvature.registry.views import Shape, View
 
-_MATRIX = ("kronecker", "diagonal", "dense")
-_VECTOR = ("diagonal", "dense")
+FACTORED = ("kronecker", "kronecker_reduce", "kronecker_weighted", "ekfac", "foof")
+_VECTOR = ("diagonal", "dense", "identity")
+_MATRIX = (*FACTORED, *_VECTOR)
 BLOCKS = {
     "dense": _MATRIX,
     "conv": _MATRIX,
     "embedding": _MATRIX,
     "scale": _VECTOR,
     "shift": _VECTOR,
-    "generic": ("diagonal",),
+    "generic": ("diagonal", "identity"),
 }
 EXCLUDED = "excluded"
 
@@ -45,7 +46,7 @@ class Layer:
       name: unique name, the path its parameters share.
       kind: `"dense"`, `"conv"`, `"embedding"`, `"scale"`, `"shift"` or `"generic"`.
       parameters: key paths of its parameters, as `jax.tree_util.keystr` prints them.
-      block: `"kronecker"`, `"diagonal"`, `"dense"` or `"excluded"`.
+      block: one of `BLOCKS` for its kind, or `"excluded"`.
       reason: where the layer is in the user's code, or why it is generic.
       uses: number of equations in which it meets the data.
       views: the weight's entries that belong to the layer, and the bias's.
@@ -95,9 +96,14 @@ class Layer:
     @property
     def pooled(self) -> bool:
         """Whether its block sees only cotangents summed over examples."""
-        squares = self.block in ("diagonal", "dense")
+        squares = self.block in (*_VECTOR, "ekfac")
         whole = not self.structured or self.unbatched or (squares and self.examples == 1)
         return self.uses > 0 and whole
+
+    @property
+    def factored(self) -> bool:
+        """Whether its block has Kronecker factors."""
+        return self.block in FACTORED
 
     @property
     def size(self) -> int:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import glob
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,9 +13,10 @@ import jax.numpy as jnp
 from curvature import _jax
 from curvature.registry import table
 from curvature.registry.assemble import assemble
+from curvature.registry.choose import overridden, ruled
 from curvature.registry.find import Finder
 from curvature.registry.frame import Inputs
-from curvature.registry.layers import BLOCKS, EXCLUDED, Layer, one_per_leaf
+from curvature.registry.layers import EXCLUDED, Layer
 from curvature.registry.plan import LossTag, Plan, settle
 from curvature.registry.twin import more_examples
 from curvature.registry.views import View
@@ -59,7 +59,6 @@ class Registry:
       has_aux: whether it returns `(loss, aux)`.
       params: shapes and dtypes of the parameters.
       args: shapes and dtypes of the other arguments.
-      overrides: pairs of (path pattern, block), applied in order.
       batch_found: whether batch axes were found by tracing with one more example; where that is
         impossible, the leading axis of everything that depends on the data is taken for it.
     """
@@ -70,7 +69,6 @@ class Registry:
     has_aux: bool
     params: PyTree
     args: tuple[PyTree, ...]
-    overrides: tuple[tuple[str, str], ...] = ()
     batch_found: bool = True
 
     @property
@@ -89,7 +87,7 @@ class Registry:
         Args:
           pattern: glob over parameter paths written with slashes, such as `"decoder/*/kernel"`;
             it may start at any level of the path.
-          block: `"kronecker"`, `"diagonal"` or `"dense"` (a full matrix: for small layers).
+          block: the block's name, see `with_blocks`.
           exclude: leaves the layers out of the curvature: gradients pass unchanged, or go to the
             optimizer's `fallback`.
 
@@ -106,9 +104,48 @@ class Registry:
                 f"Expected either block=... or exclude=True, found {block=}, {exclude=}."
             )
         choice = EXCLUDED if exclude else str(block)
-        layers = _override(self.layers, pattern, choice, self.params)
-        overrides = (*self.overrides, (pattern, choice))
-        return dataclasses.replace(self, layers=layers, overrides=overrides)
+        layers = overridden(self.layers, pattern, choice, self.params)
+        return dataclasses.replace(self, layers=layers)
+
+    def with_blocks(self, rule: str | Callable[[Layer], str | None]) -> Registry:
+        """A registry in which layers get their blocks by a rule.
+
+        | block | curvature of a layer | for |
+        |---|---|---|
+        | `"kronecker"` | A (x) B over rows (K-FAC, "expand"); the default there | matrices |
+        | `"kronecker_reduce"` | A (x) B, positions of an example reduced first | matrices |
+        | `"kronecker_weighted"` | A (x) B, rows weighted by the other side's norm | matrices |
+        | `"ekfac"` | exact second moments in the eigenbasis of A (x) B | matrices |
+        | `"foof"` | A (x) c I, the input factor alone | matrices |
+        | `"diagonal"` | the exact diagonal; the default elsewhere | every layer |
+        | `"dense"` | the exact matrix: for small layers | all but generic parameters |
+        | `"identity"` | c I, c the mean of the diagonal | every layer |
+
+        Matrices are dense, convolutional and embedding layers.
+
+        Args:
+          rule: the name of a block, for every layer that can have it; or a function from a layer to
+            the name of its block, None to keep the one it has.
+
+        Returns:
+          A new registry; this one is unchanged, and excluded layers stay excluded.
+
+        Raises:
+          ValueError: no layer can have the block, or the rule gave one a block it cannot have.
+
+        >>> import jax.numpy as jnp, curvature
+        >>> def loss_fn(params, x, y):
+        ...     return curvature.losses.l2_loss(x @ params["w"] * params["scale"], y).mean()
+        >>> params = {"scale": jnp.ones(2), "w": jnp.ones((3, 2))}
+        >>> x, y = jnp.ones((5, 3)), jnp.ones((5, 2))
+        >>> registry = curvature.register(loss_fn, params, x, y)
+        >>> [layer.block for layer in registry.with_blocks("ekfac").layers]
+        ['diagonal', 'ekfac']
+        >>> small = lambda layer: "dense" if layer.size < 4 else None
+        >>> [layer.block for layer in registry.with_blocks(small).layers]
+        ['dense', 'kronecker']
+        """
+        return dataclasses.replace(self, layers=ruled(self.layers, rule))
 
     @property
     def excluded(self) -> tuple[bool, ...]:
@@ -139,10 +176,7 @@ class Registry:
         _check_tree("params", params, self.params, exact=True)
         _check_tree("loss_args", args, self.args, exact=False)
         analysis = _analyse(self.loss_fn, self.has_aux, params, args)
-        layers = analysis.layers
-        for pattern, block in self.overrides:
-            layers = _override(layers, pattern, block, self.params)
-        found = [(x.name, x.kind, x.shape) for x in layers]
+        found = [(x.name, x.kind, x.shape) for x in analysis.layers]
         expected = [(x.name, x.kind, x.shape) for x in self.layers]
         if found != expected:
             new = [x for x in found if x not in expected]
@@ -150,6 +184,8 @@ class Registry:
                 f"The loss function traced to other layers than were registered (new: {new}). Its "
                 "structure depends on its arguments: register once for each structure."
             )
+        pairs = zip(analysis.layers, self.layers, strict=True)
+        layers = tuple(dataclasses.replace(new, block=old.block) for new, old in pairs)
         return dataclasses.replace(analysis, layers=layers)
 
 
@@ -239,49 +275,6 @@ def _analyse(
         masked=finder.masked,
         blocked=tuple(finder.blocked),
     )
-
-
-def _override(
-    layers: Sequence[Layer], pattern: str, block: str, params: PyTree
-) -> tuple[Layer, ...]:
-    paths = {
-        jax.tree_util.keystr(p): jax.tree_util.keystr(p, simple=True, separator="/")
-        for p, _ in jax.tree_util.tree_leaves_with_path(params)
-    }
-    hit = {
-        key
-        for key, path in paths.items()
-        if fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"*/{pattern}")
-    }
-    if not hit:
-        raise ValueError(
-            f"No parameter matches the pattern {pattern!r}. The parameters are: "
-            f"{', '.join(paths.values())}."
-        )
-    return tuple(
-        _with_block(layer, block, hit, pattern) if hit.intersection(layer.parameters) else layer
-        for layer in layers
-    )
-
-
-def _with_block(layer: Layer, block: str, hit: set[str], pattern: str) -> Layer:
-    whole = layer.parameters
-    if block != EXCLUDED:
-        # A bias goes with its weight: the pattern may name the weight alone, not the bias alone.
-        whole = layer.parameters[: len(one_per_leaf(layer.views[:1]))]
-    missed = [path for path in whole if path not in hit]
-    if missed:
-        raise ValueError(
-            f"The pattern {pattern!r} is ambiguous: it matches a part of layer {layer.name!r} "
-            f"({', '.join(layer.parameters)}) but not {', '.join(missed)}. Match all parameters of "
-            "the layer, or none."
-        )
-    if block != EXCLUDED and block not in BLOCKS[layer.kind]:
-        raise ValueError(
-            f"Layer {layer.name!r} ({', '.join(layer.parameters)}) is {layer.kind} and cannot have "
-            f"the block {block!r}; expected one of {BLOCKS[layer.kind]}."
-        )
-    return dataclasses.replace(layer, block=block)
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:

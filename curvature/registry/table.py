@@ -44,6 +44,6 @@ def render(layers: Sequence[Layer], losses: Sequence[LossTag], batch_found: bool
     if not batch_found:
         text.append(
             "The loss could not be traced with one more example: leading axes are taken for the "
-            "batch (it matters to diagonal and dense blocks only)."
+            "batch (it matters to blocks of per-example gradients and to kronecker_reduce only)."
         )
     return "\n".join(text)

@@ -1,0 +1,91 @@
+"""The eigenbases of an EKFAC block, and its corrections in them (George et al. 2018).
+
+The factors A and B of a layer have eigenvectors Q_A and Q_B. The corrections are the second moments
+of an example's gradient P_n in this basis, `values` = sum_n (Q_A' P_n Q_B)^2, of shape
+`stack + (d_in, d_out)`. Where an example is one row, P_n = a g', they are (a Q_A)^2' (g Q_B)^2 and
+no example's gradient is made; where it has several, its rows are turned and summed first.
+
+A diagonal factor has the coordinates themselves as its eigenbasis: ones in place of a matrix.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from curvature.blocks.eigen_kronecker import turned
+from curvature.estimator.factors import Statistics
+from curvature.estimator.rows import Rows
+from curvature.precision import HIGHEST
+
+INPUT, OUTPUT = BASES = ("input_basis", "output_basis")
+
+
+def identity(factors: Statistics, stack_ndim: int) -> Statistics:
+    """The coordinates themselves as bases of both sides."""
+    return {basis: _basis(factors[side], stack_ndim) for side, basis in _pairs()}
+
+
+def of_factors(factors: Statistics, stack_ndim: int) -> Statistics:
+    """The eigenvectors of `input` and `output`, as columns."""
+    return {basis: _eigh(factors[side], stack_ndim)[1] for side, basis in _pairs()}
+
+
+def rebased(statistics: Statistics, stack_ndim: int, restart: ArrayLike) -> Statistics:
+    """Statistics with the eigenbases of their factors, and the corrections taken over to them.
+
+    The corrections become the diagonal, in the new basis, of the operator that they were in the
+    old: of all operators that are diagonal in the new basis the closest one in Frobenius norm, and
+    of the same trace. With `restart` they become the products of the factors' eigenvalues, K-FAC
+    scaled to that trace.
+    """
+    values, new, overlaps = [], {}, []
+    for side, basis in _pairs():
+        eigenvalues, new[basis] = _eigh(statistics[side], stack_ndim)
+        values.append(jnp.maximum(eigenvalues, 0))
+        overlaps.append(_overlap(statistics[basis], new[basis], stack_ndim))
+    products = values[0][..., :, None] * values[1][..., None, :]
+    moved = turned(overlaps[1], statistics["values"].mT, stack_ndim).mT
+    moved = turned(overlaps[0], moved, stack_ndim)
+    exact, found = (jnp.sum(x, axis=(-2, -1), keepdims=True) for x in (moved, products))
+    products = products * (exact / jnp.where(found > 0, found, 1))
+    return statistics | new | {"values": jnp.where(restart, products, moved)}
+
+
+def turned_rows(rows: Rows, turn: Statistics) -> Rows:
+    """Rows a Q_A and g Q_B; as they are where there are no bases."""
+    return rows.turned(turn[INPUT], turn[OUTPUT]) if turn else rows
+
+
+def turned_gradients(gradients: jax.Array, turn: Statistics, stack_ndim: int) -> jax.Array:
+    """Q_A' P Q_B for gradients `(examples,) + stack + (d_in, d_out)`."""
+    if turn[INPUT].ndim == stack_ndim + 2:
+        gradients = jnp.einsum("...ik,...ij->...kj", turn[INPUT], gradients, precision=HIGHEST)
+    if turn[OUTPUT].ndim == stack_ndim + 2:
+        gradients = jnp.einsum("...ij,...jl->...il", gradients, turn[OUTPUT], precision=HIGHEST)
+    return gradients
+
+
+def _pairs() -> tuple[tuple[str, str], ...]:
+    return (("input", INPUT), ("output", OUTPUT))
+
+
+def _eigh(factor: jax.Array, stack_ndim: int) -> tuple[jax.Array, jax.Array]:
+    if factor.ndim == stack_ndim + 1:
+        return factor, jnp.ones_like(factor)
+    values, vectors = jnp.linalg.eigh(factor)
+    return values, vectors
+
+
+def _basis(factor: jax.Array, stack_ndim: int) -> jax.Array:
+    if factor.ndim == stack_ndim + 1:
+        return jnp.ones_like(factor)
+    return jnp.broadcast_to(jnp.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
+
+
+def _overlap(old: jax.Array, new: jax.Array, stack_ndim: int) -> jax.Array:
+    """Squared inner products (new_i, old_k)^2; ones where both are the identity."""
+    if old.ndim == stack_ndim + 1:
+        return old
+    return jnp.matmul(new.mT, old, precision=HIGHEST) ** 2
