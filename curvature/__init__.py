@@ -1,6 +1,7 @@
 """Curvature for JAX: K-FAC and its relatives for any model, in any framework."""
 
 from curvature import losses, metrics, proximal
+from curvature.adaptive import LevenbergMarquardt, QuadraticModel
 from curvature.blocks import (
     Block,
     BlockDiagonal,
@@ -11,7 +12,8 @@ from curvature.blocks import (
     Kronecker,
 )
 from curvature.estimator import EmpiricalFisher, Estimator, Fisher, GaussNewton
-from curvature.kfac import CurvatureState, CurvatureStats, KFACState, kfac, scale_by_curvature
+from curvature.kfac import KFACState, KFACStats, kfac
+from curvature.preconditioner import CurvatureState, CurvatureStats, scale_by_curvature
 from curvature.registry import Layer, LossTag, Registry, register
 from curvature.tags import tag_layer
 
@@ -29,9 +31,12 @@ __all__ = [
     "GaussNewton",
     "Identity",
     "KFACState",
+    "KFACStats",
     "Kronecker",
     "Layer",
+    "LevenbergMarquardt",
     "LossTag",
+    "QuadraticModel",
     "Registry",
     "kfac",
     "losses",

@@ -1,221 +1,116 @@
-"""K-FAC as optax transformations.
-
-`scale_by_curvature` is the preconditioner alone, to be chained; `kfac` adds momentum and a learning
-rate. Both take what they need beyond the gradient as extra arguments of `update`, as `optax.lbfgs`
-does, are pure, and are jitted by their user.
-"""
+"""K-FAC as an optax transformation: preconditioner, damping, and the length of the step."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.typing import ArrayLike
 
-from curvature.estimator import Estimator, Fisher, Kind
-from curvature.estimator.bases import BASES
+from curvature import quadratic
+from curvature.adaptive import LevenbergMarquardt, QuadraticModel
+from curvature.estimator import Fisher, Kind
+from curvature.preconditioner import (
+    CurvatureState,
+    ScalarOrSchedule,
+    check_range,
+    check_update,
+    every,
+    finite,
+    scale_by_curvature,
+)
 from curvature.registry import Registry
 
 PyTree = Any
-ScalarOrSchedule = ArrayLike | Callable[[ArrayLike], ArrayLike]
 _FISHER = Fisher()
-BlockArrays = dict[str, dict[str, jax.Array]]
 
 
-class CurvatureStats(NamedTuple):
+class KFACStats(NamedTuple):
     """What happened, for any logger.
 
     Attributes:
-      skipped: steps skipped because the gradient, the statistics or the update was not finite.
-      failed_refreshes: refreshes whose inverse was not finite, so that the previous one was kept.
-      damping: the damping of the latest refresh.
+      skipped: see `CurvatureStats`.
+      failed_refreshes: see `CurvatureStats`.
+      damping: the damping of the latest step.
+      learning_rate: the coefficient of the preconditioned gradient in the latest step.
+      momentum: the coefficient of the step before.
+      clipped: the factor by which `kl_clip` shortened the latest step.
+      reduction_ratio: the latest measured ratio of the loss's change to the predicted one.
     """
 
     skipped: jax.Array
     failed_refreshes: jax.Array
     damping: jax.Array
-
-
-class CurvatureState(NamedTuple):
-    """State of `scale_by_curvature`: a pytree of arrays.
-
-    Attributes:
-      step: steps taken (skipped ones not counted).
-      weight: total weight of the exponential average, which corrects its bias towards zero.
-      statistics: the exponential averages before that correction, by layer and factor; of EKFAC
-        layers also the bases of the latest refresh, in which corrections are averaged.
-      inverse: the arrays of the damped inverse's blocks.
-      fallback: the state of the fallback transformation.
-      stats: what happened.
-    """
-
-    step: jax.Array
-    weight: jax.Array
-    statistics: BlockArrays
-    inverse: BlockArrays
-    fallback: optax.OptState
-    stats: CurvatureStats
+    learning_rate: jax.Array
+    momentum: jax.Array
+    clipped: jax.Array
+    reduction_ratio: jax.Array
 
 
 class KFACState(NamedTuple):
-    """State of `kfac`.
+    """State of `kfac`: a pytree of arrays.
 
     Attributes:
       curvature: the preconditioner's state.
-      descent: state of momentum and learning rate.
+      previous: the step before, a tree like the parameters.
+      damping: the damping of the next step.
+      stats: what happened.
     """
 
     curvature: CurvatureState
-    descent: optax.OptState
-
-    @property
-    def stats(self) -> CurvatureStats:
-        """What happened, for any logger."""
-        return self.curvature.stats
+    previous: PyTree
+    damping: jax.Array
+    stats: KFACStats
 
 
-def scale_by_curvature(
-    registry: Registry,
-    kind: Kind = _FISHER,
-    *,
-    damping: ScalarOrSchedule = 1e-3,
-    decay: float = 0.95,
-    statistics_every: int = 1,
-    refresh_every: int = 1,
-    max_factor_dim: int = 8192,
-    fallback: optax.GradientTransformation | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Multiplies gradients by the inverse of a running blockwise curvature.
+class _Step(NamedTuple):
+    """A step and its coefficients; `predicted` is the change of the loss that is expected."""
 
-    `update(grads, state, params, loss_args=(batch,), key=key)` computes statistics at `params` on
-    `loss_args` (the arguments of the loss function after `params`), averages them, and applies
-    (G + damping I)^-1, with factored damping in Kronecker blocks (Martens and Grosse 2015).
-
-    Layers with the block `"ekfac"` (see `Registry.with_blocks`) average their factors, and their
-    corrections in the eigenbasis of the latest refresh. A refresh takes the corrections over to the
-    eigenbasis of the averaged factors: they become the diagonal there of the operator that they
-    were. The first ones are the products of the factors' eigenvalues, of the right trace.
-
-    A step whose gradient, statistics or update is not finite is skipped: the update is zero, the
-    state is as before but for `state.stats.skipped`.
-
-    Args:
-      registry: what is in the model, from `curvature.register`.
-      kind: what is averaged: `Fisher`, `EmpiricalFisher` or `GaussNewton`.
-      damping: added to the curvature; a number or a schedule of the step count.
-      decay: weight of the past in the exponential average of the statistics, in [0, 1).
-      statistics_every: steps between statistics.
-      refresh_every: steps between inversions.
-      max_factor_dim: a Kronecker factor wider than this keeps its diagonal only.
-      fallback: transformation of the gradients of generic and excluded parameters, such as
-        `optax.scale_by_adam()`. Without one, generic parameters have a diagonal block and the
-        gradients of excluded ones pass unchanged.
-
-    Returns:
-      An optax transformation with extra arguments; its state is a `CurvatureState`.
-
-    Raises:
-      ValueError: at once for an argument out of range; by `update` without `params`, `loss_args`
-        or a needed `key`, or with arguments that differ from what was registered.
-    """
-    _check_range("damping", damping, 0.0, float("inf"))
-    _check_range("decay", decay, 0.0, 1.0)
-    _check_period("statistics_every", statistics_every)
-    _check_period("refresh_every", refresh_every)
-    if fallback is not None:
-        registry = registry.without_generic()
-    estimator = Estimator(registry, kind, max_factor_dim)
-    left = jax.tree.unflatten(jax.tree.structure(registry.params), registry.excluded)
-    rest = optax.with_extra_args_support(optax.masked(fallback or optax.identity(), left))
-
-    def init(params: PyTree) -> CurvatureState:
-        zero = jnp.zeros((), jnp.int32)
-        scalar = jnp.zeros((), jnp.result_type(float))
-        stats = CurvatureStats(zero, zero, scalar)
-        zeros = estimator.zeros()
-        inverse = estimator.operator(zeros).arrays()
-        return CurvatureState(zero, scalar, zeros, inverse, rest.init(params), stats)
-
-    def update(
-        updates: PyTree,
-        state: CurvatureState,
-        params: PyTree | None = None,
-        *,
-        loss_args: tuple[PyTree, ...] | None = None,
-        key: jax.Array | None = None,
-        **extra: Any,
-    ) -> tuple[PyTree, CurvatureState]:
-        args = _check_update(params, loss_args)
-
-        def sample() -> tuple[BlockArrays, jax.Array]:
-            fresh = estimator.statistics(params, *args, key=key, bases=state.statistics)
-            mix = functools.partial(_mix, decay)
-            return _but_bases(mix, state.statistics, fresh), mix(state.weight, 1.0)
-
-        averages, weight = _every(
-            statistics_every, state.step, sample, (state.statistics, state.weight)
-        )
-        strength = jnp.asarray(damping(state.step) if callable(damping) else damping)
-        strength = strength.astype(state.stats.damping.dtype)
-
-        def invert() -> tuple[BlockArrays, BlockArrays, jax.Array, jax.Array]:
-            turned = estimator.rebased(averages, restart=state.weight == 0)
-            corrected = _but_bases(lambda s: s / weight.astype(s.dtype), turned)
-            inverse = estimator.operator(corrected).damped_inverse(strength).arrays()
-            good = _finite(inverse)
-            kept = jax.tree.map(
-                functools.partial(jnp.where, good), (turned, inverse), (averages, state.inverse)
-            )
-            return *kept, jnp.where(good, 0, 1).astype(jnp.int32), strength
-
-        nothing = (averages, state.inverse, jnp.zeros((), jnp.int32), state.stats.damping)
-        averages, inverse, failed, used = _every(refresh_every, state.step, invert, nothing)
-        direction = estimator.operator(inverse) @ updates
-        others, fallen = rest.update(updates, state.fallback, params, **extra)
-        direction = jax.tree.map(lambda out, o, d: o if out else d, left, others, direction)
-        good = _finite((updates, averages, direction))
-        stats = CurvatureStats(state.stats.skipped, state.stats.failed_refreshes + failed, used)
-        new = CurvatureState(state.step + 1, weight, averages, inverse, fallen, stats)
-        kept = jax.tree.map(functools.partial(jnp.where, good), new, state)
-        skipped = state.stats.skipped + jnp.where(good, 0, 1).astype(jnp.int32)
-        kept = kept._replace(stats=kept.stats._replace(skipped=skipped))
-        return jax.tree.map(lambda d: jnp.where(good, d, jnp.zeros_like(d)), direction), kept
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    step: PyTree
+    rate: jax.Array
+    momentum: jax.Array
+    clipped: jax.Array
+    predicted: jax.Array
 
 
 def kfac(
     registry: Registry,
-    learning_rate: optax.ScalarOrSchedule,
-    momentum: float = 0.9,
-    damping: ScalarOrSchedule = 1e-3,
+    learning_rate: ScalarOrSchedule | QuadraticModel,
+    momentum: ScalarOrSchedule = 0.9,
+    damping: ScalarOrSchedule | LevenbergMarquardt = 1e-3,
     *,
     kind: Kind = _FISHER,
     decay: float = 0.95,
     statistics_every: int = 1,
     refresh_every: int = 1,
+    kl_clip: float | None = None,
     max_factor_dim: int = 8192,
     fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural gradient with Kronecker-factored curvature (Martens and Grosse 2015).
 
-    Preconditions with `scale_by_curvature`, then applies heavy-ball momentum and the learning rate.
+    Preconditions with `scale_by_curvature`, then steps by
+
+        v = -learning_rate (G + damping I)^-1 gradient + momentum * previous v
+
     A skipped step (see there) leaves parameters and momentum alone.
 
     Args:
       registry: what is in the model, from `curvature.register`.
-      learning_rate: a number or a schedule.
-      momentum: decay of the velocity, in [0, 1).
-      damping: added to the curvature; a number or a schedule.
+      learning_rate: a number, a schedule of the step count, or `QuadraticModel()`, which chooses the
+        learning rate and the momentum of every step together.
+      momentum: the coefficient of the step before, in [0, 1), or a schedule; with
+        `QuadraticModel()` zero says that there is none, any other number that it is chosen.
+      damping: added to the curvature; a number, a schedule, or `LevenbergMarquardt()`.
       kind: what is averaged: `Fisher`, `EmpiricalFisher` or `GaussNewton`.
       decay: weight of the past in the exponential average of the statistics, in [0, 1).
       statistics_every: steps between statistics.
       refresh_every: steps between inversions.
+      kl_clip: bound on 1/2 v'Gv, the change of the model's predictions as a KL divergence: a longer
+        step (of a given learning rate: its part without momentum) is shortened. None: no bound.
       max_factor_dim: a Kronecker factor wider than this keeps its diagonal only.
       fallback: transformation of the gradients of generic and excluded parameters, such as
         `optax.scale_by_adam()`. Without one, generic parameters have a diagonal block and the
@@ -241,92 +136,128 @@ def kfac(
     >>> bool(loss_fn(optax.apply_updates(params, updates), x, y) < 1e-4)  # one Newton step
     True
     """
-    _check_range("momentum", momentum, 0.0, 1.0)
-    if not callable(learning_rate):
-        _check_range("learning_rate", learning_rate, 0.0, float("inf"))
+    check_range("momentum", momentum, 0.0, 1.0)
+    by_model = isinstance(learning_rate, QuadraticModel)
+    if not by_model:
+        check_range("learning_rate", learning_rate, 0.0, float("inf"))
+    if kl_clip is not None:
+        check_range("kl_clip", kl_clip, 0.0, float("inf"))
+    adapts = damping if isinstance(damping, LevenbergMarquardt) else None
+    given = adapts.initial if adapts else damping
     precondition = scale_by_curvature(
         registry,
         kind,
-        damping=damping,
+        damping=given,
         decay=decay,
         statistics_every=statistics_every,
         refresh_every=refresh_every,
         max_factor_dim=max_factor_dim,
         fallback=fallback,
     )
-    descend = optax.chain(optax.trace(momentum), optax.scale_by_learning_rate(learning_rate))
 
     def init(params: PyTree) -> KFACState:
-        return KFACState(precondition.init(params), descend.init(params))
+        curvature = precondition.init(params)
+        zero = jnp.zeros_like(curvature.stats.damping)
+        stats = KFACStats(*curvature.stats[:2], zero, zero, zero, zero, zero)
+        start = _at(given, curvature.step, zero)
+        return KFACState(curvature, jax.tree.map(jnp.zeros_like, params), start, stats)
+
+    def model(
+        params: PyTree, args: Any, gradient: PyTree, steps: Sequence[PyTree], lam: Any
+    ) -> Any:
+        return quadratic.along(
+            registry.loss_fn, registry.has_aux, params, args, gradient, steps, lam
+        )
 
     def update(
         updates: PyTree, state: KFACState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, KFACState]:
-        direction, curvature = precondition.update(updates, state.curvature, params, **extra)
-        steps, descent = descend.update(direction, state.descent, params)
-        good = curvature.stats.skipped == state.stats.skipped
-        steps = jax.tree.map(lambda s: jnp.where(good, s, jnp.zeros_like(s)), steps)
-        descent = jax.tree.map(functools.partial(jnp.where, good), descent, state.descent)
-        return steps, KFACState(curvature, descent)
+        args = check_update(params, extra.get("loss_args"))
+        count = state.curvature.step
+        lam = state.damping if adapts else _at(given, count, state.damping)
+        direction, curvature = precondition.update(
+            updates, state.curvature, params, **{"damping": lam, **extra}
+        )
+        descent = jax.tree.map(jnp.negative, direction)
+        good = curvature.stats.skipped == state.curvature.stats.skipped
+        chosen = at_rate if not by_model else by_quadratic_model
+        step = chosen(updates, descent, state, params, args, lam)
+        good &= finite(step.step)
+
+        def measured() -> tuple[jax.Array, jax.Array]:
+            assert adapts is not None
+            predicted = step.predicted
+            if not by_model:
+                predicted = model(params, args, updates, [step.step], lam)(jnp.ones(1, lam.dtype))
+            moved = optax.apply_updates(params, step.step)
+            change = _loss(registry, moved, args) - _loss(registry, params, args)
+            ratio = change.astype(lam.dtype) / predicted.astype(lam.dtype)
+            return adapts.updated(lam, ratio), ratio
+
+        after, ratio = lam, state.stats.reduction_ratio
+        if adapts:
+            after, ratio = every(adapts.every, count + 1, measured, (lam, ratio))
+        stats = KFACStats(*curvature.stats[:2], lam, step.rate, step.momentum, step.clipped, ratio)
+        new = KFACState(curvature, step.step, after, stats)
+        kept = jax.tree.map(functools.partial(jnp.where, good), new, state)
+        skipped = state.stats.skipped + jnp.where(good, 0, 1).astype(jnp.int32)
+        kept = kept._replace(stats=kept.stats._replace(skipped=skipped))
+        return jax.tree.map(lambda s: jnp.where(good, s, jnp.zeros_like(s)), step.step), kept
+
+    def at_rate(
+        gradient: PyTree, descent: PyTree, state: KFACState, params: PyTree, args: Any, lam: Any
+    ) -> _Step:
+        """The step of a given learning rate and momentum."""
+        rate = _at(learning_rate, state.curvature.step, lam)
+        beta = _at(momentum, state.curvature.step, lam)
+        clip = jnp.ones_like(lam)
+        if kl_clip is not None:
+            # v'Gv of v = -rate (G + lam I)^-1 g is at most rate^2 g'(G + lam I)^-1 g.
+            clip = _clip(kl_clip, -(rate**2) * quadratic.dot(gradient, descent, lam.dtype))
+        step = _combined((rate * clip, beta), (descent, state.previous))
+        return _Step(step, rate * clip, beta, clip, jnp.zeros_like(lam))
+
+    def by_quadratic_model(
+        gradient: PyTree, descent: PyTree, state: KFACState, params: PyTree, args: Any, lam: Any
+    ) -> _Step:
+        """The step of the rate and momentum that the quadratic model likes best."""
+        directions = [descent]
+        if callable(momentum) or isinstance(momentum, jax.core.Tracer) or momentum:
+            directions.append(state.previous)
+        found = model(params, args, gradient, directions, lam)
+        best = found.minimiser()
+        clip = jnp.ones_like(lam)
+        if kl_clip is not None:
+            clip = _clip(kl_clip, found.length(best).astype(lam.dtype))
+            best = best * clip.astype(best.dtype)
+        rate, *others = best.astype(lam.dtype)
+        beta = others[0] if others else jnp.zeros_like(rate)
+        return _Step(_combined(best, directions), rate, beta, clip, found(best))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _mix(decay: float, old: jax.Array, new: ArrayLike) -> jax.Array:
-    return decay * old + (1 - decay) * jnp.asarray(new, old.dtype)
+def _at(value: Any, count: jax.Array, like: jax.Array) -> jax.Array:
+    """A number, or a schedule at a step."""
+    return jnp.asarray(value(count) if callable(value) else value).astype(like.dtype)
 
 
-def _but_bases(function: Callable[..., jax.Array], *trees: BlockArrays) -> BlockArrays:
-    """`function` of the statistics in several trees; bases are no averages and stay as they are."""
-    first, *rest = trees
-    return {
-        layer: {
-            name: x if name in BASES else function(x, *(tree[layer][name] for tree in rest))
-            for name, x in arrays.items()
-        }
-        for layer, arrays in first.items()
-    }
+def _combined(coefficients: Sequence[jax.Array], trees: Sequence[PyTree]) -> PyTree:
+    """The sum of coefficient times tree, in the trees' dtypes."""
+
+    def one(*leaves: jax.Array) -> jax.Array:
+        terms = [c.astype(x.dtype) * x for c, x in zip(coefficients, leaves, strict=True)]
+        return functools.reduce(jnp.add, terms)
+
+    return jax.tree.map(one, *trees)
 
 
-def _every(period: int, count: jax.Array, act: Callable[[], Any], otherwise: Any) -> Any:
-    """`act()` every `period` steps, at once where that is always."""
-    if period == 1:
-        return act()
-    return jax.lax.cond(count % period == 0, act, lambda: otherwise)
+def _clip(bound: float, length: jax.Array) -> jax.Array:
+    """What shortens a step v with v'Gv = length to 1/2 v'Gv <= bound."""
+    return jnp.minimum(1.0, jnp.sqrt(2 * bound / jnp.maximum(length, jnp.finfo(length.dtype).tiny)))
 
 
-def _finite(tree: PyTree) -> jax.Array:
-    """Whether all entries are finite."""
-    checks = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
-    return functools.reduce(jnp.logical_and, checks, jnp.asarray(True))
-
-
-def _check_update(params: PyTree | None, loss_args: Any) -> tuple[PyTree, ...]:
-    if params is None:
-        raise ValueError(
-            "update was called without params: call update(grads, state, params, ...)."
-        )
-    if loss_args is None:
-        raise ValueError(
-            "update was called without loss_args: pass loss_args=(batch,), the arguments that "
-            "loss_fn takes after params."
-        )
-    if not isinstance(loss_args, (tuple, list)):
-        raise TypeError(
-            f"loss_args is {type(loss_args).__name__}, expected a tuple of the arguments that "
-            "loss_fn takes after params: loss_args=(batch,)."
-        )
-    return tuple(loss_args)
-
-
-def _check_range(name: str, value: Any, low: float, high: float) -> None:
-    """Raises for a number outside [low, high); arrays under a trace are not looked at."""
-    if callable(value) or isinstance(value, jax.core.Tracer):
-        return
-    if not low <= float(np.asarray(value)) < high:
-        raise ValueError(f"{name} is {value}, expected a number in [{low:g}, {high:g}).")
-
-
-def _check_period(name: str, value: int) -> None:
-    if not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} is {value!r}, expected a positive integer.")
+def _loss(registry: Registry, params: PyTree, args: tuple[PyTree, ...]) -> jax.Array:
+    out = registry.loss_fn(params, *args)
+    value: jax.Array = out[0] if registry.has_aux else out
+    return value

@@ -38,6 +38,10 @@ class Quadratic(NamedTuple):
         product = jnp.dot(self.matrix, coefficients, precision=HIGHEST)
         return jnp.dot(self.linear + 0.5 * product, coefficients, precision=HIGHEST)
 
+    def length(self, coefficients: jax.Array) -> jax.Array:
+        """v'(G + lam I)v of a step."""
+        return jnp.dot(coefficients, jnp.dot(self.matrix, coefficients, precision=HIGHEST))
+
     def minimiser(self) -> jax.Array:
         """The coefficients of the smallest value; zero along directions that are zero."""
         scale = jnp.sqrt(jnp.diagonal(self.matrix))
@@ -80,11 +84,12 @@ def along(
         us = [t[i].astype(dtype) for t in tangents]
         products = [weights * output.tag.loss.fisher_mvp(u, z, output.targets) for u in us]
         matrix += jnp.stack([jnp.stack([jnp.sum(p * u) for u in us]) for p in products])
-    dots = jnp.stack([jnp.stack([_dot(a, b, dtype) for a in directions]) for b in directions])
-    linear = jnp.stack([_dot(gradient, d, dtype) for d in directions])
+    dots = jnp.stack([jnp.stack([dot(a, b, dtype) for a in directions]) for b in directions])
+    linear = jnp.stack([dot(gradient, d, dtype) for d in directions])
     return Quadratic(linear, matrix + damping.astype(dtype) * dots)
 
 
-def _dot(one: PyTree, other: PyTree, dtype: Any) -> jax.Array:
+def dot(one: PyTree, other: PyTree, dtype: Any) -> jax.Array:
+    """The inner product of two trees."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     return sum((jnp.sum(a.astype(dtype) * b.astype(dtype)) for a, b in pairs), jnp.zeros((), dtype))
