@@ -183,6 +183,17 @@ def test_the_batch_behind_all_other_axes():
     check(images_last, jnp.moveaxis(X, 0, -1))
 
 
+def test_a_batch_size_fixed_in_the_function_is_not_mistaken():
+    """Time can grow there and the batch cannot: time is no batch."""
+    weights = jnp.arange(1.0, N + 1)[:, None]
+
+    def loss_fn(p, x):
+        return (losses(curvature.losses, batch_major(PARAMS | p, x)) * weights).mean()
+
+    registry = curvature.register(loss_fn, used(batch_major, X), X)
+    assert not registry.batch_found and "leading axes are taken" in str(registry)
+
+
 def test_micro_batches():
     assert registered(micro_batches, used(micro_batches, X), X).batch_found
 

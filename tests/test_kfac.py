@@ -720,7 +720,7 @@ BAD_MODELS = {
         "either block=... or exclude=True, found block='diagonal'"),
     "exclusion of half a layer": (
         lambda: REGISTRY.override("a/w", exclude=True), ValueError,
-        r"'a/w' excludes a part of layer 'a' but not \['a'\]\['b'\].*match all"),
+        r"'a/w' is ambiguous: it matches a part of layer 'a' .* but not \['a'\]\['b'\].*Match all"),
     "a block that does not exist": (
         lambda: REGISTRY.override("c", block="full"), ValueError,
         "'c' .*is dense and cannot .*'full'.*expected .*kronecker.*diagonal"),

@@ -80,7 +80,10 @@ COUPLED = {
     "plain/flow_with_mixture",
     "plain/graph_attention",
     "plain/message_passing",
+    "plain/actor_of_trajectories",  # time first, then examples
+    "plain/data_parallel",
     "plain/micro_batches",
+    "plain/padded_tagger",
     "plain/spectral_norm",
 }
 SUMMED = {"nnx/convolutional_autoencoder", "plain/ensemble"}  # over the units of an example

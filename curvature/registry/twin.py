@@ -23,20 +23,25 @@ def more_examples(
     network's output grow. Model state may happen to have that size, too: where growing every such
     array fails, growing fewer arguments is tried. None where no such trace can be had.
 
-    The leading axis is tried before the others, one more example before twice as many (which
-    devices or micro-batches divide), and what leaves loops as long as they were before what does
-    not: a longer loop means that the axis was time, unless examples are looped over.
+    One more example is tried before twice as many (which devices or micro-batches divide), and what
+    leaves loops as long as they were before what does not: a longer loop means that the axis was
+    time, unless examples are looped over. Axes other than the leading one are tried where the
+    leading one can grow, but is not the batch; where it cannot, the batch size may be fixed in the
+    function, and another axis that can grow would be mistaken for it.
     """
     outputs = _outputs(jaxpr)
-    longer = None
+    longer, leading_grows = None, False
     ndim = max((getattr(leaf, "ndim", 0) for leaf in jax.tree.leaves(args)), default=0)
     others = [(axis, False) for axis in range(1, ndim)]
     for axis, doubled in [(0, False), (0, True), *others, (None, False)]:
+        if axis and not leading_grows:
+            continue
         for grown, growth in _grown(args, axis, doubled):
             try:
                 twin, _ = _jax.trace(loss_fn, params, *grown)
             except Exception:  # whatever the user's function raises at shapes that do not fit
                 continue
+            leading_grows |= axis == 0
             if not _jax.alike(jaxpr, twin) or _outputs(twin) == outputs:
                 continue
             if _jax.alike(jaxpr, twin, lengths=True):

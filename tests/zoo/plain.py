@@ -470,3 +470,65 @@ def channels_first_cnn():
         return dense(p["head"], h.mean((1, 2)))
 
     return classifier(apply, params, normal(BATCH, 2, 5, 5))
+
+
+@model({"table": "embedding", "*": "dense"})
+def padded_tagger():
+    """A tagger of tokens by `vmap` over examples and positions; padding has no loss."""
+    params = random(table=(7, 4), q=(4, 4), k=(4, 4), v=(4, 4), head=linear(4, 3))
+
+    def one(p, tokens, length):
+        x = jax.vmap(lambda token: p["table"][token])(tokens)
+        scores = jnp.where(jnp.arange(5) < length, (x @ p["q"]) @ (x @ p["k"]).T, -1e9)
+        return dense(p["head"], x + jax.nn.softmax(scores) @ (x @ p["v"]))
+
+    def loss_fn(p, tokens, lengths, labels):
+        logits = jax.vmap(one, (None, 0, 0))(p, tokens, lengths)
+        mask = jnp.arange(5) < lengths[:, None]
+        return jnp.where(mask, cross_entropy(logits, labels), 0.0).sum() / mask.sum()
+
+    lengths = jnp.array([5, 2, 3, 4], jnp.int32)
+    return loss_fn, params, (integers(7, BATCH, 5), lengths, integers(3, BATCH, 5)), False
+
+
+@model({"*": "dense"})
+def data_parallel():
+    """The loss inside `shard_map`, averaged over devices."""
+    params = random(inner=linear(3, 4), head=linear(4, 2))
+    mesh = jax.sharding.Mesh(jax.devices()[:2], "data")
+    whole, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(whole, split, split), out_specs=whole)
+    def loss_fn(p, x, y):
+        logits = dense(p["head"], jnp.tanh(dense(p["inner"], x)))
+        return jax.lax.pmean(cross_entropy(logits, y).mean(), "data")
+
+    return loss_fn, params, (normal(BATCH, 3), integers(2, BATCH)), False
+
+
+@model({"*": "dense"})
+def one_operand_from_many_leaves():
+    """Gates kept apart and joined to be used; layers kept apart and stacked to be scanned."""
+    gate = {"w": (3, 4), "b": (4,)}
+    params = random(a=gate, b=gate, layers={"0": (8, 8), "1": (8, 8)}, head=linear(8, 2))
+
+    def apply(p, x):
+        w, b = (jnp.concatenate([p["a"][name], p["b"][name]], -1) for name in ("w", "b"))
+        h = jnp.tanh(x @ w + b)
+        stack = jnp.stack([p["layers"]["0"], p["layers"]["1"]])
+        return dense(p["head"], jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, stack)[0])
+
+    return classifier(apply, params, normal(BATCH, 3))
+
+
+@model({"*": "dense"})
+def actor_of_trajectories():
+    """Steps of a trajectory flattened in front of the batch, as `hk.BatchApply` does it."""
+    params = random(torso=linear(3, 4), policy=linear(4, 2))
+
+    def apply(p, x):
+        flat = x.swapaxes(0, 1).reshape(-1, 3)
+        h = jnp.tanh(dense(p["torso"], flat)).reshape(5, -1, 4).swapaxes(0, 1)
+        return dense(p["policy"], h)
+
+    return classifier(apply, params, normal(BATCH, 5, 3))
