@@ -286,6 +286,24 @@ def test_traces():
         for kind in ("ekfac", "diagonal", "identity"):
             close(ops[kind].blocks[name].trace(), exact)
         close(ops["foof"].blocks[name].trace(), ops["kronecker"].blocks[name].trace())
+    assert ops["identity"].blocks["scale"].values.shape == ()
+    close(ops["identity"].blocks["scale"].trace(), ops["diagonal"].blocks["scale"].trace())
+
+
+def test_identity_blocks_of_generic_parameters_have_the_diagonals_trace():
+    params, x, key = {"u": normal(0, 3), "v": normal(1, 3)}, normal(2, N, 3), jax.random.key(3)
+
+    def loss_fn(p, x):
+        return curvature.losses.l2_loss(x * (p["u"] * jnp.sin(p["v"]))).mean()
+
+    registry = curvature.register(loss_fn, params, x)
+    assert {layer.kind for layer in registry.layers} == {"generic"}
+    one, each = (
+        curvature.Estimator(registry.with_blocks(block), EXACT)(params, x, key=key)
+        for block in ("identity", "diagonal")
+    )
+    for name, block in one.blocks.items():
+        close(block.trace(), each.blocks[name].trace())
 
 
 def test_tied_weights():

@@ -48,6 +48,29 @@ def sharded(check_vma=True):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
+def test_blocks_of_every_kind_are_those_of_the_whole_batch(check_vma):
+    """EKFAC's corrections are in the basis of all devices' factors."""
+    one = curvature.register(loss_fn, PARAMS, X, Y)
+    many = curvature.register(sharded(check_vma), PARAMS, X, Y)
+    kinds = ("ekfac", "kronecker_reduce", "kronecker_weighted", "foof", "identity")
+    kind, key = curvature.EmpiricalFisher(), jax.random.key(0)
+
+    @jax.jit
+    def matrices(params, x, y):
+        found = [
+            [curvature.Estimator(r.with_blocks(b), kind)(params, x, y, key=key) for b in kinds]
+            for r in (one, many)
+        ]
+        # "again" is shared: its per-example sums are those of both devices, as if of one example.
+        return [
+            [op.blocks[name].to_dense() for op in ops for name in ("w", "head")] for ops in found
+        ]
+
+    for expected, found in zip(*matrices(PARAMS, X, Y), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("kind", [EXACT, curvature.EmpiricalFisher()], ids=str)
 def test_statistics_are_those_of_the_whole_batch(kind, check_vma):
     one = curvature.register(loss_fn, PARAMS, X, Y)
