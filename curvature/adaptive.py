@@ -64,6 +64,6 @@ class LevenbergMarquardt:
 class QuadraticModel:
     """Learning rate and momentum of each step, chosen together.
 
-    The step is `rate * direction + momentum * previous step` with the coefficients that minimise the
-    quadratic model on the step's batch. It costs about three forward passes.
+    The step is `rate * direction + momentum * previous step` with the coefficients that minimise
+    the quadratic model on the step's batch. It costs about three forward passes.
     """

@@ -28,18 +28,24 @@ PyTree = Any
 _FISHER = Fisher()
 
 
-class KFACStats(NamedTuple):
-    """What happened, for any logger.
+class StepStats(NamedTuple):
+    """How the latest step was chosen.
 
     Attributes:
-      skipped: see `CurvatureStats`.
-      failed_refreshes: see `CurvatureStats`.
-      damping: the damping of the latest step.
-      learning_rate: the coefficient of the preconditioned gradient in the latest step.
+      learning_rate: the coefficient of the preconditioned gradient.
       momentum: the coefficient of the step before.
-      clipped: the factor by which `kl_clip` shortened the latest step.
+      clipped: the factor by which `kl_clip` shortened it.
       reduction_ratio: the latest measured ratio of the loss's change to the predicted one.
     """
+
+    learning_rate: jax.Array
+    momentum: jax.Array
+    clipped: jax.Array
+    reduction_ratio: jax.Array
+
+
+class KFACStats(NamedTuple):
+    """What happened: the entries of `CurvatureStats` and of `StepStats`."""
 
     skipped: jax.Array
     failed_refreshes: jax.Array
@@ -54,16 +60,21 @@ class KFACState(NamedTuple):
     """State of `kfac`: a pytree of arrays.
 
     Attributes:
-      curvature: the preconditioner's state.
+      curvature: the preconditioner's state; its `stats` count skipped steps.
       previous: the step before, a tree like the parameters.
       damping: the damping of the next step.
-      stats: what happened.
+      latest: how the latest step was chosen.
     """
 
     curvature: CurvatureState
     previous: PyTree
     damping: jax.Array
-    stats: KFACStats
+    latest: StepStats
+
+    @property
+    def stats(self) -> KFACStats:
+        """What happened, for any logger (`._asdict()` names it)."""
+        return KFACStats(*self.curvature.stats, *self.latest)
 
 
 class _Step(NamedTuple):
@@ -100,8 +111,8 @@ def kfac(
 
     Args:
       registry: what is in the model, from `curvature.register`.
-      learning_rate: a number, a schedule of the step count, or `QuadraticModel()`, which chooses the
-        learning rate and the momentum of every step together.
+      learning_rate: a number, a schedule of the step count, or `QuadraticModel()`, which chooses
+        the learning rate and the momentum of every step together.
       momentum: the coefficient of the step before, in [0, 1), or a schedule; with
         `QuadraticModel()` zero says that there is none, any other number that it is chosen.
       damping: added to the curvature; a number, a schedule, or `LevenbergMarquardt()`.
@@ -110,7 +121,8 @@ def kfac(
       statistics_every: steps between statistics.
       refresh_every: steps between inversions.
       kl_clip: bound on 1/2 v'Gv, the change of the model's predictions as a KL divergence: a longer
-        step (of a given learning rate: its part without momentum) is shortened. None: no bound.
+        step is shortened. With a given learning rate it is taken of the part without momentum, and
+        as the blocks see it. None: no bound.
       max_factor_dim: a Kronecker factor wider than this keeps its diagonal only.
       fallback: transformation of the gradients of generic and excluded parameters, such as
         `optax.scale_by_adam()`. Without one, generic parameters have a diagonal block and the
@@ -142,8 +154,10 @@ def kfac(
         check_range("learning_rate", learning_rate, 0.0, float("inf"))
     if kl_clip is not None:
         check_range("kl_clip", kl_clip, 0.0, float("inf"))
-    adapts = damping if isinstance(damping, LevenbergMarquardt) else None
-    given = adapts.initial if adapts else damping
+    adapts, given = None, damping
+    if isinstance(damping, LevenbergMarquardt):
+        adapts, given = damping, damping.initial
+    assert not isinstance(given, LevenbergMarquardt)
     precondition = scale_by_curvature(
         registry,
         kind,
@@ -158,16 +172,15 @@ def kfac(
     def init(params: PyTree) -> KFACState:
         curvature = precondition.init(params)
         zero = jnp.zeros_like(curvature.stats.damping)
-        stats = KFACStats(*curvature.stats[:2], zero, zero, zero, zero, zero)
         start = _at(given, curvature.step, zero)
-        return KFACState(curvature, jax.tree.map(jnp.zeros_like, params), start, stats)
+        latest = StepStats(zero, zero, zero, zero)
+        return KFACState(curvature, jax.tree.map(jnp.zeros_like, params), start, latest)
 
     def model(
-        params: PyTree, args: Any, gradient: PyTree, steps: Sequence[PyTree], lam: Any
-    ) -> Any:
-        return quadratic.along(
-            registry.loss_fn, registry.has_aux, params, args, gradient, steps, lam
-        )
+        params: PyTree, args: Any, gradient: PyTree, steps: Sequence[PyTree], lam: jax.Array
+    ) -> quadratic.Quadratic:
+        loss_fn, has_aux = registry.loss_fn, registry.has_aux
+        return quadratic.along(loss_fn, has_aux, params, args, gradient, steps, lam)
 
     def update(
         updates: PyTree, state: KFACState, params: PyTree | None = None, **extra: Any
@@ -194,14 +207,15 @@ def kfac(
             ratio = change.astype(lam.dtype) / predicted.astype(lam.dtype)
             return adapts.updated(lam, ratio), ratio
 
-        after, ratio = lam, state.stats.reduction_ratio
+        after, ratio = lam, state.latest.reduction_ratio
         if adapts:
             after, ratio = every(adapts.every, count + 1, measured, (lam, ratio))
-        stats = KFACStats(*curvature.stats[:2], lam, step.rate, step.momentum, step.clipped, ratio)
-        new = KFACState(curvature, step.step, after, stats)
+        latest = StepStats(step.rate, step.momentum, step.clipped, ratio)
+        new = KFACState(curvature, step.step, after, latest)
         kept = jax.tree.map(functools.partial(jnp.where, good), new, state)
-        skipped = state.stats.skipped + jnp.where(good, 0, 1).astype(jnp.int32)
-        kept = kept._replace(stats=kept.stats._replace(skipped=skipped))
+        skipped = state.curvature.stats.skipped + jnp.where(good, 0, 1).astype(jnp.int32)
+        stats = kept.curvature.stats._replace(skipped=skipped)
+        kept = kept._replace(curvature=kept.curvature._replace(stats=stats))
         return jax.tree.map(lambda s: jnp.where(good, s, jnp.zeros_like(s)), step.step), kept
 
     def at_rate(
@@ -212,7 +226,7 @@ def kfac(
         beta = _at(momentum, state.curvature.step, lam)
         clip = jnp.ones_like(lam)
         if kl_clip is not None:
-            # v'Gv of v = -rate (G + lam I)^-1 g is at most rate^2 g'(G + lam I)^-1 g.
+            # Of v = -rate (G + lam I)^-1 g, v'(G + lam I)v is rate^2 g'(G + lam I)^-1 g.
             clip = _clip(kl_clip, -(rate**2) * quadratic.dot(gradient, descent, lam.dtype))
         step = _combined((rate * clip, beta), (descent, state.previous))
         return _Step(step, rate * clip, beta, clip, jnp.zeros_like(lam))
@@ -228,11 +242,12 @@ def kfac(
         best = found.minimiser()
         clip = jnp.ones_like(lam)
         if kl_clip is not None:
+            # Of v = -rate (G + lam I)^-1 g, v'(G + lam I)v is rate^2 g'(G + lam I)^-1 g.
             clip = _clip(kl_clip, found.length(best).astype(lam.dtype))
             best = best * clip.astype(best.dtype)
         rate, *others = best.astype(lam.dtype)
         beta = others[0] if others else jnp.zeros_like(rate)
-        return _Step(_combined(best, directions), rate, beta, clip, found(best))
+        return _Step(_combined(list(best), directions), rate, beta, clip, found(best))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -254,7 +269,7 @@ def _combined(coefficients: Sequence[jax.Array], trees: Sequence[PyTree]) -> PyT
 
 def _clip(bound: float, length: jax.Array) -> jax.Array:
     """What shortens a step v with v'Gv = length to 1/2 v'Gv <= bound."""
-    return jnp.minimum(1.0, jnp.sqrt(2 * bound / jnp.maximum(length, jnp.finfo(length.dtype).tiny)))
+    return jnp.sqrt(2 * bound / jnp.maximum(length, 2 * bound))
 
 
 def _loss(registry: Registry, params: PyTree, args: tuple[PyTree, ...]) -> jax.Array:

@@ -1,7 +1,7 @@
 """The preconditioner alone, as an optax transformation to be chained.
 
-What it needs beyond the gradient arrives as extra arguments of `update`, as `optax.lbfgs` has it. It
-is pure, and jitted by its user.
+What it needs beyond the gradient arrives as extra arguments of `update`, as `optax.lbfgs` has it.
+It is pure, and jitted by its user.
 """
 
 from __future__ import annotations

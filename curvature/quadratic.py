@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from curvature.outputs import linearise
 from curvature.precision import HIGHEST, accumulator
@@ -47,7 +48,7 @@ class Quadratic(NamedTuple):
         scale = jnp.sqrt(jnp.diagonal(self.matrix))
         scale = jnp.where(scale > 0, scale, 1)
         cosines = self.matrix / jnp.outer(scale, scale)
-        tolerance = 10 * len(scale) * jnp.finfo(scale.dtype).eps
+        tolerance = 10 * len(scale) * np.finfo(scale.dtype).eps
         inverse = jnp.linalg.pinv(cosines, rtol=tolerance, hermitian=True)
         return -jnp.dot(inverse, self.linear / scale, precision=HIGHEST) / scale
 

@@ -1,0 +1,245 @@
+"""The quadratic model, damping by the reduction ratio, steps by the model, and the clip."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+from sklearn.datasets import load_digits
+
+import curvature
+from curvature import quadratic
+
+KEYS = jax.random.split(jax.random.key(0), 6)
+X, Y = jax.random.normal(KEYS[0], (8, 3)), jnp.arange(8) % 4
+PARAMS = {"w": jax.random.normal(KEYS[1], (3, 5)), "v": jax.random.normal(KEYS[2], (5, 4))}
+
+
+def net(p, x):
+    return jnp.tanh(x @ p["w"]) @ p["v"]
+
+
+def loss_fn(p, x, y):
+    losses = curvature.losses.softmax_cross_entropy_with_integer_labels(net(p, x), y)
+    return losses.mean()
+
+
+REGISTRY = curvature.register(loss_fn, PARAMS, X, Y)
+GRADS = jax.grad(loss_fn)(PARAMS, X, Y)
+
+
+def gauss_newton(params):
+    """The dense J'HJ of the mean loss."""
+    flat, unravel = ravel_pytree(params)
+    z = net(params, X)
+    losses = lambda z: optax.losses.softmax_cross_entropy_with_integer_labels(z, Y).mean()  # noqa: E731
+    hessian = jax.hessian(lambda z: losses(z.reshape(8, 4)))(z.ravel())
+    jacobian = jax.jacrev(lambda w: net(unravel(w), X).ravel())(flat)
+    return jacobian.T @ hessian @ jacobian
+
+
+def directions(count):
+    def one(i):
+        return jax.tree.map(lambda x: jax.random.normal(KEYS[3 + i], x.shape), PARAMS)
+
+    return [one(i) for i in range(count)]
+
+
+def flat(tree):
+    return ravel_pytree(tree)[0]
+
+
+def model(steps, damping=0.3):
+    lam = jnp.asarray(damping)
+    return quadratic.along(loss_fn, False, PARAMS, (X, Y), GRADS, steps, lam)
+
+
+def test_the_quadratic_model_is_that_of_dense_matrices():
+    steps = directions(3)
+    found = model(steps)
+    d = np.stack([flat(s) for s in steps])
+    matrix = d @ (gauss_newton(PARAMS) + 0.3 * np.eye(35)) @ d.T
+    np.testing.assert_allclose(found.matrix, matrix, rtol=1e-12)
+    np.testing.assert_allclose(found.linear, d @ flat(GRADS), rtol=1e-12)
+    c = jnp.array([1.0, -2.0, 0.5])
+    np.testing.assert_allclose(found(c), c @ d @ flat(GRADS) + c @ matrix @ c / 2, rtol=1e-12)
+    np.testing.assert_allclose(found.length(c), c @ matrix @ c, rtol=1e-12)
+    np.testing.assert_allclose(
+        found.minimiser(), -np.linalg.solve(matrix, d @ flat(GRADS)), rtol=1e-9
+    )
+
+
+def test_the_minimiser_leaves_out_what_is_zero_or_double():
+    (one,) = directions(1)
+    nothing = jax.tree.map(jnp.zeros_like, one)
+    alone = model([one]).minimiser()[0]
+    np.testing.assert_allclose(model([one, nothing]).minimiser(), [alone, 0], rtol=1e-9)
+    np.testing.assert_allclose(model([one, one]).minimiser().sum(), alone, rtol=1e-9)
+
+
+def run(tx, steps, params=PARAMS):
+    """(parameters, updates, state) after every step; and how often it was compiled."""
+    compiled = []
+
+    @jax.jit
+    def step(params, state, key):
+        compiled.append(1)
+        grads = jax.grad(loss_fn)(params, X, Y)
+        updates, state = tx.update(grads, state, params, loss_args=(X, Y), key=key)
+        return optax.apply_updates(params, updates), updates, state
+
+    history, state = [], tx.init(params)
+    for i in range(steps):
+        params, updates, state = step(params, state, jax.random.key(i))
+        history.append((params, updates, state))
+    assert len(compiled) == 1
+    return history
+
+
+def test_rate_and_momentum_minimise_the_model_over_both_directions():
+    tx = curvature.kfac(REGISTRY, curvature.QuadraticModel(), damping=0.05)
+    first, second = run(tx, 2)
+    params, previous, state = first
+    grads = jax.grad(loss_fn)(params, X, Y)
+    g, matrix = flat(grads), gauss_newton(params) + 0.05 * np.eye(35)
+    step, latest = flat(second[1]), second[2].latest
+    direction = (step - latest.momentum * flat(previous)) / latest.learning_rate
+    basis = np.stack([direction, flat(previous)])
+    best = -np.linalg.solve(basis @ matrix @ basis.T, basis @ g)
+    np.testing.assert_allclose([latest.learning_rate, latest.momentum], best, rtol=1e-8)
+    scale = curvature.scale_by_curvature(REGISTRY, damping=0.05)
+    expected, _ = scale.update(
+        grads, state.curvature, params, loss_args=(X, Y), key=jax.random.key(1)
+    )
+    np.testing.assert_allclose(direction, -flat(expected), rtol=1e-8)
+    assert first[2].latest.momentum == 0  # there was no step before
+
+
+def test_without_momentum_only_the_rate_is_chosen():
+    tx = curvature.kfac(REGISTRY, curvature.QuadraticModel(), 0.0, damping=0.05)
+    assert all(state.stats.momentum == 0 for _, _, state in run(tx, 3))
+
+
+LM = curvature.LevenbergMarquardt
+
+
+@pytest.mark.parametrize("rate", [0.3, curvature.QuadraticModel()], ids=["rate", "model"])
+def test_the_damping_follows_the_measured_reduction_ratio(rate):
+    lm = LM(initial=0.5, every=3, factor=0.8)
+    tx = curvature.kfac(REGISTRY, rate, damping=lm)
+    history = run(tx, 9)
+    before, damping = PARAMS, 0.5
+    for t, (params, updates, state) in enumerate(history, 1):
+        if t % 3 == 0:
+            v, g = flat(updates), flat(jax.grad(loss_fn)(before, X, Y))
+            matrix = gauss_newton(before) + damping * np.eye(35)
+            ratio = (loss_fn(params, X, Y) - loss_fn(before, X, Y)) / (g @ v + v @ matrix @ v / 2)
+            np.testing.assert_allclose(state.stats.reduction_ratio, ratio, rtol=1e-8)
+            damping *= 0.8**3 if ratio > 0.75 else 0.8**-3 if ratio < 0.25 else 1
+        np.testing.assert_allclose(state.damping, damping, rtol=1e-12)
+        before = params
+    assert damping != 0.5
+
+
+@pytest.mark.parametrize(
+    "ratio, damping, expected",
+    [
+        (0.9, 1.0, 0.5),
+        (0.5, 1.0, 1.0),
+        (0.1, 1.0, 2.0),
+        (-3.0, 1.0, 2.0),
+        (np.nan, 1.0, 2.0),
+        (0.9, 1e-3, 1e-3),
+        (0.1, 1e3, 1e3),
+    ],
+)
+def test_damping_grows_and_shrinks_within_bounds(ratio, damping, expected):
+    lm = LM(initial=1.0, every=1, factor=0.5, minimum=1e-3, maximum=1e3)
+    found = lm.updated(jnp.asarray(damping), jnp.asarray(ratio))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"initial": 0.0}, {"minimum": 2.0}, {"factor": 1.0}, {"low": 0.9}, {"every": 0}]
+)
+def test_levenberg_marquardt_refuses_what_makes_no_sense(wrong):
+    with pytest.raises(ValueError, match="Expected"):
+        LM(**wrong)
+
+
+@pytest.mark.parametrize("rate", [5.0, curvature.QuadraticModel()], ids=["rate", "model"])
+def test_the_clip_bounds_the_change_of_predictions(rate):
+    """1/2 v'Gv is the KL divergence to second order: with the exact curvature, it stays below."""
+    kind = curvature.GaussNewton()
+    options = {"damping": 1e-3, "kind": kind, "momentum": 0.0}
+    dense = REGISTRY.override("*", block="dense")
+    (_, updates, state), *_ = run(curvature.kfac(dense, rate, kl_clip=1e-3, **options), 1)
+    v, matrix = flat(updates), np.array(gauss_newton(PARAMS))
+    if rate == 5.0:  # without the quadratic model, as the blocks see it
+        matrix[:20, 20:] = matrix[20:, :20] = 0
+    length = v @ matrix @ v / 2
+    assert 0.5e-3 < length <= 1e-3 * (1 + 1e-9)
+    assert state.stats.clipped < 1
+    (_, free, state), *_ = run(curvature.kfac(dense, rate, kl_clip=1e6, **options), 1)
+    assert state.stats.clipped == 1
+    cosine = v @ flat(free) / np.linalg.norm(v) / np.linalg.norm(flat(free))
+    np.testing.assert_allclose(cosine, 1, rtol=1e-12)
+
+
+def test_a_batch_that_is_not_finite_leaves_damping_and_step_alone():
+    tx = curvature.kfac(REGISTRY, curvature.QuadraticModel(), damping=LM(every=1))
+    *_, (params, updates, state) = run(tx, 2)
+    bad = X.at[0, 0].set(jnp.nan)
+    grads = jax.grad(loss_fn)(params, bad, Y)
+    key = jax.random.key(9)
+    updates, after = tx.update(grads, state, params, loss_args=(bad, Y), key=key)
+    assert not any(np.any(u) for u in jax.tree.leaves(updates))
+    assert after.stats.skipped == 1 and after.damping == state.damping
+    jax.tree.map(np.testing.assert_array_equal, after.previous, state.previous)
+
+
+def test_g_digits_are_learnt_in_21_iterations():
+    """Martens and Grosse's small net: at most 5 % training error by iteration 9, none by 21."""
+    digits = load_digits()
+    x, y = jnp.asarray(digits.data / 16), jnp.asarray(digits.target)
+    sizes, rng = [64, 20, 20, 20, 20, 20, 10], np.random.default_rng(0)
+    params = [
+        {"w": jnp.asarray(rng.normal(size=(a, b)) / np.sqrt(a)), "b": jnp.zeros(b)}
+        for a, b in itertools.pairwise(sizes)
+    ]
+
+    def logits(p, x):
+        *hidden, last = p
+        for layer in hidden:
+            x = jnp.tanh(x @ layer["w"] + layer["b"])
+        return x @ last["w"] + last["b"]
+
+    def loss_fn(p, x, y):
+        losses = curvature.losses.softmax_cross_entropy_with_integer_labels(logits(p, x), y)
+        return losses.mean()
+
+    registry = curvature.register(loss_fn, params, x, y)
+    tx = curvature.kfac(
+        registry,
+        curvature.QuadraticModel(),
+        damping=LM(initial=0.1, every=1, factor=0.95**5),
+        kind=curvature.GaussNewton(),
+        decay=0.0,
+    )
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
+    def step(params, state, x, y):
+        grads = jax.grad(loss_fn)(params, x, y)
+        updates, state = tx.update(grads, state, params, loss_args=(x, y))
+        params = optax.apply_updates(params, updates)
+        return params, state, jnp.mean(logits(params, x).argmax(-1) != y)
+
+    state, errors = tx.init(params), []
+    for _ in range(21):
+        params, state, error = step(params, state, x, y)
+        errors.append(float(error))
+    assert errors[8] <= 0.05 and errors[20] == 0, errors
