@@ -519,7 +519,7 @@ def test_bfloat16_parameters_and_mixed_trees():
         (np.ones((2, 2)), TypeError, "type ndarray, expected an iterable"),
         (3, TypeError, "type int, expected an iterable"),
     ],
-    ids=str,
+    ids=["empty", "generator", "iterator", "dict", "array", "number"],
 )
 def test_what_is_no_dataset_is_refused(batches, error, message):
     with pytest.raises(error, match=message):
