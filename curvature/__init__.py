@@ -12,7 +12,7 @@ from curvature.blocks import (
     Kronecker,
 )
 from curvature.estimator import EmpiricalFisher, Estimator, Fisher, GaussNewton
-from curvature.kfac import KFACState, KFACStats, kfac
+from curvature.kfac import KFACState, KFACStats, ekfac, foof, kfac
 from curvature.preconditioner import CurvatureState, CurvatureStats, scale_by_curvature
 from curvature.registry import Layer, LossTag, Registry, register
 from curvature.tags import tag_layer
@@ -38,6 +38,8 @@ __all__ = [
     "LossTag",
     "QuadraticModel",
     "Registry",
+    "ekfac",
+    "foof",
     "kfac",
     "losses",
     "metrics",

@@ -252,6 +252,43 @@ def kfac(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def ekfac(
+    registry: Registry, learning_rate: ScalarOrSchedule | QuadraticModel, *args: Any, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """`kfac` with eigenvalue-corrected blocks (George et al. 2018) where a layer can have one.
+
+    Args:
+      registry: what is in the model, from `curvature.register`.
+      learning_rate: as `kfac` takes it.
+      *args: as `kfac` takes them.
+      **options: as `kfac` takes them.
+
+    Returns:
+      An optax transformation with extra arguments; its state is a `KFACState`.
+    """
+    return kfac(registry.with_blocks("ekfac"), learning_rate, *args, **options)
+
+
+def foof(
+    registry: Registry, learning_rate: ScalarOrSchedule | QuadraticModel, *args: Any, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """`kfac` with the input factor alone (Benzing 2022) where a layer can have one.
+
+    The output side is a multiple of the identity of the right trace: there is nothing to learn from
+    the cotangents but their size.
+
+    Args:
+      registry: what is in the model, from `curvature.register`.
+      learning_rate: as `kfac` takes it.
+      *args: as `kfac` takes them.
+      **options: as `kfac` takes them.
+
+    Returns:
+      An optax transformation with extra arguments; its state is a `KFACState`.
+    """
+    return kfac(registry.with_blocks("foof"), learning_rate, *args, **options)
+
+
 def _at(value: Any, count: jax.Array, like: jax.Array) -> jax.Array:
     """A number, or a schedule at a step."""
     return jnp.asarray(value(count) if callable(value) else value).astype(like.dtype)

@@ -243,3 +243,13 @@ def test_g_digits_are_learnt_in_21_iterations():
         params, state, error = step(params, state, x, y)
         errors.append(float(error))
     assert errors[8] <= 0.05 and errors[20] == 0, errors
+
+
+@pytest.mark.parametrize("recipe, block", [("ekfac", "ekfac"), ("foof", "foof")])
+def test_recipes_are_kfac_with_other_blocks(recipe, block):
+    tx = getattr(curvature, recipe)(REGISTRY, 0.1, damping=1e-2)
+    other = curvature.kfac(REGISTRY.with_blocks(block), 0.1, damping=1e-2)
+    for one, two in zip(run(tx, 2), run(other, 2), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one[1], two[1])
+    plain = run(curvature.kfac(REGISTRY, 0.1, damping=1e-2), 1)
+    assert np.abs(flat(plain[0][1]) - flat(run(tx, 1)[0][1])).max() > 1e-3
