@@ -571,7 +571,23 @@ def shared_offset():
     return params, normal(1, N, 4, 3), model
 
 
+CURVED = {
+    "twice exp": lambda g: 2 * jnp.exp(g),
+    "minus exp": lambda g: -jnp.exp(g),
+    "exp plus one": lambda g: 1 + jnp.exp(g),
+    "picked": lambda g: jnp.exp(g)[jnp.arange(3)],
+    "split": lambda g: jnp.concatenate(jnp.split(jnp.exp(2 * g), [1])[::-1])[::-1],
+}
+
+
+def curved(function):
+    """A scale that is a function of the parameter, moved or scaled after that."""
+    params = {"g": normal(0, 3)}
+    return params, normal(1, N, 4, 3), lambda p, x: jnp.tanh(x * CURVED[function](p["g"]))
+
+
 ELEMENTWISE = {
+    **{name: functools.partial(curved, name) for name in CURVED if name != "split"},
     "batch norm": norm,
     "batch norm in evaluation": lambda: norm(train=False),
     "layer norm": layer_norm,

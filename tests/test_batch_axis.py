@@ -194,8 +194,69 @@ def test_a_batch_size_fixed_in_the_function_is_not_mistaken():
     assert not registry.batch_found and "leading axes are taken" in str(registry)
 
 
-def test_micro_batches():
-    assert registered(micro_batches, used(micro_batches, X), X).batch_found
+def pairs(p, x):
+    """All pairs of examples are rows: as many as examples times examples."""
+    n = x.shape[0]
+    both = jnp.broadcast_to(x[:, None, 0], (n, n, D)) + jnp.broadcast_to(x[None, :, 1], (n, n, D))
+    return dense(p, both.reshape(n * n, D)).reshape(n, n, D).mean(1) @ p["head"]
+
+
+def shortened(p, x):
+    """A flat axis of which an entry is dropped."""
+    h = dense(p, x.reshape(-1, D)[:-1])
+    return jnp.pad(h, [(1, 0), (0, 0)]).reshape(-1, T, D).mean(1) @ p["head"]
+
+
+def sorted_rows(p, x):
+    """Positions of all examples in another order, as when tokens are sent to experts."""
+    flat = x.reshape(-1, D)
+    order = jnp.argsort(flat[:, 0])
+    h = dense(p, flat[order])[jnp.argsort(order)]
+    return mix(h.reshape(-1, T, D), 1).mean(1) @ p["head"]
+
+
+@pytest.mark.parametrize(
+    "model", [pairs, shortened, sorted_rows, micro_batches], ids=lambda m: m.__name__
+)
+@pytest.mark.parametrize("n", [4, 6])
+def test_what_is_no_whole_number_of_examples_in_their_order_is_pooled(model, n):
+    x = normal(8, n, T, D)
+    params = used(model, x)
+    registry = registered(model, params, x)
+    (layer,) = (layer for layer in registry.layers if layer.name in ("w", "b"))
+    assert layer.examples == 1 and layer.pooled
+    estimator = curvature.Estimator(registry, EXACT)
+    keys = jax.random.split(jax.random.key(0), 300)
+    draw = lambda key: estimator(params, x, key=key).diagonal()  # noqa: E731
+    draws = jax.jit(lambda keys: jax.lax.map(draw, keys))(keys)
+    expected = exact(model, params, x)["w"]
+    error = draws["w"].std(0) / np.sqrt(len(keys))
+    assert np.all(np.abs(draws["w"].mean(0) - expected) < 4.5 * error + 1e-12)
+
+
+def test_a_loss_in_a_scan_over_single_examples_or_parts_of_the_batch():
+    """The empirical Fisher draws signs for what the steps differ in."""
+    x, y = normal(0, 4, 1), normal(1, 4, 1)
+    p = {"w": jnp.ones((1, 1))}
+    expected = jnp.sum(((x - y) * x) ** 2)
+
+    def in_parts(count):
+        def loss_fn(p, x, y):
+            def step(total, part):
+                return total + curvature.losses.l2_loss(part[0] @ p["w"], part[1]).sum(), None
+
+            parts = (x.reshape(count, -1, 1), y.reshape(count, -1, 1))
+            return jax.lax.scan(step, 0.0, parts)[0]
+
+        return loss_fn
+
+    for count in (2, 4):
+        registry = curvature.register(in_parts(count), p, x, y).override("w", block="diagonal")
+        estimator = curvature.Estimator(registry, curvature.EmpiricalFisher())
+        draw = lambda key: estimator.statistics(p, x, y, key=key)["w"]["values"]  # noqa: B023, E731
+        draws = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 400))
+        error = draws.std() / 20
+        assert abs(float(draws.mean() - expected)) < 4.5 * error
 
 
 def test_a_batch_that_two_axes_of_one_array_have():

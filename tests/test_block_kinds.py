@@ -534,3 +534,22 @@ def test_a_registered_choice_holds_for_batches_of_any_size():
     analysis = registry.with_blocks("kronecker_reduce").analyse(params, (tokens[:1],))
     assert {x.examples for x in analysis.layers if x.kind != "scale"} == {1}
     assert {x.block for x in analysis.layers if x.kind != "scale"} == {"kronecker_reduce"}
+
+
+def test_ekfac_of_fewer_examples_than_dimensions_has_a_pseudo_inverse():
+    """Null vectors are known to eps only: second moments along them are no curvature."""
+    x = jax.random.normal(jax.random.key(7), (3, 8))
+    params = {"w": jax.random.normal(jax.random.key(8), (8, 4)) / 3, "v": jnp.ones((4, 2))}
+
+    def loss_fn(p, x):
+        return curvature.losses.l2_loss(jnp.tanh(x @ p["w"]) @ p["v"], jnp.ones((3, 2))).mean()
+
+    registry = curvature.register(loss_fn, params, x).with_blocks("ekfac")
+    op = curvature.Estimator(registry, curvature.GaussNewton())(params, x)
+    grads = jax.grad(loss_fn)(params, x)
+    solved = op.solve(grads)
+    largest = max(float(jnp.abs(s).max()) for s in jax.tree.leaves(solved))
+    assert largest < 1e5
+    # It is in the range of the operator: applied again, the gradient's part in it comes back.
+    again = op.solve(op @ solved)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), again, solved)

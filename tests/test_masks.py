@@ -170,6 +170,78 @@ def test_experts_count_the_rows_that_were_sent_to_them():
         np.testing.assert_allclose(found[expert], moment(rows, False), rtol=1e-12)
 
 
+def test_losses_that_cancel_each_other_are_seen():
+    """The same outputs with opposite signs, and differences over time that telescope."""
+    x, m = jnp.array([[1.0], [2.0], [9.0]]), jnp.array([1.0, 1.0, 0.0])
+
+    def opposite(p, x, m):
+        z = x @ p["w"]
+        both = curvature.losses.l2_loss(z) + curvature.losses.l2_loss(-z)
+        return (both[:, 0] * m).sum()
+
+    def telescope(p, x, m):
+        z = (x @ p["w"])[:, 0]
+
+        def step(total, part):
+            before, now, m = part
+            return total + jnp.where(m > 0, curvature.losses.l2_loss(now - before), 0.0), None
+
+        return jax.lax.scan(step, 0.0, (jnp.roll(z, 1), z, m))[0]
+
+    for loss_fn, rows in ((opposite, x[:2]), (telescope, x)):
+        registry = curvature.register(loss_fn, {"w": jnp.ones((1, 1))}, x, m)
+        estimator = curvature.Estimator(registry, curvature.GaussNewton())
+        found = estimator({"w": jnp.ones((1, 1))}, x, m).blocks["w"].input
+        np.testing.assert_allclose(found, moment(rows, False), rtol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["factor", "cond"])
+def test_a_mask_may_be_one_number_in_every_step_of_a_scan(how):
+    x, m = normal(1, T, N, 3), jnp.array([1.0, 0.0, 1.0, 1.0, 0.0])
+
+    def loss_fn(p, x, m):
+        def step(total, part):
+            x, m = part
+            loss = lambda: curvature.losses.l2_loss(net(p, x)).sum()  # noqa: E731
+            if how == "factor":
+                return total + m * loss(), None
+            return total + jax.lax.cond(m > 0, loss, lambda: 0.0), None
+
+        return jax.lax.scan(step, 0.0, (x, m))[0]
+
+    registry = curvature.register(loss_fn, NET, x, m)
+    found = jax.jit(curvature.Estimator(registry, curvature.GaussNewton()))(NET, x, m).blocks
+    rows = x[m > 0].reshape(-1, 3)
+    np.testing.assert_allclose(found["w"].input, moment(rows), rtol=1e-12)
+
+
+def test_a_loss_that_is_clipped_away_is_a_mask():
+    def loss_fn(p, x):
+        return jnp.maximum(curvature.losses.l2_loss(x @ p["w"]) - 1, 0).sum()
+
+    p, x = {"w": jnp.ones((1, 1))}, jnp.array([[1.0], [4.0]])
+    registry = curvature.register(loss_fn, p, x)
+    found = curvature.Estimator(registry, curvature.GaussNewton())(p, x).blocks["w"].input
+    np.testing.assert_allclose(found, 16)
+
+
+NONLINEAR = {
+    "relu": jax.nn.relu,
+    "relu squared": lambda h: jax.nn.relu(h) ** 2,
+    "hard tanh": jax.nn.hard_tanh,
+    "saturated tanh": lambda h: jnp.tanh(1e3 * h),
+}
+
+
+@pytest.mark.parametrize("name", NONLINEAR)
+def test_a_mask_of_ones_changes_nothing(name):
+    def model(p, x):
+        return NONLINEAR[name](x @ p["w"] + p["b"]) @ p["v"]
+
+    found = inputs(model, NET, mask=jnp.ones((N, T), bool))["w"]
+    np.testing.assert_allclose(found, moment(X.reshape(-1, 3)), rtol=1e-12)
+
+
 def test_a_layer_tagged_by_hand():
     def model(p, x):
         y = jnp.tanh(curvature.tag_layer(x @ p["w"] + p["b"], x, p["w"], p["b"]))

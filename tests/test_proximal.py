@@ -10,7 +10,7 @@ import pytest
 import scipy.optimize
 from jax.flatten_util import ravel_pytree
 
-from curvature import proximal
+from curvature import metrics, proximal
 from curvature.proximal import newton
 
 
@@ -598,7 +598,44 @@ def test_bad_input_is_refused(message):
 
 
 def test_bad_types_are_refused():
-    with pytest.raises(TypeError, match="rho is int, expected a function"):
+    with pytest.raises(TypeError, match="expected a metric .*or a function"):
         proximal.proximal_point(rosenbrock, valley, 3, jnp.asarray(W), 1.0)
     with pytest.raises(TypeError, match="weights: found dtype int64, expected floating"):
         proximal.proximal_point(rosenbrock, valley, squares, jnp.array([1, 2]), 1.0)
+
+
+@pytest.mark.parametrize("rho", [metrics.Euclidean(), metrics.Bregman(lambda z: jnp.sum(z**2) / 2)])
+def test_metrics_of_outputs_that_are_trees(rho):
+    def f(w):
+        return {"a": 2 * w, "b": w**2}
+
+    def loss(z):
+        return jnp.sum((z["a"] - 1) ** 2) + jnp.sum(z["b"] ** 2)
+
+    def squares(z, z0):
+        return sum(jnp.sum((z[k] - z0[k]) ** 2) / 2 for k in z)
+
+    w = jnp.array([0.3, 0.7])
+    expected, _ = proximal.proximal_point(f, loss, squares, w, 1.0)
+    for each in (rho, {"a": rho, "b": rho}):
+        found, record = proximal.proximal_point(f, loss, each, w, 1.0)
+        np.testing.assert_allclose(found, expected, rtol=1e-8)
+        assert record.converged
+
+
+@pytest.mark.parametrize("lam", [1e4, 1e8])
+def test_a_strong_proximal_term_converges(lam):
+    w = jnp.array([0.3, 0.7], jnp.float32)
+    loss = lambda z: jnp.sum((z - 1) ** 4)  # noqa: E731
+    found, record = proximal.proximal_point(
+        jnp.tanh, loss, metrics.Euclidean(), w, jnp.float32(lam)
+    )
+    assert record.converged and record.iterations < 20
+    np.testing.assert_allclose(found, w, atol=10 / lam)
+
+
+@pytest.mark.parametrize("potential", ["log_sum_exp", "softplus"])
+def test_no_gradient_is_no_step_even_where_a_probability_underflows(potential):
+    z = jnp.array([0.0, -120.0], jnp.float32)
+    step, _ = proximal.mirror_descent_step(potential, z, jnp.zeros_like(z), 0.1)
+    np.testing.assert_array_equal(step, 0)

@@ -190,6 +190,52 @@ def test_a_tag_whose_shapes_do_not_fit_names_the_parameter_and_the_line(shapes, 
         curvature.register(tagged, {k: jnp.ones(s) for k, s in shapes.items()}, X, Y)
 
 
+def test_a_tag_on_a_part_of_a_leaf_leaves_its_other_parts_alone():
+    def loss_fn(p, x, y):
+        w, v = p["all"][:6].reshape(3, 2), p["all"][6:].reshape(2, 2)
+        h = curvature.tag_layer(x @ w, x, w)
+        return curvature.losses.l2_loss(jnp.tanh(h) @ v, y).mean()
+
+    registry = curvature.register(loss_fn, {"all": jnp.arange(10.0)}, X, Y)
+    assert [(x.kind, x.shape, x.uses) for x in registry.layers] == [
+        ("dense", (3, 2), 1),
+        ("dense", (2, 2), 1),
+    ]
+
+
+def test_a_fallback_takes_no_leaf_of_which_a_part_has_a_block(standard_promotion):
+    def part(p, x, y):
+        return curvature.losses.l2_loss(x @ p["w"][:3] + p["b"], y).mean()
+
+    params = {"w": jnp.ones((5, 2)), "b": jnp.zeros(2)}
+    registry = curvature.register(part, params, X, Y)
+    tx = curvature.kfac(registry, 0.1, fallback=optax.scale_by_adam())
+    grads = jax.grad(part)(params, X, Y)
+    updates, _ = tx.update(grads, tx.init(params), params, loss_args=(X, Y), key=KEY)
+    plain = curvature.kfac(registry, 0.1)
+    expected, _ = plain.update(grads, plain.init(params), params, loss_args=(X, Y), key=KEY)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), updates, expected)
+
+
+@pytest.mark.parametrize("mode", ["clip", "fill"])
+def test_a_lookup_out_of_bounds_counts_where_it_reads(mode):
+    def loss_fn(p, tokens):
+        rows = jnp.take(p["e"], tokens, axis=0, mode=mode, fill_value=0.0)
+        return curvature.losses.l2_loss(rows).sum()
+
+    tokens = jnp.array([[0, 5], [-7, 2], [1, 4]])
+    params = {"e": 1 + jax.random.normal(KEY, (3, 2))}
+    registry = curvature.register(loss_fn, params, tokens)
+    kind = curvature.GaussNewton()
+    found = curvature.Estimator(registry, kind)(params, tokens).blocks["e"].input
+    read = (
+        jnp.clip(tokens, 0, 2)
+        if mode == "clip"
+        else jnp.where((tokens >= 0) & (tokens < 3), tokens, 3)
+    )
+    np.testing.assert_allclose(found, jnp.bincount(read.ravel(), length=4)[:3] / 6)
+
+
 def test_the_class_of_a_kind_is_no_kind():
     with pytest.raises(TypeError, match=r"class Fisher, expected an instance: Fisher\(\)"):
         curvature.Estimator(REGISTRY, curvature.Fisher)

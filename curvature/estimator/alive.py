@@ -36,10 +36,11 @@ class _Anything:
         return False
 
     def draw(self, losses: Sequence[LossTag], key: jax.Array | None) -> tuple[Draw, ...]:
-        return tuple(jnp.zeros(tag.lead) for tag in losses)
+        keys = (jax.random.fold_in(jax.random.key(0), i) for i in range(len(losses)))
+        return tuple(jax.random.split(k, tag.lead) for k, tag in zip(keys, losses, strict=True))
 
     def cotangent(self, tag: LossTag, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
-        return jax.random.normal(jax.random.key(0), z.shape, z.dtype)
+        return jax.random.normal(draw, z.shape, z.dtype)
 
 
 def alive_rows(

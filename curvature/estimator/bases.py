@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from curvature.blocks.eigen_kronecker import turned
@@ -50,7 +51,30 @@ def rebased(statistics: Statistics, stack_ndim: int, restart: ArrayLike) -> Stat
     moved = turned(overlaps[0], moved, stack_ndim)
     exact, found = (jnp.sum(x, axis=(-2, -1), keepdims=True) for x in (moved, products))
     products = products * (exact / jnp.where(found > 0, found, 1))
-    return statistics | new | {"values": jnp.where(restart, products, moved)}
+    turned_over = statistics | new | {"values": jnp.where(restart, products, moved)}
+    return without_noise(turned_over, stack_ndim)
+
+
+def without_noise(statistics: Statistics, stack_ndim: int) -> Statistics:
+    """Statistics whose corrections are zero where a factor's eigenvalue is a rounding error.
+
+    An eigenvector of an eigenvalue zero is known to about eps, so the second moments along it are
+    not zero, and their inverse would be anything.
+    """
+    first, second = (
+        _is_known(statistics[side], statistics[basis], stack_ndim) for side, basis in _pairs()
+    )
+    known = first[..., :, None] & second[..., None, :]
+    return statistics | {"values": jnp.where(known, statistics["values"], 0)}
+
+
+def _is_known(factor: jax.Array, basis: jax.Array, stack_ndim: int) -> jax.Array:
+    """Whether the factor's eigenvalue along each vector of its eigenbasis is no rounding error."""
+    values = factor
+    if factor.ndim > stack_ndim + 1:
+        values = jnp.sum(jnp.matmul(factor, basis, precision=HIGHEST) * basis, axis=-2)
+    rounding = values.shape[-1] * float(np.finfo(values.dtype).eps)
+    return values > rounding * jnp.max(values, axis=-1, keepdims=True)
 
 
 def turned_rows(rows: Rows, turn: Statistics) -> Rows:

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from curvature.blocks import BlockDiagonal, block_of
 from curvature.estimator import statistics as stats
 from curvature.estimator.alive import alive_rows
-from curvature.estimator.bases import BASES, of_factors, rebased
+from curvature.estimator.bases import BASES, of_factors, rebased, without_noise
 from curvature.estimator.evaluate import Sweep, evaluate
 from curvature.estimator.factors import Statistics
 from curvature.estimator.kinds import Draw, Fisher, Kind
@@ -237,6 +237,9 @@ class Estimator:
             if corrected:
                 values = sweep(second, [], bases)
                 found |= {name: found[name] | values[name] for name in corrected}
+            for name in corrected:
+                whole = found[name] | bases[name]
+                found[name] = without_noise(whole, len(layers[name].stack))
         return {name: found[name] | bases.get(name, {}) for name in layers}
 
     def _pass(

@@ -28,7 +28,6 @@ from curvature.estimator.rows import output_rows, rows_of
 from curvature.estimator.statistics import of_contraction, of_elementwise
 from curvature.losses import Targets
 from curvature.precision import accumulator
-from curvature.registry import meet
 from curvature.registry.layers import Layer
 from curvature.registry.plan import LossTag, Plan, Step, Use
 from curvature.registry.taps import Contraction, Elementwise, Lookup
@@ -91,7 +90,8 @@ def evaluate(
                 continue
             values[position] = _broadcast(use, values[position], known[position], sweep)
         if step.derive is not None:
-            slope[step.equation.outvars[0]] = _derived(step, values, known[step.derive])
+            slopes_of = _derived(step, values, known[step.derive])
+            slope.update(zip(step.equation.outvars, slopes_of, strict=True))
         outs, out_slopes = _step(step, values, known, sweep)
         env.update(zip(step.equation.outvars, outs, strict=True))
         slope.update(zip(step.equation.outvars, out_slopes, strict=False))
@@ -107,7 +107,7 @@ def _step(
     if step.use is not None and step.use.layer is not None:
         return [_contraction(step, step.use, values, sweep)], []
     if step.call is None:
-        gate = meet.gate(step.equation) if sweep.marking else None
+        gate = step.gate if sweep.marking else None
         return _jax.bind(step.equation, values) if gate is None else _opened(step, values, gate), []
     if step.call.kind == "scan":
         return _scan(step, values, slopes, sweep), []
@@ -180,8 +180,8 @@ def _sharded(step: Step, values: list[Any], slopes: list[Any], sweep: Sweep) -> 
     return _jax.shard_map(step.equation, run, values, rest)
 
 
-def _derived(step: Step, values: list[Any], slope: Any) -> jax.Array:
-    """The slope of an equation's output: its derivative in the operand, times that one's slope.
+def _derived(step: Step, values: list[Any], slope: Any) -> list[jax.Array]:
+    """The slopes of an equation's outputs: the derivative in the operand, times that one's slope.
 
     The equation takes entries to entries, so a tangent of ones gives the derivative of each.
     """
@@ -191,7 +191,7 @@ def _derived(step: Step, values: list[Any], slope: Any) -> jax.Array:
 
     def one(x: Any) -> Any:
         operands = [*values[:position], x, *values[position + 1 :]]
-        return _jax.bind(step.equation, operands)[0]
+        return _jax.bind(step.equation, operands)
 
     x = values[position]
     return jax.jvp(one, (x,), (jnp.ones_like(x) if slope is None else slope,))[1]
@@ -285,7 +285,7 @@ def _marked(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.Array:
 
 
 def _opened(step: Step, values: list[Any], gate: int) -> list[Any]:
-    """A rectifier that lets every cotangent through: no unit's row is dead because it is off."""
+    """A nonlinearity that lets every cotangent through: no row is dead because units are off."""
 
     @jax.custom_vjp
     def opened(values: list[Any]) -> list[Any]:

@@ -193,8 +193,14 @@ class EmpiricalFisher:
         """See `Kind`."""
         if key is None:
             return tuple(jnp.zeros((1, *tag.lead)) for tag in losses)
-        # One sign per example: the same in every scan step, and for every loss.
-        return tuple(jnp.broadcast_to(key, (1, *tag.lead)) for tag in losses)
+        # One sign per example: the same for every loss, and in every scan step, unless examples
+        # are what the steps differ in.
+        return tuple(
+            jax.random.split(key, (1, *tag.lead))
+            if tag.examples == 1
+            else jnp.broadcast_to(key, (1, *tag.lead))
+            for tag in losses
+        )
 
     def cotangent(self, tag: LossTag, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
         """See `Kind`."""
@@ -250,6 +256,11 @@ def _signed(draw: jax.Array, tag: LossTag, vector: jax.Array) -> jax.Array:
     """
     if not jnp.issubdtype(draw.dtype, jax.dtypes.prng_key):
         return vector
-    examples = tag.by_example(vector)
-    shape = (examples.shape[0], *[1] * (examples.ndim - 1))
-    return tag.back(examples * jax.random.rademacher(draw, shape, vector.dtype))
+    shape = [1] * vector.ndim
+    if tag.batch is None:
+        return vector * jax.random.rademacher(draw, shape, vector.dtype)
+    # Where examples cannot be told apart, every entry of the batch axis is taken for one.
+    size = shape[tag.batch.axis] = vector.shape[tag.batch.axis]
+    count = tag.examples if tag.batch.first else size
+    signs = jnp.repeat(jax.random.rademacher(draw, (count,), vector.dtype), size // count)
+    return vector * signs.reshape(shape)

@@ -217,6 +217,9 @@ def rows_of(
         x = x.transpose(how.x_order).astype(dtype)
     elif isinstance(how, Lookup):
         x = x.transpose(how.i_order)[..., how.column].reshape((how.examples, -1))
+        # Out of bounds is the last row, or no row at all; a negative index is not the end.
+        inside = (x >= 0) & (x < how.d_in)
+        x = jnp.clip(x, 0, how.d_in - 1) if how.clip else jnp.where(inside, x, how.d_in)
     else:
         lead = (*how.members, how.examples)
         x = x.transpose(how.x_order).astype(dtype).reshape((*lead, -1, how.d_in))

@@ -160,11 +160,11 @@ def _sandwich(f: Function, metric: PyTree, w: PyTree, v: PyTree) -> PyTree:
     if callable(metric) and not isinstance(metric, Metric):
         gjv = jax.jvp(jax.grad(metric(z)), (z,), (jv,))[1]
     else:
-        gjv = _apply(metric, z, jv)
+        gjv = apply(metric, z, jv)
     return jax.linear_transpose(push, w)(gjv)[0]
 
 
-def _apply(metrics: PyTree, z: PyTree, v: PyTree) -> PyTree:
+def apply(metrics: PyTree, z: PyTree, v: PyTree) -> PyTree:
     """G v on trees: every metric on all arrays of the subtree that it stands for."""
 
     def one(metric: Any, z: PyTree, v: PyTree) -> PyTree:

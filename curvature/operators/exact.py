@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from curvature.metrics import Metric
+from curvature.metrics.products import apply
 from curvature.operators.operator import Operator, Product, over_dataset
 from curvature.outputs import Output, linearise
 from curvature.precision import accumulator
@@ -216,7 +217,7 @@ def pullback(
 
     Args:
       function: f, from parameters and one batch's arguments to a tree of arrays z.
-      metric: has `mvp(z, v)`, the product G_z v for a tree v like z.
+      metric: a metric for every array of z, or a tree of them, as `metrics.pullback_mvp` takes it.
       params: the parameters, a tree of arrays.
       batches: the data, see `hessian`.
       weights: the coefficient of each batch. By default 1: the pullback by the function that
@@ -272,7 +273,7 @@ class _Pullback(Product):
         """J' G_z J v."""
         del key
         z, push = jax.linearize(lambda p: self.function(p, *args), params)
-        (result,) = jax.linear_transpose(push, params)(self.metric.mvp(z, push(vector)))
+        (result,) = jax.linear_transpose(push, params)(apply(self.metric, z, push(vector)))
         return result
 
 

@@ -14,6 +14,7 @@ from jax.scipy.sparse.linalg import cg
 from jax.typing import ArrayLike
 
 from curvature.metrics import Metric, gauss_newton_mvp, hessian_mvp
+from curvature.metrics.products import apply
 from curvature.proximal.newton import negligible, relative_tolerance
 
 PyTree = Any
@@ -65,23 +66,23 @@ def half_squares(z: PyTree, z0: PyTree) -> jax.Array:
 
 def divergence(rho: Divergence, z0: PyTree) -> Scalar:
     """The map z -> rho(z, z0), quadratic for what is only a metric."""
-    if callable(rho):
-        if hasattr(rho, "mvp"):  # a value for every unit, where mvp is of their sum
-            return lambda z: jnp.sum(rho(z, z0))
+    if callable(rho) and not isinstance(rho, Metric):
         check_scalar("rho", lambda z: rho(z, z0), z0)
         return lambda z: rho(z, z0)
-    if not hasattr(rho, "mvp"):
-        raise TypeError(
-            f"rho is {type(rho).__name__}, expected a function rho(z, z0) -> scalar or a metric "
-            "with a method mvp(z, v)."
-        )
 
-    def quadratic(z: PyTree) -> jax.Array:
+    def one(metric: Any, z: PyTree, z0: PyTree) -> jax.Array:
+        if callable(metric):  # a value for every unit, where mvp is of their sum
+            values = jax.tree.leaves(jax.tree.map(metric, z, z0))
+            return jnp.sum(jnp.stack([jnp.sum(x) for x in values]))
         difference = jax.tree.map(jnp.subtract, z, z0)
-        product = ravel_pytree(rho.mvp(z0, difference))[0]
+        product = ravel_pytree(apply(metric, z0, difference))[0]
         return 0.5 * ravel_pytree(difference)[0] @ product
 
-    return quadratic
+    def total(z: PyTree) -> jax.Array:
+        values = jax.tree.map(one, rho, z, z0, is_leaf=lambda x: isinstance(x, Metric))
+        return jnp.sum(jnp.stack(jax.tree.leaves(values)))
+
+    return total
 
 
 def ravel(w: PyTree, name: str = "weights") -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:

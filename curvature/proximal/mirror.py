@@ -159,13 +159,18 @@ def _entropy(z: jax.Array, move: jax.Array) -> jax.Array:
 def _log_sum_exp(z: jax.Array, move: jax.Array) -> jax.Array:
     move = move - move.mean(-1, keepdims=True)  # a shift of all logits changes nothing
     # log(q - move) - log q, as log1p of the ratio: exact for small moves
-    step = jnp.log1p(-move / jax.nn.softmax(z))
+    step = jnp.log1p(-_share(move, jax.nn.softmax(z)))
     return step - step.mean(-1, keepdims=True)
 
 
 def _softplus(z: jax.Array, move: jax.Array) -> jax.Array:
     q, rest = jax.nn.sigmoid(z), jax.nn.sigmoid(-z)
-    return jnp.log1p(-move / q) - jnp.log1p(move / rest)
+    return jnp.log1p(-_share(move, q)) - jnp.log1p(_share(move, rest))
+
+
+def _share(move: jax.Array, of: jax.Array) -> jax.Array:
+    """Move / of; nothing of a probability that underflowed is nothing."""
+    return jnp.where(move == 0, 0, move / jnp.where(move == 0, 1, of))
 
 
 _CLOSED_FORMS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {

@@ -36,6 +36,7 @@ class _Search(NamedTuple):
     value: jax.Array
     gradient: jax.Array
     radius: jax.Array
+    floor: jax.Array  # the gradient's rounding error
     iterations: jax.Array
 
 
@@ -51,7 +52,7 @@ def minimise(
       objective: of a vector of shape [size], twice differentiable.
       start: shape [size].
       tolerance: share of max(1, norm of the gradient at `start`) at which the gradient's norm ends
-        the search; None: eps^(2/3).
+        the search; None: eps^(2/3). A gradient at its rounding error ends it, too.
       max_iterations: of Newton's method, each one evaluation of the objective.
 
     Returns:
@@ -68,7 +69,8 @@ def minimise(
     goal = relative_tolerance(tolerance, start.dtype) * scale
 
     def going(s: _Search) -> jax.Array:
-        far = jnp.linalg.norm(s.gradient) > goal  # false for NaN, which ends the search
+        # False for NaN, which ends the search.
+        far = jnp.linalg.norm(s.gradient) > jnp.maximum(goal, s.floor)
         room = s.radius > _eps(s.x.dtype) * jnp.linalg.norm(s.x)
         return far & room & (s.iterations < max_iterations)
 
@@ -82,7 +84,11 @@ def minimise(
         step = _truncated_cg(product, s.gradient, s.radius, forcing)
         length = jnp.linalg.norm(step)
         value, gradient = both(s.x + step)
-        predicted = -(s.gradient @ step + 0.5 * step @ product(step))
+        bent = product(step)
+        predicted = -(s.gradient @ step + 0.5 * step @ bent)
+        # A gradient that changes so fast cannot be known better, x being rounded.
+        slope = jnp.linalg.norm(bent) / jnp.where(length > 0, length, 1.0)
+        floor = 10 * _eps(s.x.dtype) * slope * jnp.linalg.norm(s.x + step)
         # Close to the minimum values differ by rounding only; then the model is trusted (Conn,
         # Gould and Toint 2000, section 17.4.2).
         noise = 10 * _eps(s.x.dtype) * jnp.abs(s.value)
@@ -95,13 +101,15 @@ def minimise(
             (s.x + step, value, gradient),
             (s.x, s.value, s.gradient),
         )
-        return _Search(x, value, gradient, radius, s.iterations + 1)
+        return _Search(x, value, gradient, radius, floor, s.iterations + 1)
 
     radius = jnp.maximum(1.0, jnp.linalg.norm(start))
-    first = _Search(start, value, gradient, radius, jnp.zeros((), jnp.int32))
+    zero = jnp.zeros_like(value)
+    first = _Search(start, value, gradient, radius, zero, jnp.zeros((), jnp.int32))
     end = jax.lax.while_loop(going, iterate, first)
     norm = jnp.linalg.norm(end.gradient)
-    return end.x, Convergence(norm <= goal, end.iterations, norm, end.value)
+    near = norm <= jnp.maximum(goal, end.floor)
+    return end.x, Convergence(near, end.iterations, norm, end.value)
 
 
 def _truncated_cg(

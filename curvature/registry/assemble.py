@@ -31,7 +31,13 @@ def assemble(
         met.setdefault(use.view.source, []).append(use)
     for source, found in met.items():
         if any(use.manual for use in found):
-            met[source] = [use for use in found if use.manual]
+            tagged = [use for use in found if use.manual]
+            others = [
+                use
+                for use in found
+                if not use.manual and not any(overlap([t.view, use.view]) for t in tagged)
+            ]
+            met[source] = tagged + others
     for found in met.values():
         _orient(found)
     reasons = _settle_biases(met, stopped)

@@ -32,6 +32,7 @@ class Finder:
         self.masked = False  # whether the weight of some unit of a loss may be zero
         self.stopped: set[Any] = set()  # sources of views that met stop_gradient
         self._loops: list[tuple[int, int]] = []  # (scan's id, length) around the current equation
+        self._branches = 0  # number of conds around the current equation
         self._shards = 0  # number of shard_maps around the current equation
         self._callers: list[str] = []  # locations of the calls around the current equation
 
@@ -69,11 +70,12 @@ class Finder:
         call = _jax.call_of(equation)
         if call is not None and self._enters(equation, call, values, after, frame):
             return self._call(equation, twin, call, frame, values, after)
-        self.masked |= any(after) and flow.may_mask(equation, after)
+        self.masked |= any(after) and flow.may_mask(equation, after, looped=bool(self._loops))
         if live and equation.primitive.name in _NO_GRADIENT:
             self._block(equation, values)
         frame.order(equation)
         step = Step(equation, tuple(any(after) and not a for a in after))
+        step.gate = None if any(after) else meet.gate(equation)
         if any(isinstance(v, (*_PARAMETER, Product)) for v in values):
             if live:
                 frame.define(equation.outvars, self._meet(step, values, frame))
@@ -136,23 +138,30 @@ class Finder:
         # A carry that starts before the loss but accumulates it: its start is cut off.
         cut = [b and not a for a, b in zip(after[call.skip :], inside_after, strict=True)]
         step = Step(equation, (*[False] * call.skip, *cut), call)
+        step.gate = None if any(after) else meet.gate(equation)  # where nothing is found inside
         inside = self._enter(step, call, values, operands_live, frame)
         varies = [frame.varies(v) for v in equation.invars[call.skip :]]
         if call.kind == "scan":
             varies = [any(varies)] * len(varies)  # a carry may vary from the second step on
             self._loops.append((id(equation), equation.params["length"]))
         self._shards += call.kind == "shard_map"
+        self._branches += call.kind == "cond"
         self._callers.append(self._where(equation))
         twins = _jax.call_of(twin) if twin is not None else None
         bodies = twins.bodies if twins is not None else [None] * len(call.bodies)
-        growth = _growth(call, frame, equation, twins)
+        growth, examples = _growth(call, frame, equation, twins)
         first = [frame.first(v) for v in equation.invars[call.skip :]]
-        inputs = Inputs(inside, inside_after, varies, first, growth=growth)
+        if call.kind == "scan" and {"reshape", "transpose"} <= meet.primitives(equation):
+            # A carry may come out of the body in another order than it went in.
+            carried = range(call.num_consts, call.num_consts + call.num_carry)
+            first = [f and i not in carried for i, f in enumerate(first)]
+        inputs = Inputs(inside, inside_after, varies, first, growth=growth, examples=examples)
         walked = [
             self.walk(b, t, inputs, out_live) for b, t in zip(call.bodies, bodies, strict=True)
         ]
         self._callers.pop()
         self._shards -= call.kind == "shard_map"
+        self._branches -= call.kind == "cond"
         step.bodies = tuple(plan for plan, _, _ in walked)
         frame.put_first(
             equation.outvars, [all(c) for c in zip(*(f for _, _, f in walked), strict=True)]
@@ -208,6 +217,7 @@ class Finder:
                 "jax.lax.stop_gradient of that value, or use an untagged loss there."
             )
         lead = tuple(length for _, length in self._loops)
+        self.masked |= self._branches > 0
         z = equation.invars[0]
         batch = frame.batch(z)
         if batch is not None and batch.axis >= z.aval.ndim - loss.event_ndim:
@@ -248,6 +258,8 @@ class Finder:
             or meet.picked(equation, values)
             or meet.joined(equation, values)
         )
+        if view is not None and view.curved:
+            step.derive = 0
         if view is not None:
             return [view]
         found = meet.contraction(equation, values, frame)
@@ -343,17 +355,23 @@ class Finder:
                 self.uses.append(Use(view, None, "generic", reason))
 
 
-def _growth(call: _jax.Call, frame: Frame, equation: _jax.Equation, twin: _jax.Call | None) -> int:
-    """How many examples more the twin of a call's bodies has: on one device, in a shard_map."""
+def _growth(
+    call: _jax.Call, frame: Frame, equation: _jax.Equation, twin: _jax.Call | None
+) -> tuple[int, int]:
+    """How many examples more the twin of a call's bodies has, and how many there are.
+
+    Those of one device, in a shard_map.
+    """
     if call.kind != "shard_map" or twin is None:
-        return frame.growth
+        return frame.growth, frame.examples
     pairs = zip(equation.invars, call.bodies[0].invars, twin.bodies[0].invars, strict=True)
     for outer, mine, other in pairs:
         batch = frame.batch(outer)
         if batch is not None:
-            more = other.aval.shape[batch.axis] - mine.aval.shape[batch.axis]
-            return max(more // batch.each, 1)
-    return frame.growth
+            local = mine.aval.shape[batch.axis]
+            more = max((other.aval.shape[batch.axis] - local) // batch.each, 1)
+            return more, local // batch.each
+    return frame.growth, frame.examples
 
 
 def _curved(value: Value) -> bool:

@@ -126,17 +126,19 @@ _WEIGHS_ALL = frozenset(
 )
 
 
-def may_mask(equation: _jax.Equation, after: Sequence[bool]) -> bool:
+def may_mask(equation: _jax.Equation, after: Sequence[bool], *, looped: bool) -> bool:
     """Whether what becomes of losses may leave some unit without weight.
 
-    Sums and single numbers do not; a mask, a slice or a maximum may.
+    Sums and single numbers do not; a mask, a slice or a maximum may. In a loop, so may a number:
+    it may be another one in every step.
     """
     name = equation.primitive.name
-    if all(v.aval.size == 1 for v in equation.invars):
+    others = [v for v, depends in zip(equation.invars, after, strict=True) if not depends]
+    fixed = not looped or all(isinstance(v, Literal) for v in others)
+    if fixed and all(v.aval.size == 1 for v in equation.invars):
         return False
     if name in ("mul", "div"):
-        others = [v for v, depends in zip(equation.invars, after, strict=True) if not depends]
-        return len(others) != 1 or others[0].aval.size != 1
+        return len(others) != 1 or others[0].aval.size != 1 or not fixed
     return name not in _WEIGHS_ALL
 
 

@@ -60,6 +60,7 @@ class Inputs:
       first: see `Frame.first`.
       closure: whether the data is in the jaxpr's constants, because there are no such arguments.
       growth: how many examples more the jaxpr's twin has.
+      examples: how many there are.
     """
 
     values: Sequence[Value]
@@ -68,6 +69,12 @@ class Inputs:
     first: Sequence[bool]
     closure: bool = False
     growth: int = 1
+    examples: int = 1
+
+
+# What may change the order along an axis of its first operand.
+_MOVES = ("concatenate", "dynamic_slice", "dynamic_update_slice", "gather", "pad", "rev")
+_REORDERS = ("scatter", "scatter-add", "slice", "sort", "top_k", *_MOVES)
 
 
 class Frame:
@@ -96,7 +103,7 @@ class Frame:
         self._first = _chosen(jaxpr.invars, inputs.first)
         if inputs.closure:
             self._varies |= set(jaxpr.constvars)
-        self.growth = inputs.growth
+        self.growth, self.examples = inputs.growth, inputs.examples
         self._twins: dict[Any, Shape] | None = None
         if twin is not None:
             self._twins = dict(zip(jaxpr.invars, map(_shape, twin.invars), strict=True))
@@ -138,7 +145,9 @@ class Frame:
         for axis, (n, more) in enumerate(zip(shape, other, strict=True)):
             if n != more:
                 each = max(abs(more - n) // self.growth, 1)
-                return Batch(axis, each, each == 1 or variable in self._first)
+                # Pairs of examples, or a part of them, are no examples.
+                whole = (n, more) == (each * self.examples, each * (self.examples + self.growth))
+                return Batch(axis, each, whole and (each == 1 or variable in self._first))
         return None
 
     def first(self, variable: Any) -> bool:
@@ -164,7 +173,9 @@ class Frame:
                 before = math.prod(_shape(v)[: old.axis]) == math.prod(_shape(out)[: batch.axis])
                 first = old.first and before
             else:
-                moved = equation.params.get("dimension") == batch.axis and len(known) > 1
+                moved = (
+                    equation.primitive.name in _REORDERS and bool(known) and known[0] == batches[0]
+                )
                 first = not moved and all(b.each == batch.each and b.first for _, b in known)
             self.put_first([out], [first])
 

@@ -118,6 +118,8 @@ def translated(equation: _jax.Equation, values: Sequence[Value], frame: Frame) -
     for view, other in (values, values[::-1]):
         if not isinstance(view, View) or isinstance(other, (View, Wide, Product)):
             continue
+        if view.curved:  # its slope is carried along
+            continue
         if tuple(out.aval.shape) != view.inner or frame.batch(out) is not None:
             continue
         subtracted = equation.primitive.name == "sub" and view is values[1]
@@ -128,6 +130,8 @@ def translated(equation: _jax.Equation, values: Sequence[Value], frame: Frame) -
 def scaled(equation: _jax.Equation, values: Sequence[Value]) -> View | None:
     """A view multiplied by, divided by, or subtracted from nothing but a constant number."""
     name = equation.primitive.name
+    if any(isinstance(v, View) and v.curved for v in values):
+        return None  # its slope is carried along
     if name == "neg" and isinstance(values[0], View):
         return values[0].scaled(-1.0)
     if name not in ("mul", "div") or len(values) != 2:
@@ -303,19 +307,20 @@ def carried_along(
 
 
 def gate(equation: _jax.Equation) -> int | None:
-    """The operand that an equation lets through in some places only, as a rectifier does.
+    """The operand of which an equation is an elementwise function, as a rectifier is.
 
-    None where the equation is no such function of one array and single numbers.
+    Its derivative may be zero in places, but is no mask. None where the equation is no such
+    function of one array and single numbers, or is made to have no derivative.
     """
     (out, *more), operands = equation.outvars, equation.invars
     wide = [i for i, v in enumerate(operands) if v.aval.size > 1]
-    names = primitives(equation)
-    if more or len(wide) != 1 or not names & {"max", "min", "clamp", "select_n"}:
+    if more or len(wide) != 1 or equation.primitive.name in ("mul", "div", "select_n"):
         return None
     (i,) = wide
     same = operands[i].aval.shape == out.aval.shape and operands[i].aval.dtype == out.aval.dtype
-    flat = names & {"stop_gradient", "round", "floor", "ceil", "sign"}
-    return i if same and not flat and is_elementwise(equation) else None
+    flat = primitives(equation) & {"stop_gradient", "round", "floor", "ceil", "sign"}
+    floating = jnp.issubdtype(out.aval.dtype, jnp.floating)
+    return i if same and floating and not flat and is_elementwise(equation) else None
 
 
 def primitives(equation: _jax.Equation) -> set[str]:
@@ -328,6 +333,8 @@ def is_elementwise(equation: _jax.Equation) -> bool:
     """Whether every output entry depends on the operands' entries in the same place only."""
     if equation.primitive.name in taps.ELEMENTWISE:
         return True
+    if equation.primitive.name == "broadcast_in_dim":  # of a single number
+        return bool(equation.invars[0].aval.size == 1)
     call = _jax.call_of(equation)
     if call is None or call.kind not in ("jit", "custom_jvp"):
         return False

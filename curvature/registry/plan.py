@@ -115,6 +115,7 @@ class Step:
       loss: the index of the tagged loss this equation is, and that loss.
       stacked: names of the layers whose statistics a scan stacks, one per iteration.
       losses: indices of the losses inside a scan.
+      gate: see `meet.gate`; None after a loss.
       contractions: indices of the uses inside a scan that are contractions.
     """
 
@@ -128,6 +129,7 @@ class Step:
     loss: tuple[int, LossTag] | None = None
     stacked: tuple[str, ...] = ()
     losses: tuple[int, ...] = ()
+    gate: int | None = None
     contractions: tuple[int, ...] = ()
 
     def uses(self) -> Iterator[Use]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 from collections.abc import Callable
 from typing import Any
 
@@ -149,20 +148,16 @@ class Registry:
 
     @property
     def excluded(self) -> tuple[bool, ...]:
-        """For each parameter leaf, whether it is left out of the curvature."""
-        out = {v.source for x in self.layers if x.block == EXCLUDED for v in x.leaves}
-        return tuple(i in out for i in range(len(jax.tree.leaves(self.params))))
+        """For each parameter leaf, whether all of it is left out of the curvature."""
+        kept = {v.source for x in self.layers if x.block != EXCLUDED for v in x.leaves}
+        return tuple(i not in kept for i in range(len(jax.tree.leaves(self.params))))
 
     def without_generic(self) -> Registry:
         """A registry in which generic parameters are excluded, too."""
-        names = {path for x in self.layers if not x.structured for path in x.parameters}
-        leaves = jax.tree_util.tree_leaves_with_path(self.params)
-        registry = self
-        for path, _ in leaves:
-            if jax.tree_util.keystr(path) in names:
-                exact = glob.escape(jax.tree_util.keystr(path, simple=True, separator="/"))
-                registry = registry.override(exact, exclude=True)
-        return registry
+        layers = [
+            x if x.structured else dataclasses.replace(x, block=EXCLUDED) for x in self.layers
+        ]
+        return dataclasses.replace(self, layers=tuple(layers))
 
     def analyse(self, params: PyTree, args: tuple[PyTree, ...]) -> Analysis:
         """Traces the loss at these arguments, which must be of the registered kind.
@@ -249,7 +244,7 @@ def _analyse(
     shapes = [tuple(leaf.shape) for _, leaf in leaves]
     rest = len(jaxpr.invars) - len(leaves)
     finder = Finder([jax.tree_util.keystr(path) for path, _ in leaves])
-    twin, growth = more_examples(loss_fn, params, args, jaxpr)
+    twin, growth, examples = more_examples(loss_fn, params, args, jaxpr)
     inputs = Inputs(
         values=[*(View.of(i, shape) for i, shape in enumerate(shapes)), *[None] * rest],
         after=[False] * len(jaxpr.invars),
@@ -257,6 +252,7 @@ def _analyse(
         first=[True] * len(jaxpr.invars),
         closure=rest == 0,
         growth=growth,
+        examples=examples,
     )
     plan, _, _ = finder.walk(jaxpr, twin, inputs, [False] * len(jaxpr.outvars))
     if not finder.losses:

@@ -16,8 +16,8 @@ PyTree = Any
 
 def more_examples(
     loss_fn: Callable[..., Any], params: PyTree, args: tuple[PyTree, ...], jaxpr: _jax.Jaxpr
-) -> tuple[_jax.Jaxpr | None, int]:
-    """The jaxpr of `loss_fn` on a larger batch, and how many examples more it has.
+) -> tuple[_jax.Jaxpr | None, int, int]:
+    """The jaxpr of `loss_fn` on a larger batch, how many examples more it has, and how many it had.
 
     The batch is a size of the arguments' arrays along one axis, the commonest that makes the
     network's output grow. Model state may happen to have that size, too: where growing every such
@@ -36,7 +36,7 @@ def more_examples(
     for axis, doubled in [(0, False), (0, True), *others, (None, False)]:
         if axis and not leading_grows:
             continue
-        for grown, growth in _grown(args, axis, doubled):
+        for grown, growth, size in _grown(args, axis, doubled):
             try:
                 twin, _ = _jax.trace(loss_fn, params, *grown)
             except Exception:  # whatever the user's function raises at shapes that do not fit
@@ -45,9 +45,10 @@ def more_examples(
             if not _jax.alike(jaxpr, twin) or _outputs(twin) == outputs:
                 continue
             if _jax.alike(jaxpr, twin, lengths=True):
-                return twin, growth
-            longer = longer or (twin, growth)
-    return longer or (None, 1)
+                return twin, growth, size
+            if axis is not None:
+                longer = longer or (twin, growth, size)
+    return longer or (None, 1, 1)
 
 
 def _outputs(jaxpr: _jax.Jaxpr) -> list[tuple[int, ...]]:
@@ -63,8 +64,8 @@ def _outputs(jaxpr: _jax.Jaxpr) -> list[tuple[int, ...]]:
 
 def _grown(
     args: tuple[PyTree, ...], axis: int | None, doubled: bool
-) -> Iterator[tuple[tuple[PyTree, ...], int]]:
-    """Arguments larger along an axis (None: every axis of that size), with how much larger."""
+) -> Iterator[tuple[tuple[PyTree, ...], int, int]]:
+    """Arguments larger along an axis (None: every one of that size), by how much, from what."""
     arrays = [leaf for leaf in jax.tree.leaves(args) if getattr(leaf, "ndim", 0) > (axis or 0)]
     sizes = [n for n, _ in collections.Counter(x.shape[axis or 0] for x in arrays).most_common(3)]
     for size in sorted(sizes, key=lambda n: n == 1):  # one example is the last thing to believe
@@ -82,9 +83,9 @@ def _grown(
             return jax.ShapeDtypeStruct(shape, leaf.dtype, weak_type=weak)
 
         grown = [jax.tree.map(grow, arg) for arg in args]
-        yield tuple(grown), growth
+        yield tuple(grown), growth, size
         if len(args) > 1:
             for i in range(len(args)):
-                yield (*grown[:i], args[i], *grown[i + 1 :]), growth
+                yield (*grown[:i], args[i], *grown[i + 1 :]), growth, size
             for i in range(len(args)):
-                yield (*args[:i], grown[i], *args[i + 1 :]), growth
+                yield (*args[:i], grown[i], *args[i + 1 :]), growth, size
