@@ -598,7 +598,7 @@ def test_bad_input_is_refused(message):
 
 
 def test_bad_types_are_refused():
-    with pytest.raises(TypeError, match="expected a metric .*or a function"):
+    with pytest.raises(TypeError, match=r"expected a metric .*or a function"):
         proximal.proximal_point(rosenbrock, valley, 3, jnp.asarray(W), 1.0)
     with pytest.raises(TypeError, match="weights: found dtype int64, expected floating"):
         proximal.proximal_point(rosenbrock, valley, squares, jnp.array([1, 2]), 1.0)

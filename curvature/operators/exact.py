@@ -183,7 +183,9 @@ def empirical_fisher(
     per-example gradients. No such gradient is made: <s_n, v> is taken in the space of outputs.
 
     Examples are the leading axis of a loss's units, the same in each iteration of a scan and for
-    every loss. It is no approximation of the Fisher (Kunstner, Hennig and Balles 2019).
+    every loss: where logits are flattened, every position is one, and under `vmap` the mapped axis.
+    The blockwise estimator finds examples in the trace and may differ there. It is no approximation
+    of the Fisher (Kunstner, Hennig and Balles 2019).
 
     Args:
       loss_fn: as for `hessian`, with at least one loss of `curvature.losses`.
