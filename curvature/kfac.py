@@ -242,7 +242,6 @@ def kfac(
         best = found.minimiser()
         clip = jnp.ones_like(lam)
         if kl_clip is not None:
-            # Of v = -rate (G + lam I)^-1 g, v'(G + lam I)v is rate^2 g'(G + lam I)^-1 g.
             clip = _clip(kl_clip, found.length(best).astype(lam.dtype))
             best = best * clip.astype(best.dtype)
         rate, *others = best.astype(lam.dtype)
