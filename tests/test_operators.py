@@ -18,7 +18,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import curvature
-from curvature import operators
+from curvature import metrics, operators
 
 N = 5
 SOFTMAX = "softmax_cross_entropy_with_integer_labels"
@@ -366,9 +366,14 @@ def test_masked_classes_and_units_without_any():
 def test_the_pullback_of_a_metric():
     """J' G J with a G of z for a tree-valued f; batches are summed."""
 
-    class Metric:
+    class Exponential:
         def mvp(self, z, v):
-            return {"a": v["a"] * jnp.exp(z["a"]), "b": 2 * v["b"]}
+            return v * jnp.exp(z)
+
+        def root(self, z, v):
+            return v * jnp.exp(z / 2)
+
+    rho = {"a": Exponential(), "b": metrics.Euclidean(2.0)}
 
     def f(p, x):
         return {"a": jnp.tanh(x @ p["w"]), "b": p["c"] * x}
@@ -382,9 +387,9 @@ def test_the_pullback_of_a_metric():
         metric = ravel_pytree({"a": jnp.exp(z["a"]), "b": jnp.full_like(z["b"], 2)})[0]
         j = jax.jacrev(g)(flat)
         expected += j.T * metric @ j
-    op = operators.pullback(f, Metric(), params, batches)
+    op = operators.pullback(f, rho, params, batches)
     close(operators.to_dense(op), expected)
-    halves = operators.pullback(f, Metric(), params, batches, weights=[0.5, 0.5])
+    halves = operators.pullback(f, rho, params, batches, weights=[0.5, 0.5])
     close(operators.to_dense(halves), expected / 2)
 
 

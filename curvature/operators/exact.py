@@ -233,11 +233,9 @@ def pullback(
       ValueError: `batches` is empty.
 
     >>> import jax.numpy as jnp
-    >>> from curvature import operators
-    >>> class Euclidean:
-    ...     def mvp(self, z, v):
-    ...         return v
-    >>> op = operators.pullback(lambda w, x: x @ w, Euclidean(), jnp.ones(2), [2 * jnp.eye(2)])
+    >>> from curvature import metrics, operators
+    >>> rho = metrics.Euclidean()
+    >>> op = operators.pullback(lambda w, x: x @ w, rho, jnp.ones(2), [2 * jnp.eye(2)])
     >>> op @ jnp.array([1.0, 2.0])
     Array([4., 8.], dtype=float32)
     """
