@@ -14,17 +14,21 @@ from curvature.blocks import (
 from curvature.estimator import EmpiricalFisher, Estimator, Fisher, GaussNewton
 from curvature.kfac import KFACState, KFACStats, ekfac, foof, kfac
 from curvature.preconditioner import CurvatureState, CurvatureStats, scale_by_curvature
+from curvature.refresh import QR, Cholesky, Eigh, NewtonSchulz
 from curvature.registry import Layer, LossTag, Registry, register
 from curvature.tags import tag_layer
 
 __all__ = [
+    "QR",
     "Block",
     "BlockDiagonal",
+    "Cholesky",
     "CurvatureState",
     "CurvatureStats",
     "Dense",
     "Diagonal",
     "EigenKronecker",
+    "Eigh",
     "EmpiricalFisher",
     "Estimator",
     "Fisher",
@@ -36,6 +40,7 @@ __all__ = [
     "Layer",
     "LevenbergMarquardt",
     "LossTag",
+    "NewtonSchulz",
     "QuadraticModel",
     "Registry",
     "ekfac",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,20 +14,21 @@ import optax
 
 from curvature import quadratic
 from curvature.adaptive import LevenbergMarquardt, QuadraticModel
+from curvature.arguments import ScalarOrSchedule, at, check_range, check_update, own
 from curvature.estimator import Fisher, Kind
 from curvature.preconditioner import (
     CurvatureState,
-    ScalarOrSchedule,
-    check_range,
-    check_update,
-    every,
-    finite,
-    scale_by_curvature,
+    Gathered,
+    Preconditioner,
+    masked,
+    settled,
 )
+from curvature.refresh import Cholesky, Method
+from curvature.refresh.control import when
 from curvature.registry import Registry
 
 PyTree = Any
-_FISHER = Fisher()
+_FISHER, _CHOLESKY = Fisher(), Cholesky()
 
 
 class StepStats(NamedTuple):
@@ -36,12 +39,14 @@ class StepStats(NamedTuple):
       momentum: the coefficient of the step before.
       clipped: the factor by which `kl_clip` shortened it.
       reduction_ratio: the latest measured ratio of the loss's change to the predicted one.
+      update_norm: the length of the update.
     """
 
     learning_rate: jax.Array
     momentum: jax.Array
     clipped: jax.Array
     reduction_ratio: jax.Array
+    update_norm: jax.Array
 
 
 class KFACStats(NamedTuple):
@@ -50,10 +55,12 @@ class KFACStats(NamedTuple):
     skipped: jax.Array
     failed_refreshes: jax.Array
     damping: jax.Array
+    staleness: jax.Array
     learning_rate: jax.Array
     momentum: jax.Array
     clipped: jax.Array
     reduction_ratio: jax.Array
+    update_norm: jax.Array
 
 
 class KFACState(NamedTuple):
@@ -62,13 +69,13 @@ class KFACState(NamedTuple):
     Attributes:
       curvature: the preconditioner's state; its `stats` count skipped steps.
       previous: the step before, a tree like the parameters.
-      damping: the damping of the next step.
+      next_damping: the damping of the next step.
       latest: how the latest step was chosen.
     """
 
     curvature: CurvatureState
     previous: PyTree
-    damping: jax.Array
+    next_damping: jax.Array
     latest: StepStats
 
     @property
@@ -94,10 +101,19 @@ def kfac(
     damping: ScalarOrSchedule | LevenbergMarquardt = 1e-3,
     *,
     kind: Kind = _FISHER,
+    l2: ScalarOrSchedule = 0.0,
+    weight_decay: ScalarOrSchedule = 0.0,
+    weight_decay_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    kl_clip: float | None = None,
+    relative_damping: bool = False,
     decay: float = 0.95,
+    burn_in: int = 0,
+    accumulate: int = 1,
     statistics_every: int = 1,
     refresh_every: int = 1,
-    kl_clip: float | None = None,
+    refresh: Method = _CHOLESKY,
+    spread: bool = True,
+    graft: optax.GradientTransformation | None = None,
     max_factor_dim: int = 8192,
     fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -117,16 +133,26 @@ def kfac(
         `QuadraticModel()` zero says that there is none, any other number that it is chosen.
       damping: added to the curvature; a number, a schedule, or `LevenbergMarquardt()`.
       kind: what is averaged: `Fisher`, `EmpiricalFisher` or `GaussNewton`.
-      decay: weight of the past in the exponential average of the statistics, in [0, 1).
-      statistics_every: steps between statistics.
-      refresh_every: steps between inversions.
+      l2: of a penalty 1/2 l2 |params|^2 that is trained on beside the loss: its gradient is added
+        to the gradient, its curvature to the damping. A number or a schedule.
+      weight_decay: decoupled (Loshchilov and Hutter 2019): every step also shrinks the parameters
+        by the factor 1 - learning_rate * weight_decay. A number or a schedule.
+      weight_decay_mask: which parameters that shrinks, as `optax.add_decayed_weights` takes it.
       kl_clip: bound on 1/2 v'Gv, the change of the model's predictions as a KL divergence: a longer
         step is shortened. With a given learning rate it is taken of the part without momentum, and
         as the blocks see it. None: no bound.
+      relative_damping: as `scale_by_curvature` takes it, and all that follow; not with damping or
+        rates by the quadratic model, which knows one damping for all.
+      decay: weight of the past in the average of the statistics.
+      burn_in: calls at the start that only average statistics.
+      accumulate: micro-batches for a step. The quadratic model looks at the last one alone.
+      statistics_every: steps between statistics.
+      refresh_every: steps in which every inverse is renewed once.
+      refresh: how inverses are renewed.
+      spread: whether each of these steps renews a part of them.
+      graft: whose update gives the lengths.
       max_factor_dim: a Kronecker factor wider than this keeps its diagonal only.
-      fallback: transformation of the gradients of generic and excluded parameters, such as
-        `optax.scale_by_adam()`. Without one, generic parameters have a diagonal block and the
-        gradients of excluded ones pass unchanged.
+      fallback: transformation of the gradients of generic and excluded parameters.
 
     Returns:
       An optax transformation with extra arguments; its state is a `KFACState`.
@@ -149,96 +175,129 @@ def kfac(
     True
     """
     check_range("momentum", momentum, 0.0, 1.0)
-    by_model = isinstance(learning_rate, QuadraticModel)
+    check_range("l2", l2, 0.0, float("inf"))
+    check_range("weight_decay", weight_decay, 0.0, float("inf"))
+    by_model, adapts = isinstance(learning_rate, QuadraticModel), None
     if not by_model:
         check_range("learning_rate", learning_rate, 0.0, float("inf"))
     if kl_clip is not None:
         check_range("kl_clip", kl_clip, 0.0, float("inf"))
-    adapts, given = None, damping
+    given: Any = damping
     if isinstance(damping, LevenbergMarquardt):
         adapts, given = damping, damping.initial
-    assert not isinstance(given, LevenbergMarquardt)
-    precondition = scale_by_curvature(
+    if relative_damping and (by_model or adapts):
+        raise ValueError(
+            "relative_damping is a damping for every block, and the quadratic model has one for "
+            "all: give learning_rate and damping as numbers or schedules, or leave it out."
+        )
+    preconditioner = Preconditioner.create(
         registry,
         kind,
         damping=given,
+        relative_damping=relative_damping,
         decay=decay,
+        burn_in=burn_in,
+        accumulate=accumulate,
         statistics_every=statistics_every,
         refresh_every=refresh_every,
+        refresh=refresh,
+        spread=spread,
+        graft=graft,
         max_factor_dim=max_factor_dim,
         fallback=fallback,
     )
+    objective = _Objective(registry, l2)
+    decays = optax.masked(optax.add_decayed_weights(1.0), weight_decay_mask or _everything)
 
     def init(params: PyTree) -> KFACState:
-        curvature = precondition.init(params)
+        curvature = preconditioner.init(params)
         zero = jnp.zeros_like(curvature.stats.damping)
-        start = _at(given, curvature.step, zero)
-        latest = StepStats(zero, zero, zero, zero)
-        return KFACState(curvature, jax.tree.map(jnp.zeros_like, params), start, latest)
-
-    def model(
-        params: PyTree, args: Any, gradient: PyTree, steps: Sequence[PyTree], lam: jax.Array
-    ) -> quadratic.Quadratic:
-        loss_fn, has_aux = registry.loss_fn, registry.has_aux
-        return quadratic.along(loss_fn, has_aux, params, args, gradient, steps, lam)
+        start = at(given, curvature.step, zero)
+        latest = StepStats(zero, zero, zero, zero, zero)
+        return own(KFACState(curvature, jax.tree.map(jnp.zeros_like, params), start, latest))
 
     def update(
         updates: PyTree, state: KFACState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, KFACState]:
-        args = check_update(params, extra.get("loss_args"))
+        args = check_update(params, extra.pop("loss_args", None))
+        key, lam = extra.pop("key", None), extra.pop("damping", given)
+        gathered = preconditioner.gathered(updates, state.curvature, params, args, key)
+        act = functools.partial(step, gathered, params, args, lam, extra)
+        zeros = jax.tree.map(jnp.zeros_like, updates)
+        return when(gathered.due, act, (zeros, state._replace(curvature=gathered.state)))
+
+    def step(
+        gathered: Gathered,
+        params: PyTree,
+        args: tuple[PyTree, ...],
+        damping: Any,
+        extra: dict[str, Any],
+        carry: tuple[PyTree, KFACState],
+    ) -> tuple[PyTree, KFACState]:
+        """The step of the gathered gradient."""
+        _, state = carry
         count = state.curvature.step
-        lam = state.damping if adapts else _at(given, count, state.damping)
-        direction, curvature = precondition.update(
-            updates, state.curvature, params, **{"damping": lam, **extra}
+        lam = state.next_damping if adapts else at(damping, count, state.next_damping)
+        problem = objective.at(params, args, gathered.gradient, lam, count)
+        direction, curvature = preconditioner.direction(
+            gathered._replace(gradient=problem.gradient),
+            state.curvature,
+            params,
+            problem.damping,
+            extra,
         )
         descent = jax.tree.map(jnp.negative, direction)
-        good = curvature.stats.skipped == state.curvature.stats.skipped
-        chosen = at_rate if not by_model else by_quadratic_model
-        step = chosen(updates, descent, state, params, args, lam)
-        good &= finite(step.step)
-
-        def measured() -> tuple[jax.Array, jax.Array]:
-            assert adapts is not None
-            predicted = step.predicted
-            if not by_model:
-                predicted = model(params, args, updates, [step.step], lam)(jnp.ones(1, lam.dtype))
-            moved = optax.apply_updates(params, step.step)
-            change = _loss(registry, moved, args) - _loss(registry, params, args)
-            ratio = change.astype(lam.dtype) / predicted.astype(lam.dtype)
-            return adapts.updated(lam, ratio), ratio
-
+        taken = (by_quadratic_model if by_model else at_rate)(problem, descent, state)
+        norm = optax.tree.norm(taken.step).astype(lam.dtype)
+        good = gathered.sound & jnp.isfinite(norm)
         after, ratio = lam, state.latest.reduction_ratio
         if adapts:
-            after, ratio = every(adapts.every, count + 1, measured, (lam, ratio))
-        latest = StepStats(step.rate, step.momentum, step.clipped, ratio)
-        new = KFACState(curvature, step.step, after, latest)
-        kept = jax.tree.map(functools.partial(jnp.where, good), new, state)
-        skipped = state.curvature.stats.skipped + jnp.where(good, 0, 1).astype(jnp.int32)
-        stats = kept.curvature.stats._replace(skipped=skipped)
-        kept = kept._replace(curvature=kept.curvature._replace(stats=stats))
-        return jax.tree.map(lambda s: jnp.where(good, s, jnp.zeros_like(s)), step.step), kept
+            measure = functools.partial(measured, problem, taken, adapts, extra.get("value"))
+            after, ratio = when(good & ((count + 1) % adapts.every == 0), measure, (after, ratio))
+        latest = StepStats(taken.rate, taken.momentum, taken.clipped, ratio, norm)
+        kept = KFACState(
+            settled(good, curvature, state.curvature),
+            *jax.tree.map(
+                functools.partial(jnp.where, good), (taken.step, after, latest), tuple(state[1:])
+            ),
+        )
+        return masked(good, decayed(taken, params, count)), kept
 
-    def at_rate(
-        gradient: PyTree, descent: PyTree, state: KFACState, params: PyTree, args: Any, lam: Any
-    ) -> _Step:
+    def measured(
+        problem: _Problem, taken: _Step, adapts: LevenbergMarquardt, value: Any, _: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """The next damping, and the reduction ratio that it follows from."""
+        predicted = taken.predicted
+        if not by_model:
+            predicted = problem.model([taken.step])(jnp.ones(1, predicted.dtype))
+        change = problem.change(taken.step, value)
+        ratio = change.astype(predicted.dtype) / predicted
+        return adapts.updated(problem.lam, ratio), ratio.astype(problem.lam.dtype)
+
+    def decayed(taken: _Step, params: PyTree, count: jax.Array) -> PyTree:
+        """The step with decoupled weight decay."""
+        if _is_zero(weight_decay):
+            return taken.step
+        scale = -taken.rate * at(weight_decay, count, taken.rate)
+        shrunk, _ = decays.update(jax.tree.map(jnp.zeros_like, params), decays.init(params), params)
+        return _combined((jnp.ones_like(scale), scale), (taken.step, shrunk))
+
+    def at_rate(problem: _Problem, descent: PyTree, state: KFACState) -> _Step:
         """The step of a given learning rate and momentum."""
-        rate = _at(learning_rate, state.curvature.step, lam)
-        beta = _at(momentum, state.curvature.step, lam)
+        lam, count = problem.lam, state.curvature.step
+        rate, beta = at(learning_rate, count, lam), at(momentum, count, lam)
         clip = jnp.ones_like(lam)
         if kl_clip is not None:
             # Of v = -rate (G + lam I)^-1 g, v'(G + lam I)v is rate^2 g'(G + lam I)^-1 g.
-            clip = _clip(kl_clip, -(rate**2) * quadratic.dot(gradient, descent, lam.dtype))
+            clip = _clip(kl_clip, -(rate**2) * quadratic.dot(problem.gradient, descent, lam.dtype))
         step = _combined((rate * clip, beta), (descent, state.previous))
         return _Step(step, rate * clip, beta, clip, jnp.zeros_like(lam))
 
-    def by_quadratic_model(
-        gradient: PyTree, descent: PyTree, state: KFACState, params: PyTree, args: Any, lam: Any
-    ) -> _Step:
+    def by_quadratic_model(problem: _Problem, descent: PyTree, state: KFACState) -> _Step:
         """The step of the rate and momentum that the quadratic model likes best."""
-        directions = [descent]
-        if callable(momentum) or isinstance(momentum, jax.core.Tracer) or momentum:
-            directions.append(state.previous)
-        found = model(params, args, gradient, directions, lam)
+        lam = problem.lam
+        directions = [descent] if _is_zero(momentum) else [descent, state.previous]
+        found = problem.model(directions)
         best = found.minimiser()
         clip = jnp.ones_like(lam)
         if kl_clip is not None:
@@ -249,6 +308,60 @@ def kfac(
         return _Step(_combined(list(best), directions), rate, beta, clip, found(best))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Objective:
+    """What is trained on: the loss, and 1/2 l2 |params|^2."""
+
+    registry: Registry
+    l2: ScalarOrSchedule
+
+    def at(
+        self, params: PyTree, args: tuple[PyTree, ...], gradient: PyTree, lam: Any, count: jax.Array
+    ) -> _Problem:
+        """The problem of one step, from the loss's gradient."""
+        l2 = at(self.l2, count, lam)
+        if not _is_zero(self.l2):
+            gradient = _combined((jnp.ones_like(l2), l2), (gradient, params))
+        return _Problem(self.registry, params, args, gradient, lam, l2)
+
+
+class _Problem(NamedTuple):
+    """The objective at the parameters and the batch of one step; `gradient` is the objective's."""
+
+    registry: Registry
+    params: PyTree
+    args: tuple[PyTree, ...]
+    gradient: PyTree
+    lam: jax.Array
+    l2: jax.Array
+
+    @property
+    def damping(self) -> jax.Array:
+        """What is added to the loss's curvature."""
+        return self.lam + self.l2
+
+    def model(self, steps: Sequence[PyTree]) -> quadratic.Quadratic:
+        """The damped quadratic model along some directions."""
+        loss_fn, has_aux = self.registry.loss_fn, self.registry.has_aux
+        return quadratic.along(
+            loss_fn, has_aux, self.params, self.args, self.gradient, steps, self.damping
+        )
+
+    def change(self, step: PyTree, value: jax.Array | None) -> jax.Array:
+        """What a step changes the objective by; `value` is the loss without it, if known."""
+        before = self._loss(self.params) if value is None else value
+        moved = optax.apply_updates(self.params, step)
+        dtype = self.l2.dtype
+        # 1/2 |w + v|^2 - 1/2 |w|^2 without the difference of large numbers.
+        doubled = jax.tree.map(lambda w, v: 2 * w + v, self.params, step)
+        penalty = self.l2 * quadratic.dot(doubled, step, dtype) / 2
+        return self._loss(moved).astype(dtype) - before.astype(dtype) + penalty
+
+    def _loss(self, params: PyTree) -> jax.Array:
+        out = self.registry.loss_fn(params, *self.args)
+        return out[0] if self.registry.has_aux else out
 
 
 def ekfac(
@@ -288,9 +401,8 @@ def foof(
     return kfac(registry.with_blocks("foof"), learning_rate, *args, **options)
 
 
-def _at(value: Any, count: jax.Array, like: jax.Array) -> jax.Array:
-    """A number, or a schedule at a step."""
-    return jnp.asarray(value(count) if callable(value) else value).astype(like.dtype)
+# Wrappers such as `optax.inject_hyperparams` go by the names of the arguments.
+ekfac.__signature__ = foof.__signature__ = inspect.signature(kfac)  # type: ignore[attr-defined]
 
 
 def _combined(coefficients: Sequence[jax.Array], trees: Sequence[PyTree]) -> PyTree:
@@ -308,7 +420,10 @@ def _clip(bound: float, length: jax.Array) -> jax.Array:
     return jnp.sqrt(2 * bound / jnp.maximum(length, 2 * bound))
 
 
-def _loss(registry: Registry, params: PyTree, args: tuple[PyTree, ...]) -> jax.Array:
-    out = registry.loss_fn(params, *args)
-    value: jax.Array = out[0] if registry.has_aux else out
-    return value
+def _is_zero(value: Any) -> bool:
+    """Whether a hyperparameter is known to be zero: a number, and no traced one."""
+    return not (callable(value) or isinstance(value, jax.core.Tracer) or value)
+
+
+def _everything(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda _: True, params)

@@ -6,24 +6,33 @@ It is pure, and jitted by its user.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.typing import ArrayLike
 
+from curvature.arguments import (
+    ScalarOrSchedule,
+    at,
+    check_not_masked,
+    check_period,
+    check_range,
+    check_update,
+    own,
+)
 from curvature.estimator import Estimator, Fisher, Kind
 from curvature.estimator.bases import BASES
+from curvature.grafting import grafted
+from curvature.refresh import Arrays, Cholesky, Inverses, Method, Now, Refreshed
+from curvature.refresh.control import finite, when
 from curvature.registry import Registry
 
 PyTree = Any
-ScalarOrSchedule = ArrayLike | Callable[[ArrayLike], ArrayLike]
-_FISHER = Fisher()
-BlockArrays = dict[str, dict[str, jax.Array]]
+_FISHER, _CHOLESKY = Fisher(), Cholesky()
 
 
 class CurvatureStats(NamedTuple):
@@ -31,33 +40,45 @@ class CurvatureStats(NamedTuple):
 
     Attributes:
       skipped: steps skipped because the gradient, the statistics or the update was not finite.
-      failed_refreshes: refreshes whose inverse was not finite, so that the previous one was kept.
+      failed_refreshes: refreshes in which some inverse was not finite, so that the previous one was
+        kept.
       damping: the damping of the latest refresh.
+      staleness: how stale the inverses had become that were renewed at the latest refresh, before
+        it: the largest; see `Cholesky` and `Eigh`.
     """
 
     skipped: jax.Array
     failed_refreshes: jax.Array
     damping: jax.Array
+    staleness: jax.Array
 
 
 class CurvatureState(NamedTuple):
     """State of `scale_by_curvature`: a pytree of arrays.
 
     Attributes:
-      step: steps taken (skipped ones not counted).
+      step: steps taken (skipped ones not counted); negative during burn-in.
       weight: total weight of the exponential average, which corrects its bias towards zero.
       statistics: the exponential averages before that correction, by layer and factor; of EKFAC
         layers also the bases of the latest refresh, in which corrections are averaged.
-      inverse: the arrays of the damped inverse's blocks.
+      inverse: the arrays of the damped inverse's blocks; see `curvature.refresh.inverses`.
+      refreshed: whether there are inverses; set to False, all are made anew from the statistics.
+      micro: micro-batches since the latest step.
+      gradient: the sum of their gradients; empty without accumulation.
       fallback: the state of the fallback transformation.
+      graft: the state of the transformation whose lengths are taken.
       stats: what happened.
     """
 
     step: jax.Array
     weight: jax.Array
-    statistics: BlockArrays
-    inverse: BlockArrays
+    statistics: Arrays
+    inverse: Arrays
+    refreshed: jax.Array
+    micro: jax.Array
+    gradient: PyTree
     fallback: optax.OptState
+    graft: optax.OptState
     stats: CurvatureStats
 
 
@@ -66,9 +87,15 @@ def scale_by_curvature(
     kind: Kind = _FISHER,
     *,
     damping: ScalarOrSchedule = 1e-3,
+    relative_damping: bool = False,
     decay: float = 0.95,
+    burn_in: int = 0,
+    accumulate: int = 1,
     statistics_every: int = 1,
     refresh_every: int = 1,
+    refresh: Method = _CHOLESKY,
+    spread: bool = True,
+    graft: optax.GradientTransformation | None = None,
     max_factor_dim: int = 8192,
     fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -76,25 +103,36 @@ def scale_by_curvature(
 
     `update(grads, state, params, loss_args=(batch,), key=key)` computes statistics at `params` on
     `loss_args` (the arguments of the loss function after `params`), averages them, and applies
-    (G + damping I)^-1, with factored damping in Kronecker blocks (Martens and Grosse 2015).
+    (G + damping I)^-1.
 
     Layers with the block `"ekfac"` (see `Registry.with_blocks`) average their factors, and their
     corrections in the eigenbasis of the latest refresh. A refresh takes the corrections over to the
     eigenbasis of the averaged factors: they become the diagonal there of the operator that they
     were. The first ones are the products of the factors' eigenvalues, of the right trace.
 
-    A step whose gradient, statistics or update is not finite is skipped: the update is zero, the
-    state is as before but for `state.stats.skipped`.
+    A step whose gradient or statistics are not finite is skipped: the update is zero, the state is
+    as before but for `state.stats.skipped`. So is one whose update overflows; its statistics are
+    averaged all the same.
 
     The damping may also be given to `update`, as `damping=...`; the next refresh takes it.
 
     Args:
       registry: what is in the model, from `curvature.register`.
       kind: what is averaged: `Fisher`, `EmpiricalFisher` or `GaussNewton`.
-      damping: added to the curvature; a number or a schedule of the step count.
+      damping: added to the curvature; a number or a schedule of the step count. Exactly under
+        `Eigh` and `QR`, factored in Kronecker blocks otherwise (Martens and Grosse 2015).
+      relative_damping: whether damping is a multiple of every block's mean eigenvalue.
       decay: weight of the past in the exponential average of the statistics, in [0, 1).
+      burn_in: calls at the start that only average statistics: their updates are zero.
+      accumulate: micro-batches for a step. Every call adds gradient and statistics of its own; each
+        last one steps, the updates of the others are zero. Not with `optax.MultiSteps`, which
+        would leave the statistics to the last micro-batch.
       statistics_every: steps between statistics.
-      refresh_every: steps between inversions.
+      refresh_every: steps in which every inverse is renewed once.
+      refresh: how: `Cholesky()`, `NewtonSchulz()`, `Eigh()` or `QR()`.
+      spread: whether each of these steps renews a part of the inverses; else the first one all.
+      graft: a transformation such as `optax.scale_by_adam()`, whose update gives the length of
+        every layer's part of the direction; only its direction is the curvature's.
       max_factor_dim: a Kronecker factor wider than this keeps its diagonal only.
       fallback: transformation of the gradients of generic and excluded parameters, such as
         `optax.scale_by_adam()`. Without one, generic parameters have a diagonal block and the
@@ -107,23 +145,22 @@ def scale_by_curvature(
       ValueError: at once for an argument out of range; by `update` without `params`, `loss_args`
         or a needed `key`, or with arguments that differ from what was registered.
     """
-    check_range("damping", damping, 0.0, float("inf"))
-    check_range("decay", decay, 0.0, 1.0)
-    _check_period("statistics_every", statistics_every)
-    _check_period("refresh_every", refresh_every)
-    if fallback is not None:
-        registry = registry.without_generic()
-    estimator = Estimator(registry, kind, max_factor_dim)
-    left = jax.tree.unflatten(jax.tree.structure(registry.params), registry.excluded)
-    rest = optax.with_extra_args_support(optax.masked(fallback or optax.identity(), left))
-
-    def init(params: PyTree) -> CurvatureState:
-        zero = jnp.zeros((), jnp.int32)
-        scalar = jnp.zeros((), jnp.result_type(float))
-        stats = CurvatureStats(zero, zero, scalar)
-        zeros = estimator.zeros()
-        inverse = estimator.operator(zeros).arrays()
-        return CurvatureState(zero, scalar, zeros, inverse, rest.init(params), stats)
+    preconditioner = Preconditioner.create(
+        registry,
+        kind,
+        damping=damping,
+        relative_damping=relative_damping,
+        decay=decay,
+        burn_in=burn_in,
+        accumulate=accumulate,
+        statistics_every=statistics_every,
+        refresh_every=refresh_every,
+        refresh=refresh,
+        spread=spread,
+        graft=graft,
+        max_factor_dim=max_factor_dim,
+        fallback=fallback,
+    )
 
     def update(
         updates: PyTree,
@@ -136,100 +173,222 @@ def scale_by_curvature(
         **extra: Any,
     ) -> tuple[PyTree, CurvatureState]:
         args = check_update(params, loss_args)
+        gathered = preconditioner.gathered(updates, state, params, args, key)
 
-        def sample() -> tuple[BlockArrays, jax.Array]:
-            fresh = estimator.statistics(params, *args, key=key, bases=state.statistics)
-            mix = functools.partial(_mix, decay)
-            return _but_bases(mix, state.statistics, fresh), mix(state.weight, 1.0)
+        def act(carry: tuple[PyTree, CurvatureState]) -> tuple[PyTree, CurvatureState]:
+            _, state = carry
+            lam = at(damping, state.step, state.stats.damping)
+            direction, new = preconditioner.direction(gathered, state, params, lam, extra)
+            good = gathered.sound & finite(direction)
+            return masked(good, direction), settled(good, new, state)
 
-        averages, weight = every(
-            statistics_every, state.step, sample, (state.statistics, state.weight)
+        zeros = jax.tree.map(jnp.zeros_like, updates)
+        return when(gathered.due, act, (zeros, gathered.state))
+
+    return optax.GradientTransformationExtraArgs(preconditioner.init, update)
+
+
+class Gathered(NamedTuple):
+    """What a call of `update` has to act on.
+
+    Attributes:
+      state: with the statistics of the call, and its gradient where several make a step.
+      gradient: the gradient of the step.
+      due: whether it is time for a step; True where every call is one.
+      sound: whether gradient and statistics were finite.
+    """
+
+    state: CurvatureState
+    gradient: PyTree
+    due: jax.Array | bool
+    sound: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Preconditioner:
+    """The parts of `scale_by_curvature`, for transformations that do more."""
+
+    estimator: Estimator
+    inverses: Inverses
+    decay: float
+    burn_in: int
+    accumulate: int
+    statistics_every: int
+    refresh_every: int
+    graft: optax.GradientTransformationExtraArgs | None
+    rest: optax.GradientTransformationExtraArgs
+    left: PyTree
+
+    @classmethod
+    def create(cls, registry: Registry, kind: Kind, **options: Any) -> Preconditioner:
+        """The arguments are those of `scale_by_curvature`, and are checked here."""
+        check_range("damping", options["damping"], 0.0, float("inf"))
+        check_range("decay", options["decay"], 0.0, 1.0)
+        for name in ("accumulate", "statistics_every", "refresh_every"):
+            check_period(name, options[name])
+        check_period("burn_in", options["burn_in"], smallest=0)
+        fallback, graft = options["fallback"], options["graft"]
+        if fallback is not None:
+            registry = registry.without_generic()
+        estimator = Estimator(registry, kind, options["max_factor_dim"])
+        turns = options["refresh_every"] if options["spread"] else 1
+        left = jax.tree.unflatten(jax.tree.structure(registry.params), registry.excluded)
+        return cls(
+            estimator,
+            Inverses(estimator, options["refresh"], turns, options["relative_damping"]),
+            options["decay"],
+            options["burn_in"],
+            options["accumulate"],
+            options["statistics_every"],
+            options["refresh_every"],
+            None if graft is None else optax.with_extra_args_support(graft),
+            optax.with_extra_args_support(optax.masked(fallback or optax.identity(), left)),
+            left,
         )
-        strength = jnp.asarray(damping(state.step) if callable(damping) else damping)
-        strength = strength.astype(state.stats.damping.dtype)
 
-        def invert() -> tuple[BlockArrays, BlockArrays, jax.Array, jax.Array]:
-            turned = estimator.rebased(averages, restart=state.weight == 0)
-            corrected = _but_bases(lambda s: s / weight.astype(s.dtype), turned)
-            inverse = estimator.operator(corrected).damped_inverse(strength).arrays()
-            good = finite(inverse)
-            kept = jax.tree.map(
-                functools.partial(jnp.where, good), (turned, inverse), (averages, state.inverse)
+    def init(self, params: PyTree) -> CurvatureState:
+        """The state before the first step."""
+        check_not_masked(params, self.estimator.registry.params)
+        zero = jnp.zeros((), jnp.int32)
+        scalar = jnp.zeros((), jnp.result_type(float))
+        state = CurvatureState(
+            step=zero - self.burn_in,
+            weight=scalar,
+            statistics=self.estimator.zeros(),
+            inverse=self.inverses.zeros(),
+            refreshed=jnp.zeros((), bool),
+            micro=zero,
+            gradient=jax.tree.map(jnp.zeros_like, params) if self.accumulate > 1 else (),
+            fallback=self.rest.init(params),
+            graft=() if self.graft is None else self.graft.init(params),
+            stats=CurvatureStats(zero, zero, scalar, scalar),
+        )
+        return own(state)
+
+    def gathered(
+        self,
+        gradient: PyTree,
+        state: CurvatureState,
+        params: PyTree,
+        args: tuple[PyTree, ...],
+        key: jax.Array | None,
+    ) -> Gathered:
+        """Averages statistics and gathers gradients, until there is a step to take."""
+        averages, weight, sound = self._averaged(finite(gradient), state, params, args, key)
+        state = state._replace(statistics=averages, weight=weight)
+        due: jax.Array | bool = True
+        if self.burn_in:
+            due = state.step >= 0
+            state = state._replace(step=jnp.where(due, state.step, state.step + 1))
+        if self.accumulate > 1:
+            one, ready = 1 / self.accumulate, due
+            gradient = jax.tree.map(
+                lambda total, g: jnp.where(ready, total + g * one, total), state.gradient, gradient
             )
-            return *kept, jnp.where(good, 0, 1).astype(jnp.int32), strength
+            micro = jnp.where(ready, state.micro + 1, state.micro)
+            due = micro == self.accumulate
+            left = jax.tree.map(lambda g: jnp.where(due, jnp.zeros_like(g), g), gradient)
+            state = state._replace(micro=jnp.where(due, 0, micro), gradient=left)
+        return Gathered(state, gradient, due, sound)
 
-        nothing = (averages, state.inverse, jnp.zeros((), jnp.int32), state.stats.damping)
-        averages, inverse, failed, used = every(refresh_every, state.step, invert, nothing)
-        direction = estimator.operator(inverse) @ updates
-        others, fallen = rest.update(updates, state.fallback, params, **extra)
-        direction = jax.tree.map(lambda out, o, d: o if out else d, left, others, direction)
-        good = finite((updates, averages, direction))
-        stats = CurvatureStats(state.stats.skipped, state.stats.failed_refreshes + failed, used)
-        new = CurvatureState(state.step + 1, weight, averages, inverse, fallen, stats)
-        kept = jax.tree.map(functools.partial(jnp.where, good), new, state)
-        skipped = state.stats.skipped + jnp.where(good, 0, 1).astype(jnp.int32)
-        kept = kept._replace(stats=kept.stats._replace(skipped=skipped))
-        return jax.tree.map(lambda d: jnp.where(good, d, jnp.zeros_like(d)), direction), kept
+    def direction(
+        self,
+        gathered: Gathered,
+        state: CurvatureState,
+        params: PyTree,
+        damping: jax.Array,
+        extra: dict[str, Any],
+    ) -> tuple[PyTree, CurvatureState]:
+        """The preconditioned gradient, and the state after the step; neither may be finite."""
+        state = self._refreshed(state, damping, gathered.sound)
+        gradient = gathered.gradient
+        direction = self.inverses.operator(state.statistics, state.inverse) @ gradient
+        others, fallback = self.rest.update(gradient, state.fallback, params, **extra)
+        graft = state.graft
+        if self.graft is not None:
+            like, graft = self.graft.update(gradient, state.graft, params, **extra)
+            direction = grafted(self.estimator.layers, direction, like)
+        direction = jax.tree.map(lambda out, o, d: o if out else d, self.left, others, direction)
+        return direction, state._replace(step=state.step + 1, fallback=fallback, graft=graft)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def _averaged(
+        self,
+        sound: jax.Array,
+        state: CurvatureState,
+        params: PyTree,
+        args: tuple[PyTree, ...],
+        key: jax.Array | None,
+    ) -> tuple[Arrays, jax.Array, jax.Array]:
+        """The averages with what this call adds, their weight, and whether that was finite."""
+        share = (1 - self.decay) / self.accumulate
+        past = jnp.where(state.micro == 0, self.decay, 1.0)
 
+        def sample(
+            carry: tuple[Arrays, jax.Array, jax.Array],
+        ) -> tuple[Arrays, jax.Array, jax.Array]:
+            old, weight, sound = carry
+            fresh = self.estimator.statistics(params, *args, key=key, bases=old)
+            # The factors are Gram matrices: none of their entries is beyond their traces.
+            sound &= jnp.isfinite(self.estimator.operator(fresh).trace())
 
-def _mix(decay: float, old: jax.Array, new: ArrayLike) -> jax.Array:
-    return decay * old + (1 - decay) * jnp.asarray(new, old.dtype)
+            def mix(old: jax.Array, new: jax.Array) -> jax.Array:
+                return jnp.where(sound, past.astype(old.dtype) * old + share * new, old)
 
+            averages = {
+                layer: {
+                    name: x if name in BASES else mix(x, fresh[layer][name])
+                    for name, x in arrays.items()
+                }
+                for layer, arrays in old.items()
+            }
+            return averages, mix(weight, jnp.ones_like(weight)), sound
 
-def _but_bases(function: Callable[..., jax.Array], *trees: BlockArrays) -> BlockArrays:
-    """`function` of the statistics in several trees; bases are no averages and stay as they are."""
-    first, *rest = trees
-    return {
-        layer: {
-            name: x if name in BASES else function(x, *(tree[layer][name] for tree in rest))
-            for name, x in arrays.items()
-        }
-        for layer, arrays in first.items()
-    }
+        due: jax.Array | bool = True
+        if self.statistics_every > 1:
+            due = (state.step % self.statistics_every == 0) | (state.step < 0)
+        return when(due, sample, (state.statistics, state.weight, sound))
 
-
-def every(period: int, count: jax.Array, act: Callable[[], Any], otherwise: Any) -> Any:
-    """`act()` every `period` steps, at once where that is always."""
-    if period == 1:
-        return act()
-    return jax.lax.cond(count % period == 0, act, lambda: otherwise)
-
-
-def finite(tree: PyTree) -> jax.Array:
-    """Whether all entries are finite."""
-    checks = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
-    return functools.reduce(jnp.logical_and, checks, jnp.asarray(True))
-
-
-def check_update(params: PyTree | None, loss_args: Any) -> tuple[PyTree, ...]:
-    """The arguments of the loss; raises where `update` was called without them or `params`."""
-    if params is None:
-        raise ValueError(
-            "update was called without params: call update(grads, state, params, ...)."
+    def _refreshed(
+        self, state: CurvatureState, damping: jax.Array, sound: jax.Array
+    ) -> CurvatureState:
+        """Renews the inverses whose turn it is; all of them where there are none yet."""
+        first = ~state.refreshed
+        now = Now(state.weight, damping, first)
+        statistics, inverse = dict(state.statistics), dict(state.inverse)
+        acted = failed = jnp.asarray(False)
+        staleness = jnp.zeros_like(damping)
+        for turn, group in enumerate(self.inverses.schedule):
+            if not group:
+                continue
+            due = sound & (first | (state.step % self.refresh_every == turn))
+            old = Refreshed(*self.inverses.part(turn, statistics, inverse), failed, staleness)
+            act = functools.partial(self.inverses.refresh, turn, state.statistics, now)
+            moved, new, failed, staleness = when(due, act, old)
+            statistics |= {name: statistics[name] | arrays for name, arrays in moved.items()}
+            inverse |= {name: inverse[name] | arrays for name, arrays in new.items()}
+            acted |= due
+        stats = state.stats._replace(
+            failed_refreshes=state.stats.failed_refreshes + failed.astype(jnp.int32),
+            damping=jnp.where(acted, damping, state.stats.damping),
+            staleness=jnp.where(acted, staleness, state.stats.staleness),
         )
-    if loss_args is None:
-        raise ValueError(
-            "update was called without loss_args: pass loss_args=(batch,), the arguments that "
-            "loss_fn takes after params."
+        return state._replace(
+            statistics=statistics, inverse=inverse, refreshed=state.refreshed | acted, stats=stats
         )
-    if not isinstance(loss_args, (tuple, list)):
-        raise TypeError(
-            f"loss_args is {type(loss_args).__name__}, expected a tuple of the arguments that "
-            "loss_fn takes after params: loss_args=(batch,)."
-        )
-    return tuple(loss_args)
 
 
-def check_range(name: str, value: Any, low: float, high: float) -> None:
-    """Raises for a number outside [low, high); arrays under a trace are not looked at."""
-    if callable(value) or isinstance(value, jax.core.Tracer):
-        return
-    if not low <= float(np.asarray(value)) < high:
-        raise ValueError(f"{name} is {value}, expected a number in [{low:g}, {high:g}).")
+def settled(good: jax.Array, new: CurvatureState, old: CurvatureState) -> CurvatureState:
+    """The state after a step, or after a skipped one: what depends on the gradient as before."""
+    choose: Callable[..., jax.Array] = functools.partial(jnp.where, good)
+    skipped = old.stats.skipped + jnp.where(good, 0, 1).astype(jnp.int32)
+    return new._replace(
+        step=choose(new.step, old.step),
+        fallback=jax.tree.map(choose, new.fallback, old.fallback),
+        graft=jax.tree.map(choose, new.graft, old.graft),
+        stats=new.stats._replace(skipped=skipped),
+    )
 
 
-def _check_period(name: str, value: int) -> None:
-    if not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} is {value!r}, expected a positive integer.")
+def masked(good: jax.Array, tree: PyTree) -> PyTree:
+    """The tree, or zeros."""
+    return jax.tree.map(lambda x: jnp.where(good, x, jnp.zeros_like(x)), tree)

@@ -213,6 +213,7 @@ def test_averages_and_refreshes_are_those_computed_by_hand(statistics_every, ref
         decay=decay,
         statistics_every=statistics_every,
         refresh_every=refresh_every,
+        spread=False,
     )
     update = jax.jit(tx.update)
     state = tx.init(parameters())
@@ -291,7 +292,7 @@ def test_momentum_and_learning_rate():
         all_close(updates, jax.tree.map(lambda v: -0.1 * v, optax_velocity), 1e-12)
         params = optax.apply_updates(params, updates)
         all_close(state.curvature, inner, 1e-12)
-        equal(tuple(state.stats[:3]), tuple(state.curvature.stats))
+        equal(tuple(state.stats[:4]), tuple(state.curvature.stats))
 
 
 def schedule(function):
@@ -322,7 +323,7 @@ def test_schedules_of_learning_rate_and_damping():
 
 def test_hyperparameters_can_be_injected():
     """`optax.inject_hyperparams` passes traced numbers; one may be changed between steps."""
-    static = ("statistics_every", "refresh_every", "max_factor_dim")
+    static = ("statistics_every", "refresh_every", "burn_in", "accumulate", "max_factor_dim")
     make = optax.inject_hyperparams(curvature.kfac, static_args=static)
     tx = make(REGISTRY, learning_rate=0.1, damping=0.01, decay=0.9, kind=EXACT)
     params, data, grads, statistics = one_step()
@@ -602,7 +603,8 @@ def test_a_step_that_is_not_finite_is_skipped(what, name, every):
                 for _ in range(2):
                     zeros, after = update(bad_grads, state, params, loss_args=(bad_data,))
                     assert all(np.all(np.asarray(z) == 0) for z in jax.tree.leaves(zeros))
-                    equal(without_skipped(after), without_skipped(state))
+                    if what != "update inf":  # its statistics are averaged all the same
+                        equal(without_skipped(after), without_skipped(state))
                     assert after.stats.skipped == state.stats.skipped + 1
                     state = after
             updates, state = update(grads, state, params, loss_args=(data,))
@@ -615,7 +617,8 @@ def test_a_step_that_is_not_finite_is_skipped(what, name, every):
     disturbed, skipped = run({0, 2})
     undisturbed, none = run(set())
     assert (skipped, none) == (4, 0)
-    equal(disturbed, undisturbed)
+    if what != "update inf":
+        equal(disturbed, undisturbed)
 
 
 def test_what_is_finite_is_not_skipped_because_of_its_size():
@@ -647,8 +650,9 @@ def test_a_refresh_that_is_not_finite_keeps_the_previous_inverse():
         u, s = update(grads, states[-1], params, loss_args=(data,))
         states.append(s)
         updates.append(u)
-    equal(states[2].inverse, states[1].inverse)
-    equal(updates[1], updates[0])
+    singular = REGISTRY.layers[0].name
+    equal(states[2].inverse[singular], states[1].inverse[singular])
+    equal(updates[1]["a"], updates[0]["a"])
     assert [s.stats.failed_refreshes for s in states] == [0, 0, 1, 1]
     assert [s.stats.skipped for s in states] == [0, 0, 0, 0]
     assert [s.step for s in states] == [0, 1, 2, 3]

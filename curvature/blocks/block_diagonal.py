@@ -25,7 +25,7 @@ PyTree = Any
 def block_of(layer: Layer, statistics: dict[str, jax.Array]) -> Block:
     """The block of a layer from its statistics (see `Estimator.statistics`)."""
     depth = len(layer.stack)
-    if layer.block == "ekfac":
+    if layer.factored and "values" in statistics:  # in an eigenbasis
         fields = ("input_basis", "output_basis", "values")
         return EigenKronecker(**{name: statistics[name] for name in fields}, stack_ndim=depth)
     if layer.factored:

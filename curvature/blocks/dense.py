@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from curvature.blocks.block import safe_power
+from curvature.linalg import diagonal, eigh
 from curvature.precision import HIGHEST
 
 
@@ -43,7 +44,7 @@ class Dense:
 
     def trace(self) -> jax.Array:
         """The trace, summed over the stack."""
-        return jnp.sum(jnp.diagonal(self.values, axis1=-2, axis2=-1))
+        return jnp.sum(diagonal(self.values))
 
     def logdet(self, damping: ArrayLike = 0.0) -> jax.Array:
         """Log det(G + damping I), summed over the stack."""
@@ -56,7 +57,7 @@ class Dense:
 
     def diagonal(self) -> jax.Array:
         """The diagonal, as block coordinates."""
-        return jnp.diagonal(self.values, axis1=-2, axis2=-1).reshape(self.shape)
+        return diagonal(self.values).reshape(self.shape)
 
     def to_dense(self) -> jax.Array:
         """The matrix, shape `stack + (size, size)`."""
@@ -72,7 +73,7 @@ class Dense:
         return jnp.matmul(matrix, flat, precision=HIGHEST).reshape(self.shape)
 
     def _eigh(self) -> tuple[jax.Array, jax.Array]:
-        values, vectors = jnp.linalg.eigh(self.values)
+        values, vectors = eigh(self.values)
         rounding = values.shape[-1] * float(np.finfo(values.dtype).eps)
         return jnp.where(values > values[..., -1:] * rounding, values, 0), vectors
 

@@ -18,6 +18,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from curvature.blocks.block import safe_power
+from curvature.linalg import cholesky_inverse, diagonal, eigh
 from curvature.precision import HIGHEST
 
 
@@ -38,9 +39,13 @@ class Kronecker:
 
     def __matmul__(self, v: jax.Array) -> jax.Array:
         """G v."""
-        left = _apply(self.input, v, self._is_diagonal(self.input))
-        right = _apply(self.output, left.mT, self._is_diagonal(self.output))
-        return right.mT
+        if self._is_diagonal(self.input):
+            left = self.input[..., :, None] * v
+        else:
+            left = jnp.matmul(self.input, v, precision=HIGHEST)
+        if self._is_diagonal(self.output):
+            return left * self.output[..., None, :]
+        return jnp.matmul(left, self.output, precision=HIGHEST)
 
     def solve(self, v: jax.Array, damping: ArrayLike = 0.0) -> jax.Array:
         """(G + damping I)^-1 v exactly; the pseudo-inverse where an eigenvalue is zero."""
@@ -84,29 +89,45 @@ class Kronecker:
     def damped_inverse(self, damping: ArrayLike) -> Kronecker:
         """(A + pi sqrt(damping) I)^-1 (x) (B + sqrt(damping) / pi I)^-1.
 
-        Factored damping with pi = sqrt((tr A / d_in) / (tr B / d_out)), which minimises a bound on
-        the difference to G + damping I (Martens and Grosse 2015, section 6.3). Two Cholesky
-        factorisations, about ten times cheaper than the eigendecompositions of `solve`.
+        Two Cholesky factorisations, about ten times cheaper than the eigendecompositions of
+        `solve`; see `factored_damping`.
         """
-        d_in, d_out = (
-            self._diagonal_of(self.input).shape[-1],
-            self._diagonal_of(self.output).shape[-1],
-        )
-        mean_a, mean_b = self._traces(self.input) / d_in, self._traces(self.output) / d_out
-        both = (mean_a > 0) & (mean_b > 0)
-        pi = jnp.sqrt(jnp.where(both, mean_a, 1) / jnp.where(both, mean_b, 1))
-        root = jnp.sqrt(jnp.asarray(damping, pi.dtype))
+        shifts = self.factored_damping(damping)
         return Kronecker(
-            _damped_inverse(self.input, pi * root, self._is_diagonal(self.input)),
-            _damped_inverse(self.output, root / pi, self._is_diagonal(self.output)),
+            _damped_inverse(self.input, shifts[0], self._is_diagonal(self.input)),
+            _damped_inverse(self.output, shifts[1], self._is_diagonal(self.output)),
             self.stack_ndim,
         )
+
+    def factored_damping(
+        self, damping: ArrayLike, *, relative: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """What is added to the diagonals of A and B so that the product is about G + damping I.
+
+        pi sqrt(damping) and sqrt(damping) / pi with pi = sqrt((tr A / d_in) / (tr B / d_out)),
+        which minimises a bound on the difference (Martens and Grosse 2015, section 6.3).
+
+        Args:
+          damping: what is added to G.
+          relative: whether it is a multiple of G's mean eigenvalue; then these are multiples of A's
+            and B's.
+        """
+        mean_a, mean_b = (
+            jnp.mean(self._diagonal_of(factor), axis=-1) for factor in (self.input, self.output)
+        )
+        root = jnp.sqrt(jnp.asarray(damping, mean_a.dtype))
+        both = (mean_a > 0) & (mean_b > 0)
+        mean_a, mean_b = jnp.where(both, mean_a, 1), jnp.where(both, mean_b, 1)
+        if relative:
+            return root * mean_a, root * mean_b
+        pi = jnp.sqrt(mean_a / mean_b)
+        return pi * root, root / pi
 
     def _is_diagonal(self, factor: jax.Array) -> bool:
         return factor.ndim == self.stack_ndim + 1
 
     def _diagonal_of(self, factor: jax.Array) -> jax.Array:
-        return factor if self._is_diagonal(factor) else jnp.diagonal(factor, axis1=-2, axis2=-1)
+        return factor if self._is_diagonal(factor) else diagonal(factor)
 
     def _traces(self, factor: jax.Array) -> jax.Array:
         return jnp.sum(self._diagonal_of(factor), axis=-1)
@@ -120,15 +141,9 @@ class Kronecker:
         """Eigenvalues, zero where they are rounding errors, and eigenvectors (None: identity)."""
         if self._is_diagonal(factor):
             return jnp.maximum(factor, 0), None
-        values, vectors = jnp.linalg.eigh(factor)
+        values, vectors = eigh(factor)
         cutoff = values[..., -1:] * values.shape[-1] * float(np.finfo(values.dtype).eps)
         return jnp.where(values > cutoff, values, 0), vectors
-
-
-def _apply(factor: jax.Array, v: jax.Array, diagonal: bool) -> jax.Array:
-    if diagonal:
-        return factor[..., :, None] * v
-    return jnp.matmul(factor, v, precision=HIGHEST)
 
 
 def _rotate(vectors: jax.Array | None, v: jax.Array, *, back: bool) -> jax.Array:
@@ -140,8 +155,6 @@ def _rotate(vectors: jax.Array | None, v: jax.Array, *, back: bool) -> jax.Array
 def _damped_inverse(factor: jax.Array, shift: jax.Array, diagonal: bool) -> jax.Array:
     if diagonal:
         return safe_power(factor + shift[..., None], -1.0)
-    identity = jnp.eye(factor.shape[-1], dtype=factor.dtype)
-    lower = jnp.linalg.cholesky(factor + shift[..., None, None] * identity)
-    full = jnp.broadcast_to(identity, lower.shape)
-    inverse = jax.scipy.linalg.cho_solve((lower, True), full)
-    return (inverse + inverse.mT) / 2
+    return cholesky_inverse(
+        factor + shift[..., None, None] * jnp.eye(factor.shape[-1], dtype=factor.dtype)
+    )

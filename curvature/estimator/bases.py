@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from curvature.blocks.eigen_kronecker import turned
 from curvature.estimator.factors import Statistics
 from curvature.estimator.rows import Rows
+from curvature.linalg import eigh
 from curvature.precision import HIGHEST
 
 INPUT, OUTPUT = BASES = ("input_basis", "output_basis")
@@ -34,25 +35,53 @@ def of_factors(factors: Statistics, stack_ndim: int) -> Statistics:
 
 
 def rebased(statistics: Statistics, stack_ndim: int, restart: ArrayLike) -> Statistics:
-    """Statistics with the eigenbases of their factors, and the corrections taken over to them.
+    """Statistics with the eigenbases of their factors, and the corrections taken over to them."""
+    found = {basis: _eigh(statistics[side], stack_ndim) for side, basis in _pairs()}
+    new = {basis: vectors for basis, (_, vectors) in found.items()}
+    values = tuple(values for values, _ in found.values())
+    return statistics | carried_over(statistics, new, values, stack_ndim, restart)
+
+
+def carried_over(
+    statistics: Statistics,
+    new: Statistics,
+    eigenvalues: tuple[jax.Array, ...],
+    stack_ndim: int,
+    restart: ArrayLike,
+) -> Statistics:
+    """New bases, and the corrections in them.
 
     The corrections become the diagonal, in the new basis, of the operator that they were in the
     old: of all operators that are diagonal in the new basis the closest one in Frobenius norm, and
     of the same trace. With `restart` they become the products of the factors' eigenvalues, K-FAC
     scaled to that trace.
+
+    Args:
+      statistics: the factors, the old bases, and the corrections in these.
+      new: the new bases.
+      eigenvalues: of both factors, along them.
+      stack_ndim: number of leading stack axes.
+      restart: whether the corrections start anew.
     """
-    values, new, overlaps = [], {}, []
-    for side, basis in _pairs():
-        eigenvalues, new[basis] = _eigh(statistics[side], stack_ndim)
-        values.append(jnp.maximum(eigenvalues, 0))
-        overlaps.append(_overlap(statistics[basis], new[basis], stack_ndim))
-    products = values[0][..., :, None] * values[1][..., None, :]
+    overlaps = [_overlap(statistics[basis], new[basis], stack_ndim) for basis in BASES]
+    kfac = products(*eigenvalues)
     moved = turned(overlaps[1], statistics["values"].mT, stack_ndim).mT
     moved = turned(overlaps[0], moved, stack_ndim)
-    exact, found = (jnp.sum(x, axis=(-2, -1), keepdims=True) for x in (moved, products))
-    products = products * (exact / jnp.where(found > 0, found, 1))
-    turned_over = statistics | new | {"values": jnp.where(restart, products, moved)}
-    return without_noise(turned_over, stack_ndim)
+    exact, found = (jnp.sum(x, axis=(-2, -1), keepdims=True) for x in (moved, kfac))
+    kfac = kfac * (exact / jnp.where(found > 0, found, 1))
+    changed = new | {"values": jnp.where(restart, kfac, moved)}
+    return changed | {"values": without_noise(statistics | changed, stack_ndim)["values"]}
+
+
+def products(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The eigenvalues of A (x) B from those of A and B, zero where they are rounding errors."""
+    return known(a)[..., :, None] * known(b)[..., None, :]
+
+
+def known(values: jax.Array) -> jax.Array:
+    """Eigenvalues of a positive semi-definite matrix, zero where they are rounding errors."""
+    rounding = values.shape[-1] * float(np.finfo(values.dtype).eps)
+    return jnp.where(values > rounding * jnp.max(values, axis=-1, keepdims=True), values, 0)
 
 
 def without_noise(statistics: Statistics, stack_ndim: int) -> Statistics:
@@ -73,8 +102,7 @@ def _is_known(factor: jax.Array, basis: jax.Array, stack_ndim: int) -> jax.Array
     values = factor
     if factor.ndim > stack_ndim + 1:
         values = jnp.sum(jnp.matmul(factor, basis, precision=HIGHEST) * basis, axis=-2)
-    rounding = values.shape[-1] * float(np.finfo(values.dtype).eps)
-    return values > rounding * jnp.max(values, axis=-1, keepdims=True)
+    return known(values) > 0
 
 
 def turned_rows(rows: Rows, turn: Statistics) -> Rows:
@@ -98,8 +126,7 @@ def _pairs() -> tuple[tuple[str, str], ...]:
 def _eigh(factor: jax.Array, stack_ndim: int) -> tuple[jax.Array, jax.Array]:
     if factor.ndim == stack_ndim + 1:
         return factor, jnp.ones_like(factor)
-    values, vectors = jnp.linalg.eigh(factor)
-    return values, vectors
+    return eigh(factor)
 
 
 def _basis(factor: jax.Array, stack_ndim: int) -> jax.Array:

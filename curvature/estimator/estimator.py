@@ -63,10 +63,11 @@ class Estimator:
     @property
     def needs_key(self) -> bool:
         """Whether calls need a random key."""
-        return self.kind.needs_key(pooled=any(layer.pooled for layer in self._blocks))
+        return self.kind.needs_key(pooled=any(layer.pooled for layer in self.layers))
 
     @property
-    def _blocks(self) -> list[Layer]:
+    def layers(self) -> list[Layer]:
+        """The layers that have a block."""
         return [layer for layer in self.registry.layers if layer.block != EXCLUDED]
 
     def __call__(
@@ -147,7 +148,7 @@ class Estimator:
           restart: whether corrections become the products of the factors' eigenvalues instead,
             scaled to their trace: where they were taken in an arbitrary basis.
         """
-        depth = {x.name: len(x.stack) for x in self._blocks if x.block == "ekfac"}
+        depth = {x.name: len(x.stack) for x in self.layers if x.block == "ekfac"}
         return {
             name: rebased(found, depth[name], restart) if name in depth else found
             for name, found in statistics.items()
@@ -155,7 +156,7 @@ class Estimator:
 
     def operator(self, statistics: dict[str, Statistics]) -> BlockDiagonal:
         """The operator made from (averages of) `statistics`."""
-        layers = tuple(self._blocks)
+        layers = tuple(self.layers)
         blocks = {layer.name: block_of(layer, statistics[layer.name]) for layer in layers}
         return BlockDiagonal(blocks, layers, jax.tree.structure(self.registry.params))
 
@@ -163,7 +164,7 @@ class Estimator:
         """Statistics of nothing, of the shapes that `statistics` returns."""
         return {
             layer.name: stats.zeros(layer, self._dtype(layer), self.max_factor_dim)
-            for layer in self._blocks
+            for layer in self.layers
         }
 
     def _dtype(self, layer: Layer) -> Any:
@@ -177,7 +178,7 @@ class Estimator:
     def _checked(self, bases: Mapping[str, Statistics]) -> dict[str, Statistics]:
         """The bases of every EKFAC layer, of the right shapes."""
         found: dict[str, Statistics] = {}
-        for layer in self._blocks:
+        for layer in self.layers:
             if layer.block != "ekfac":
                 continue
             zeros = stats.zeros(layer, self._dtype(layer), self.max_factor_dim)

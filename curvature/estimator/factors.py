@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from curvature.estimator.rows import Rows, moment
+from curvature.linalg import diagonal
 from curvature.registry.layers import Layer
 from curvature.registry.taps import Lookup
 from curvature.registry.views import Shape
@@ -169,7 +170,7 @@ def _pooled(layer: Layer, one: Statistics, other: Statistics) -> Statistics:
 
 def _trace(layer: Layer, factor: jax.Array) -> jax.Array:
     if factor.ndim - len(layer.stack) == 2:
-        return jnp.trace(factor, axis1=-2, axis2=-1)
+        return jnp.sum(diagonal(factor), axis=-1)
     return factor.sum(axis=-1)
 
 

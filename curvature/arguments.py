@@ -1,0 +1,84 @@
+"""Arguments of the transformations: numbers or schedules, and what `update` must be given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+PyTree = Any
+ScalarOrSchedule = ArrayLike | Callable[[ArrayLike], ArrayLike]
+
+
+def at(value: Any, count: jax.Array, like: jax.Array) -> jax.Array:
+    """A number, or a schedule at a step."""
+    return jnp.asarray(value(count) if callable(value) else value).astype(like.dtype)
+
+
+def check_update(params: PyTree | None, loss_args: Any) -> tuple[PyTree, ...]:
+    """The arguments of the loss; raises where `update` was called without them or `params`."""
+    if params is None:
+        raise ValueError(
+            "update was called without params: call update(grads, state, params, ...)."
+        )
+    if loss_args is None:
+        raise ValueError(
+            "update was called without loss_args: pass loss_args=(batch,), the arguments that "
+            "loss_fn takes after params."
+        )
+    if not isinstance(loss_args, (tuple, list)):
+        raise TypeError(
+            f"loss_args is {type(loss_args).__name__}, expected a tuple of the arguments that "
+            "loss_fn takes after params: loss_args=(batch,)."
+        )
+    return tuple(loss_args)
+
+
+def own(state: PyTree) -> PyTree:
+    """The state with a buffer of its own for each leaf: a shared one cannot be donated."""
+    return jax.tree.map(jnp.copy, state)
+
+
+def check_not_masked(params: PyTree, registered: PyTree) -> None:
+    """Raises for parameters that `optax.masked` or `optax.partition` took away."""
+    masked = _masked(params)
+    if masked and not _masked(registered):
+        raise ValueError(
+            f"params{masked[0]} is masked (optax.masked, optax.partition), but the registered loss "
+            "needs it. Wrap no mask around the preconditioner: leave parameters out of the "
+            "curvature by registry.override(pattern, exclude=True), with fallback= for their "
+            "gradients, or register the loss as a function of the masked parameters, with all "
+            "parameters as another argument."
+        )
+
+
+def _masked(params: PyTree) -> list[str]:
+    """The paths of masked parameters."""
+
+    def is_masked(x: Any) -> bool:
+        return isinstance(x, optax.MaskedNode)
+
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_masked)
+    return [jax.tree_util.keystr(path) for path, leaf in leaves if is_masked(leaf)]
+
+
+def check_range(name: str, value: Any, low: float, high: float) -> None:
+    """Raises for a number outside [low, high); arrays under a trace are not looked at."""
+    if callable(value) or isinstance(value, jax.core.Tracer):
+        return
+    if not low <= float(np.asarray(value)) < high:
+        raise ValueError(f"{name} is {value}, expected a number in [{low:g}, {high:g}).")
+
+
+def check_period(name: str, value: int, smallest: int = 1) -> None:
+    """Raises for what is no integer, or too small."""
+    if not isinstance(value, (int, np.integer)) or value < smallest:
+        what = "a positive integer" if smallest else "an integer that is not negative"
+        hint = " Under optax.inject_hyperparams, add it to static_args."
+        hint = hint if isinstance(value, jax.Array) else ""
+        raise ValueError(f"{name} is {value!r}, expected {what}.{hint}")

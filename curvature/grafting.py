@@ -1,0 +1,42 @@
+"""Grafting: the direction of one update with the length of another, layer by layer.
+
+Agarwal et al. (2020), "Disentangling adaptive gradient methods from learning rates".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvature.registry import Layer
+
+PyTree = Any
+
+
+def grafted(layers: Sequence[Layer], direction: PyTree, like: PyTree) -> PyTree:
+    """`direction` with every layer's part as long as that of `like`.
+
+    Args:
+      layers: the layers; each copy in a stack has its own length.
+      direction: a tree like the parameters.
+      like: another.
+
+    Returns:
+      The rescaled tree; zero outside the layers, and where the direction is.
+    """
+    leaves, structure = jax.tree.flatten(direction)
+    others = jax.tree.leaves(like)
+    out = [jnp.zeros_like(leaf) for leaf in leaves]
+    for layer in layers:
+        part = layer.gather(leaves)
+        axes = tuple(range(len(layer.stack), part.ndim))
+        length, wanted = (
+            jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True)) for x in (part, layer.gather(others))
+        )
+        scaled = part * (wanted / jnp.where(length > 0, length, 1))
+        for leaf, x in layer.scatter(scaled).items():
+            out[leaf] = out[leaf] + x.astype(out[leaf].dtype)
+    return jax.tree.unflatten(structure, out)

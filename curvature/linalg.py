@@ -1,0 +1,61 @@
+"""Factorisations of stacks of symmetric matrices.
+
+On CPU matrices are taken one after another. The batched LAPACK calls of jaxlib 0.10 wait for
+threads of the pool that they run in: on a machine with few cores, several of them at once can wait
+for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvature.precision import HIGHEST
+
+
+def cholesky_inverse(matrices: jax.Array) -> jax.Array:
+    """Inverses of positive definite matrices `stack + (size, size)`; NaN where one is not."""
+
+    def inverse(matrix: jax.Array) -> jax.Array:
+        lower = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+        identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+        half = jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+        return jnp.matmul(half.mT, half, precision=HIGHEST)
+
+    return _each(inverse, matrices)
+
+
+def eigh(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, ascending, and eigenvectors as columns."""
+    return _each(lambda matrix: tuple(jnp.linalg.eigh(matrix)), matrices)
+
+
+def orthonormal(matrices: jax.Array) -> jax.Array:
+    """The Q of a QR decomposition."""
+    return _each(lambda matrix: jnp.linalg.qr(matrix)[0], matrices)
+
+
+def diagonal(matrices: jax.Array) -> jax.Array:
+    """The diagonals: every (size + 1)st entry.
+
+    A strided slice is compiled faster than the gather of `jnp.diagonal`.
+    """
+    *stack, size, _ = matrices.shape
+    return matrices.reshape((*stack, size * size))[..., :: size + 1]
+
+
+def _each(function: Callable[[jax.Array], Any], matrices: jax.Array) -> Any:
+    *stack, rows, columns = matrices.shape
+    flat = matrices.reshape(-1, rows, columns)
+    if len(flat) == 1:
+        out = jax.tree.map(lambda x: x[None], function(flat[0]))
+    else:
+        out = jax.lax.platform_dependent(
+            flat,
+            cpu=lambda flat: jax.lax.map(function, flat),
+            default=lambda flat: jax.vmap(function)(flat),
+        )
+    return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), out)

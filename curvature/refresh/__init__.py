@@ -1,0 +1,16 @@
+"""Refresh: from averaged statistics to what preconditions, by which method and when."""
+
+from curvature.refresh.inverses import Arrays, Inverses, Now, Refreshed
+from curvature.refresh.methods import QR, Cholesky, Eigh, Method, NewtonSchulz
+
+__all__ = [
+    "QR",
+    "Arrays",
+    "Cholesky",
+    "Eigh",
+    "Inverses",
+    "Method",
+    "NewtonSchulz",
+    "Now",
+    "Refreshed",
+]
