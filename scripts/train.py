@@ -243,11 +243,9 @@ def run_folder(
     fixed = ("framework", "model", "seed", "batch_size", "record_every")
     same = {name: getattr(args, name) for name in fixed} | settings.describe()
     try:
-        place = folder.RunFolder(args.out, same, args.checkpoint_every, args.resume)
+        place = folder.RunFolder(args.out, same, args.steps, args.checkpoint_every, args.resume)
     except ValueError as error:
         command.error(str(error))
-    if place.step > args.steps:
-        command.error(f"--steps {args.steps} is less than the {place.step} of the checkpoint")
     if args.resume:
         found = f"resumed after step {place.step}" if place.step else "no checkpoint, a new run"
         print(f"{args.out}: {found}", flush=True)

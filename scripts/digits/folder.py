@@ -34,15 +34,21 @@ class RunFolder:
     Args:
       path: the folder.
       settings: what has to be the same in a resumed run.
-      checkpoint_every: steps between checkpoints; None for none.
-      resume: whether to go on from the latest checkpoint, if there is one.
+      steps: how many there will be in all.
+      checkpoint_every: steps between checkpoints, of which the last step is one; None for none.
+      resume: whether to go on from the checkpoint, if there is one.
 
     Raises:
-      ValueError: the checkpoint there is of another run, or resuming was not asked for.
+      ValueError: the checkpoint there does not lead to this run, or resuming was not asked for.
     """
 
     def __init__(
-        self, path: Path, settings: dict[str, Any], checkpoint_every: int | None, resume: bool
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        steps: int,
+        checkpoint_every: int | None,
+        resume: bool,
     ) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self._checkpoints = ocp.CheckpointManager(
@@ -53,7 +59,7 @@ class RunFolder:
                 enable_async_checkpointing=False,
             ),
         )
-        self._settings, self._every = settings, checkpoint_every
+        self._settings, self._steps, self._every = settings, steps, checkpoint_every
         self.step = self._checkpoints.latest_step() or 0
         self.seconds = 0.0
         self.rows: list[dict[str, Any]] = []
@@ -85,6 +91,10 @@ class RunFolder:
                 f"--resume: the checkpoint of step {self.step} was made with other settings: "
                 + "; ".join(differences)
             )
+        if self.step > self._steps:
+            raise ValueError(
+                f"--resume: the checkpoint is of step {self.step}, more than --steps {self._steps}"
+            )
         if not lines.exists() or lines.stat().st_size < run["lines_size"]:
             raise ValueError(
                 f"--resume: {lines} is missing or shorter than at the checkpoint of step "
@@ -110,9 +120,9 @@ class RunFolder:
         self._events.write_event(event)
         self._events.flush()
 
-    def save_if_due(self, step: int, state: PyTree, seconds: float, last: bool) -> None:
+    def save_if_due(self, step: int, state: PyTree, seconds: float) -> None:
         """Makes a checkpoint, which is there as a whole or not at all, and drops the one before."""
-        if not self._every or (step % self._every and not last):
+        if not self._every or (step % self._every and step != self._steps):
             return
         run = {"settings": self._settings, "seconds": seconds, "lines_size": self._lines.tell()}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))

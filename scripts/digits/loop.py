@@ -202,7 +202,7 @@ def train(
                 stopped = f"the training loss was no longer finite after {done} steps"
                 break
             if folder:
-                folder.save_if_due(done, state, earlier + sum(times), last=done == plan.steps)
+                folder.save_if_due(done, state, earlier + sum(times))
 
     test_loss, test_accuracy = map(float, evaluate(state.params, state.model_state, data.test))
     return Run(
