@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -69,28 +68,26 @@ def check_same(folder, expected):
         assert {k: shown[step][k] for k in row} == pytest.approx(row, rel=1e-6)
 
 
-def test_every_entry_of_the_stats_is_logged(tmp_path):
-    run(tmp_path, "--steps", "3", "--record-every", "2")
-    problem = problems.make("linen", "batchnorm")
-    registry = loop.register(problem, data.load().train, loop.Plan(3, 400))
+def stats_of_kfac():
+    """The names of what `state.stats` holds."""
+    problem = problems.make("linen", "mlp")
+    registry = loop.register(problem, data.load().train, loop.Plan(1, 400))
     tx = optimizers.make(optimizers.Settings("kfac", 0.1), registry)
-    stats = tx.init(problem.init(jax.random.key(0))[0]).stats._fields
-    assert [row["step"] for row in rows(tmp_path)] == [0, 2, 3]
-    assert all(set(row) == {"step", "loss", "accuracy", *stats} for row in rows(tmp_path))
-    check_same(tmp_path, tmp_path)
+    return tx.init(registry.params).stats._fields
 
 
 def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(whole, "--steps", "7")
-    run(parts, "--steps", "4", "--checkpoint-every", "3")
+    run(whole, "--steps", "7", "--record-every", "2")
+    assert [row["step"] for row in rows(whole)] == [0, 2, 4, 6, 7]
+    names = {"step", "loss", "accuracy", *stats_of_kfac()}
+    assert all(set(row) == names for row in rows(whole))
+    run(parts, "--steps", "4", "--record-every", "2", "--checkpoint-every", "3")
     with (parts / "metrics.jsonl").open("a") as file:  # as if killed after the checkpoint
-        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+        file.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')
     capsys.readouterr()
-    run(parts, "--steps", "7", "--resume", "--checkpoint-every", "3")
+    run(parts, "--steps", "7", "--record-every", "2", "--resume")
     assert "resumed after step 4" in capsys.readouterr().out
-    check_same(parts, whole)
-    run(parts, "--steps", "7", "--resume")  # there is nothing left to do
     check_same(parts, whole)
 
 
@@ -102,6 +99,9 @@ def test_resuming_without_a_checkpoint_starts_and_says_so(tmp_path, capsys):
     assert "no checkpoint, a new run" in capsys.readouterr().out
     assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2]
     assert set(rows(tmp_path)[0]) == {"step", "loss", "accuracy"}
+    before = curve(tmp_path)
+    assert train.main([*SGD, "--out", str(tmp_path), "--resume"]) == 0  # nothing is left to do
+    assert curve(tmp_path) == before
 
 
 def test_a_run_that_cannot_be_resumed_stops_with_the_reason(tmp_path, capsys):
@@ -155,6 +155,15 @@ def wait_until(condition, process):
         time.sleep(0.001)
 
 
+def kill_at_random(folder, process):
+    """Kills it up to 0.3 seconds after its first checkpoint."""
+    had = max(checkpoints(folder)[0], default=0)
+    wait_until(lambda: max(checkpoints(folder)[0], default=0) > had, process)
+    time.sleep(random.uniform(0, 0.3))
+    process.kill()
+    process.wait()
+
+
 def kill_while_it_saves(folder, process):
     """Stops the process to look; what is incomplete then stays so."""
     while True:
@@ -169,27 +178,27 @@ def kill_while_it_saves(folder, process):
     assert checkpoints(folder)[1]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(start(folder))
+    return folder
+
+
 @pytest.mark.slow
-def test_killed_runs_go_on_as_if_never_stopped(tmp_path):
-    """Killed at random moments, with a checkpoint every few steps and every step, and in a save."""
-    random.seed(0)
-    whole = tmp_path / "whole"
-    finish(start(whole))
-    for every in (7, 1):
-        folder = tmp_path / f"every-{every}"
-        arguments = ("--resume", "--checkpoint-every", str(every))
-        for in_save in (False, False, True) if every == 1 else (False,):
-            process = start(folder, *arguments)
-            had = max(checkpoints(folder)[0], default=0)
-            if in_save:
-                kill_while_it_saves(folder, process)
-            else:
-                wait_until(lambda: max(checkpoints(folder)[0], default=0) > had, process)  # noqa: B023
-                time.sleep(random.uniform(0, 0.3))
-                process.kill()
-                process.wait()
-            assert process.returncode == -signal.SIGKILL
-        done = max(checkpoints(folder)[0])
-        assert 0 < done < 60
-        finish(start(folder, *arguments))
-        check_same(folder, whole)
+@pytest.mark.parametrize(
+    "every, kills",
+    [(7, [kill_at_random]), (1, [kill_at_random, kill_while_it_saves])],
+    ids=["every-7", "every-1"],
+)
+def test_a_killed_run_goes_on_as_if_never_stopped(tmp_path, whole, every, kills):
+    random.seed(every)
+    arguments = ("--resume", "--checkpoint-every", str(every))
+    for kill in kills:
+        process = start(tmp_path, *arguments)
+        kill(tmp_path, process)
+        assert process.returncode == -signal.SIGKILL
+    assert 0 < max(checkpoints(tmp_path)[0]) < 60
+    finish(start(tmp_path, *arguments))
+    check_same(tmp_path, whole)
