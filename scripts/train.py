@@ -240,8 +240,9 @@ def run_folder(
     command: argparse.ArgumentParser, args: argparse.Namespace, settings: optimizers.Settings
 ) -> folder.RunFolder:
     """Opens --out, and says where the run begins if it is resumed."""
-    fixed = ("framework", "model", "seed", "batch_size", "record_every")
+    fixed = ("framework", "model", "optimizer", "seed", "batch_size", "record_every")
     same = {name: getattr(args, name) for name in fixed} | settings.describe()
+    del same["name"]  # the optimizer's
     try:
         place = folder.RunFolder(args.out, same, args.steps, args.checkpoint_every, args.resume)
     except ValueError as error:

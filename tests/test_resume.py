@@ -118,7 +118,7 @@ def test_a_run_that_cannot_be_resumed_stops_with_the_reason(tmp_path, capsys):
     assert "holds a checkpoint of step 2: go on from there with --resume" in message()
     other = message("--resume", "--seed", "3", "--learning-rate", "0.5", "--steps", "9")
     assert "other settings: learning_rate is 0.5, was 0.1; seed is 3, was 0\n" in other
-    assert "name is adam, was sgd" in message("--resume", "--optimizer", "adam")
+    assert "optimizer is adam, was sgd" in message("--resume", "--optimizer", "adam")
     assert "of step 2, more than --steps 1" in message("--resume", "--steps", "1")
     assert rows(tmp_path) == before
     (tmp_path / "metrics.jsonl").write_text("")
