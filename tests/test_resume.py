@@ -11,7 +11,9 @@ import sys
 import time
 
 import pytest
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 import train
 from digits import data, loop, optimizers, problems
@@ -85,6 +87,11 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, capsys):
     run(parts, "--steps", "4", "--record-every", "2", "--checkpoint-every", "3")
     with (parts / "metrics.jsonl").open("a") as file:  # as if killed after the checkpoint
         file.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')
+    stale = EventsWriter(str(parts / "events"), ".also")
+    values = [Summary.Value(tag="loss", simple_value=1)]
+    stale.write_event(Event(step=5, summary=Summary(value=values)))
+    stale.close()
+    assert 5 in events(parts)
     capsys.readouterr()
     run(parts, "--steps", "7", "--record-every", "2", "--resume")
     assert "resumed after step 4" in capsys.readouterr().out

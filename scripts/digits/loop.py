@@ -172,13 +172,12 @@ def train(
     for row in folder.rows if folder else []:
         curve.append(row["step"], row["seconds"], row["loss"], row["accuracy"])
     stopped = None
-    earlier = folder.seconds if folder else 0.0
+    seconds = folder.seconds if folder else 0.0
     times: list[float] = []
     with _bar(plan, first, bar_label or settings.label, leave_bar) as bar:
 
         def record(done: int) -> float:
             loss, accuracy = map(float, evaluate(state.params, state.model_state, data.train))
-            seconds = earlier + sum(times)
             curve.append(done, seconds, loss, accuracy)
             if folder:
                 row = {"step": done, "seconds": seconds, "loss": loss, "accuracy": accuracy}
@@ -194,6 +193,7 @@ def train(
             start = time.perf_counter()
             state = jax.block_until_ready(step(state, batch, step_key))
             times.append(time.perf_counter() - start)
+            seconds += times[-1]
             batch = next(batch_stream)
             bar.update()
             if (done % plan.record_every == 0 or done == plan.steps) and not math.isfinite(
@@ -202,7 +202,7 @@ def train(
                 stopped = f"the training loss was no longer finite after {done} steps"
                 break
             if folder:
-                folder.save_if_due(done, state, earlier + sum(times))
+                folder.save_if_due(done, state, seconds)
 
     test_loss, test_accuracy = map(float, evaluate(state.params, state.model_state, data.test))
     return Run(
