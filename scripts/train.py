@@ -1,12 +1,14 @@
 """Trains a small network on handwritten digits with K-FAC, Adam or SGD.
 
 One plain-JAX loop serves Flax linen, Flax NNX and Haiku; nothing is downloaded. Writes metrics.json
-(settings, versions, curves, final figures) and training.png.
+(settings, versions, curves, final figures) and training.png, and while it trains a line of
+metrics.jsonl and a TensorBoard event for each measurement.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -15,7 +17,8 @@ from typing import Any
 
 import jax
 
-from digits import data, loop, optimizers, options, plots, problems, report
+import curvature
+from digits import data, folder, loop, optimizers, options, plots, problems, report
 
 EPILOG = """\
 models (64 inputs, 10 classes):
@@ -27,6 +30,7 @@ examples:
   python scripts/train.py
   python scripts/train.py --framework haiku --model deep --batch-size 1500 --steps 100
   python scripts/train.py --framework nnx --model batchnorm --fisher exact --damping 0.01
+  python scripts/train.py --adaptive --model deep --steps 2000 --checkpoint-every 100 --resume
   python scripts/train.py --optimizer adam --learning-rate 0.01 --out runs/adam
 """
 
@@ -40,7 +44,9 @@ KFAC_OPTIONS = (
     "decay",
     "statistics_every",
     "refresh_every",
+    "adaptive",
 )
+ADAPTIVE_DAMPING = curvature.LevenbergMarquardt().initial
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(optimizers.Settings)}
 
 
@@ -164,6 +170,13 @@ def _add_kfac(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help=f"steps between inversions (default: {DEFAULTS['refresh_every']})",
     )
+    group.add_argument(
+        "--adaptive",
+        action="store_true",
+        default=None,
+        help="learning rate and momentum chosen for every step by the quadratic model, and damping "
+        f"adapted from --damping (default then: {ADAPTIVE_DAMPING:g})",
+    )
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
@@ -181,6 +194,18 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="steps between measurements on the whole training set (default: 1)",
     )
+    group.add_argument(
+        "--checkpoint-every",
+        type=options.positive_int,
+        metavar="N",
+        help="steps between checkpoints, of which the last is kept (default: none)",
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the checkpoint in --out, as if never stopped, or start without one; "
+        "--steps may be larger than before, other settings must be the same",
+    )
     group.add_argument("--quiet", action="store_true", help="no progress bar and no layer table")
 
 
@@ -196,8 +221,36 @@ def settings_from(
         command.error(f"--samples needs --fisher sampled, not --fisher {given['fisher']}")
     if "halve_damping_every" in given and "initial_damping" not in given:
         command.error("--halve-damping-every needs --initial-damping to start from")
+    if args.adaptive:
+        fixed = [
+            "--" + name.replace("_", "-")
+            for name in ("learning_rate", "initial_damping")
+            if getattr(args, name) is not None
+        ]
+        if fixed:
+            command.error(
+                f"--adaptive chooses what {' and '.join(fixed)} would fix: leave that out"
+            )
+        given.setdefault("damping", ADAPTIVE_DAMPING)
     rate = args.learning_rate or optimizers.DEFAULT_LEARNING_RATE[args.optimizer]
     return optimizers.Settings(args.optimizer, rate, args.momentum, **given)
+
+
+def run_folder(
+    command: argparse.ArgumentParser, args: argparse.Namespace, settings: optimizers.Settings
+) -> folder.RunFolder:
+    """Opens --out, and says where the run begins if it is resumed."""
+    fixed = ("framework", "model", "optimizer", "seed", "batch_size", "record_every")
+    same = {name: getattr(args, name) for name in fixed} | settings.describe()
+    del same["name"]  # the optimizer's
+    try:
+        place = folder.RunFolder(args.out, same, args.steps, args.checkpoint_every, args.resume)
+    except ValueError as error:
+        command.error(str(error))
+    if args.resume:
+        found = f"resumed after step {place.step}" if place.step else "no checkpoint, a new run"
+        print(f"{args.out}: {found}", flush=True)
+    return place
 
 
 def metrics(problem: problems.Problem, plan: loop.Plan, run: loop.Run) -> dict[str, Any]:
@@ -229,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = command.parse_args(argv)
     settings = settings_from(command, args)
     options.check_framework(command, args.framework)
+    place = run_folder(command, args, settings)
 
     digits = data.load(args.seed)
     problem = problems.make(args.framework, args.model)
@@ -237,8 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if settings.name == "kfac" and not args.quiet:
         print(registry, flush=True)
 
-    run = loop.train(problem, digits, settings, plan, registry)
-    args.out.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(place):
+        run = loop.train(problem, digits, settings, plan, registry, folder=place)
     report.write_json(args.out / "metrics.json", metrics(problem, plan, run))
     title = f"{settings.label}, {problem.name} network ({problem.architecture})"
     plots.single(args.out / "training.png", run, title)

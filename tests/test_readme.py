@@ -14,7 +14,8 @@ TITLES = [re.search(r"^import (.*)$", e, re.M)[1][:30] + f" {i}" for i, e in enu
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=TITLES)
-def test_example_runs(example, capsys):
+def test_example_runs(example, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # for those that write
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
         scope = {"__name__": "readme"}
         exec(compile(textwrap.dedent(example), str(README), "exec"), scope)

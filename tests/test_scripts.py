@@ -108,6 +108,8 @@ def test_a_diverged_run_says_so_in_status_json_and_text(tmp_path, capsys):
         (["--optimizer", "adam", "--damping", "1"], "--optimizer adam has no --damping"),
         (["--fisher", "exact", "--samples", "2"], "--samples needs --fisher sampled"),
         (["--halve-damping-every", "2"], "needs --initial-damping"),
+        (["--optimizer", "sgd", "--adaptive"], "--optimizer sgd has no --adaptive"),
+        (["--adaptive", "--learning-rate", "1"], "--adaptive chooses what --learning-rate"),
         (["--step", "3"], "unrecognized arguments"),
     ],
 )
@@ -191,11 +193,15 @@ def test_data_split_is_disjoint_complete_and_fixed():
     assert float(first.train.x.min()) >= 0 and float(first.train.x.max()) == 1
 
 
-def test_batches_cover_an_epoch_without_repeats():
+def test_batches_cover_an_epoch_without_repeats_and_start_anywhere():
     part = data.Batch(data.load().train.x[:10], data.load().train.y[:10])
     stream = data.batches(part, 3, seed=0)
-    rows = [tuple(row) for _ in range(3) for row in next(stream).x.tolist()]
-    assert len(set(rows)) == 9
+    found = [next(stream).x.tolist() for _ in range(8)]
+    assert len({tuple(row) for batch in found[:3] for row in batch}) == 9
+    assert found[0] != found[3]  # another epoch, another order
+    for first in range(8):
+        later = data.batches(part, 3, seed=0, first=first)
+        assert [next(later).x.tolist() for _ in range(8 - first)] == found[first:]
 
 
 def test_a_layer_without_curvature_has_no_ratio():

@@ -7,6 +7,7 @@ library sees a loss function and a tree of parameters, never a framework.
     problems.py    the same three networks in each framework, behind one `Problem`
     optimizers.py  K-FAC, Adam and SGD behind one call
     loop.py        the training loop and its clock
+    folder.py      what a run writes while it goes on; checkpoints and resuming
     search.py      the learning-rate search, the same for every optimizer
     fisher.py      true against empirical Fisher, layer by layer
     plots.py       training curves as PNG files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -47,8 +48,11 @@ def load(seed: int = 0, train_images: int = TRAIN_IMAGES) -> Digits:
     )
 
 
-def batches(data: Batch, size: int, seed: int) -> Iterator[Batch]:
+def batches(data: Batch, size: int, seed: int, first: int = 0) -> Iterator[Batch]:
     """Yields batches for ever: all of the data each time, or a fresh shuffle every epoch.
+
+    `first` is how many to leave out, for a run that goes on: an epoch's shuffle depends on its
+    number alone, so that nothing has to be drawn for those before.
 
     What is left of an epoch after its last whole batch is dropped, because a batch of another size
     would compile the step again.
@@ -56,9 +60,10 @@ def batches(data: Batch, size: int, seed: int) -> Iterator[Batch]:
     if size >= data.size:
         while True:
             yield data
-    rng = np.random.default_rng(seed)
-    while True:
-        order = rng.permutation(data.size)
-        for start in range(0, data.size - size + 1, size):
+    first_epoch, skipped = divmod(first, data.size // size)
+    for epoch in itertools.count(first_epoch):
+        order = np.random.default_rng((seed, epoch)).permutation(data.size)
+        for start in range(skipped * size, data.size - size + 1, size):
             rows = order[start : start + size]
             yield Batch(data.x[rows], data.y[rows])
+        skipped = 0

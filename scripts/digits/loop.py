@@ -30,6 +30,7 @@ import curvature
 from . import data as digits_data
 from . import optimizers
 from .data import Batch, Digits
+from .folder import RunFolder
 from .problems import Problem, PyTree
 
 
@@ -118,6 +119,24 @@ def make_step(
     return step
 
 
+def stats(state: TrainState) -> dict[str, float]:
+    """What the optimizer says of its latest step; Adam and SGD say nothing."""
+    found = getattr(state.opt_state, "stats", None)
+    return {name: value.item() for name, value in found._asdict().items()} if found else {}
+
+
+def _bar(plan: Plan, first: int, label: str, leave: bool) -> tqdm:
+    return tqdm(
+        total=plan.steps,
+        initial=first,
+        desc=label,
+        disable=not plan.progress,
+        leave=leave,
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 5.0,  # A log file has no use for more lines.
+    )
+
+
 @threadpool_limits.wrap(limits=1, user_api="blas")
 def train(
     problem: Problem,
@@ -127,48 +146,54 @@ def train(
     registry: Any,
     bar_label: str | None = None,
     leave_bar: bool = True,
+    folder: RunFolder | None = None,
 ) -> Run:
     """Trains from the initialisation and the batch order that `plan.seed` fixes.
 
-    A run whose loss is no longer finite stops there, and says so in `Run.stopped`.
+    With a folder it goes on from the checkpoint there, and leaves measurements and checkpoints. A
+    run whose loss is no longer finite stops there, and says so in `Run.stopped`.
     """
     began = time.perf_counter()
-    batch_stream = digits_data.batches(data.train, plan.batch_size, plan.seed)
+    first = folder.step if folder else 0
+    batch_stream = digits_data.batches(data.train, plan.batch_size, plan.seed, first)
     batch = next(batch_stream)
     tx = optimizers.make(settings, registry)
     params, model_state = problem.init(jax.random.key(plan.seed))
     state = TrainState(params, model_state, tx.init(params))
     key = jax.random.key(plan.seed + 1)
     step = jax.jit(make_step(problem, tx)).lower(state, batch, key).compile()
+    if folder:
+        state = folder.restore(state)
     jax.block_until_ready(step(state, batch, key))  # Warms up; the result is not kept.
     setup_seconds = time.perf_counter() - began
 
     evaluate = jax.jit(problem.evaluate)
     curve = Curve()
+    for row in folder.rows if folder else []:
+        curve.append(row["step"], row["seconds"], row["loss"], row["accuracy"])
     stopped = None
+    seconds = folder.seconds if folder else 0.0
     times: list[float] = []
-    with tqdm(
-        total=plan.steps,
-        desc=bar_label or settings.label,
-        disable=not plan.progress,
-        leave=leave_bar,
-        dynamic_ncols=True,
-        mininterval=0.1 if sys.stderr.isatty() else 5.0,  # A log file has no use for more lines.
-    ) as bar:
+    with _bar(plan, first, bar_label or settings.label, leave_bar) as bar:
 
         def record(done: int) -> float:
             loss, accuracy = map(float, evaluate(state.params, state.model_state, data.train))
-            curve.append(done, sum(times), loss, accuracy)
+            curve.append(done, seconds, loss, accuracy)
+            if folder:
+                row = {"step": done, "seconds": seconds, "loss": loss, "accuracy": accuracy}
+                folder.append(row | stats(state))
             bar.set_postfix_str(f"loss {loss:.2e}, accuracy {accuracy:.2%}", refresh=False)
             return loss
 
-        record(0)
-        for done in range(1, plan.steps + 1):
+        if not first:
+            record(0)
+        for done in range(first + 1, plan.steps + 1):
             step_key = jax.random.fold_in(key, done)
             jax.block_until_ready((batch, step_key))
             start = time.perf_counter()
             state = jax.block_until_ready(step(state, batch, step_key))
             times.append(time.perf_counter() - start)
+            seconds += times[-1]
             batch = next(batch_stream)
             bar.update()
             if (done % plan.record_every == 0 or done == plan.steps) and not math.isfinite(
@@ -176,6 +201,8 @@ def train(
             ):
                 stopped = f"the training loss was no longer finite after {done} steps"
                 break
+            if folder:
+                folder.save_if_due(done, state, seconds)
 
     test_loss, test_accuracy = map(float, evaluate(state.params, state.model_state, data.test))
     return Run(
@@ -184,7 +211,7 @@ def train(
         curve=curve,
         state=state,
         setup_seconds=setup_seconds,
-        median_step_seconds=statistics.median(times),
+        median_step_seconds=statistics.median(times or [math.nan]),  # Resumed at its end.
         test_loss=test_loss,
         test_accuracy=test_accuracy,
         stopped=stopped,

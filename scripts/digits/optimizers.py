@@ -26,7 +26,9 @@ class Settings:
     `momentum` is heavy-ball momentum for K-FAC and SGD, and the first decay rate for Adam.
     Damping is constant, unless it starts at `initial_damping` and falls towards `damping`, the
     difference halved every `halve_damping_every` steps: far from a minimum the quadratic model that
-    K-FAC minimises is good only nearby, and strong damping keeps its steps there.
+    K-FAC minimises is good only nearby, and strong damping keeps its steps there. If `adaptive`,
+    that model chooses the learning rate and the momentum of every step (a momentum of zero stays
+    zero), and the damping, which starts at `damping`, follows how well the model predicts.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Settings:
     decay: float = 0.95
     statistics_every: int = 1
     refresh_every: int = 1
+    adaptive: bool = False
 
     @property
     def label(self) -> str:
@@ -54,10 +57,16 @@ class Settings:
             del everything["samples"]
         if self.initial_damping is None:
             del everything["initial_damping"], everything["halve_damping_every"]
+        if self.adaptive:
+            del everything["learning_rate"]
         return everything
 
-    def damping_schedule(self) -> float | Callable[[ArrayLike], ArrayLike]:
+    def kfac_damping(
+        self,
+    ) -> float | curvature.LevenbergMarquardt | Callable[[ArrayLike], ArrayLike]:
         """What `curvature.kfac` takes as its damping."""
+        if self.adaptive:
+            return curvature.LevenbergMarquardt(self.damping)
         if self.initial_damping is None:
             return self.damping
         excess = self.initial_damping - self.damping
@@ -90,9 +99,9 @@ def make(settings: Settings, registry: Any) -> optax.GradientTransformationExtra
     if settings.name == "kfac":
         return curvature.kfac(
             registry,
-            settings.learning_rate,
+            curvature.QuadraticModel() if settings.adaptive else settings.learning_rate,
             momentum=settings.momentum,
-            damping=settings.damping_schedule(),
+            damping=settings.kfac_damping(),
             kind=curvature_kind(settings.fisher, settings.samples),
             decay=settings.decay,
             statistics_every=settings.statistics_every,

@@ -45,6 +45,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
 
 
+def json_line(content: dict[str, Any]) -> str:
+    """One line of strict JSON."""
+    return json.dumps(_finite(content), allow_nan=False) + "\n"
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(k): _finite(v) for k, v in value.items()}
