@@ -369,3 +369,10 @@ def test_parameters_can_be_averaged_by_optax(name):
     close(last, run(step, PARAMS, tx.init(PARAMS))[0])
     mean = jax.tree.map(lambda *p: 0.81 * p[0] + 0.09 * p[1] + 0.1 * p[2], PARAMS, first, last)
     close(average, mean)
+
+
+def test_schedule_free():
+    tx = optax.contrib.schedule_free(curvature.kfac(REGISTRY, 0.3, 0.0, DAMPING), 0.3)
+    params, state = run(jax.jit(stepper(tx)), PARAMS, tx.init(PARAMS), 30)
+    averaged = optax.contrib.schedule_free_eval_params(state, params)
+    assert loss_fn(averaged, BATCH) < 0.1 * loss_fn(PARAMS, BATCH)
