@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
-import jax
 import optax
 from flax import struct
 from flax.training import train_state
@@ -13,8 +14,9 @@ from flax.training import train_state
 class TrainState(train_state.TrainState):
     """`flax.training.train_state.TrainState` for optimizers that look at the loss.
 
-    `apply_gradients` passes `loss_args` and `key` on to the optimizer's `update`; the original
-    does not. Optimizers of optax ignore them, so the loop stays the same for every optimizer.
+    `apply_gradients` passes extra arguments (`loss_args`, `key`, `value`, ...) on to `tx.update`;
+    the original does not. Optimizers of optax ignore those that they do not know, so the loop stays
+    the same for every optimizer.
 
     Attributes:
       model_state: the other variable collections (`batch_stats`, ...), as `apply` returns them.
@@ -37,32 +39,24 @@ class TrainState(train_state.TrainState):
 
     model_state: Any = struct.field(pytree_node=True, default_factory=dict)
 
-    def apply_gradients(
-        self,
-        *,
-        grads: Any,
-        loss_args: tuple[Any, ...] = (),
-        key: jax.Array | None = None,
-        **kwargs: Any,
-    ) -> TrainState:
+    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> TrainState:
         """One step of the optimizer.
 
         Args:
           grads: gradients, of the structure of `params`.
-          loss_args: the arguments of the registered loss function after `params`.
-          key: random key for the optimizer.
-          **kwargs: fields to replace, such as `model_state`.
+          **kwargs: fields of the state to replace, such as `model_state`; everything else is an
+            extra argument of `tx.update`: `loss_args` (the arguments of the registered loss
+            function after `params`), `key`, `value`, ...
 
         Returns:
           The state after the step.
         """
-        tx = optax.with_extra_args_support(self.tx)
-        updates, opt_state = tx.update(
-            grads, self.opt_state, self.params, loss_args=tuple(loss_args), key=key
-        )
-        return self.replace(
-            step=self.step + 1,
-            params=optax.apply_updates(self.params, updates),
-            opt_state=opt_state,
-            **kwargs,
-        )
+        names = {field.name for field in dataclasses.fields(self)}
+        fields = {name: x for name, x in kwargs.items() if name in names}
+        extra = {name: x for name, x in kwargs.items() if name not in names}
+        tx = self.tx
+        if not isinstance(tx, optax.MultiSteps):  # no transformation, but often used as one
+            tx = optax.with_extra_args_support(tx)
+        update = functools.partial(tx.update, **extra)
+        bound = self.replace(tx=optax.GradientTransformation(tx.init, update))
+        return super(TrainState, bound).apply_gradients(grads=grads, **fields).replace(tx=self.tx)

@@ -67,6 +67,14 @@ class Optimizer(nnx.Optimizer):
 
     The same constructor. `update` takes the loss function's arguments after the model as
     `loss_args` and adds the model's other state.
+
+    That is the state after the gradient was taken: another dropout mask. Where the loss has to be
+    evaluated with the same one (`curvature.LevenbergMarquardt` compares it with `value`), keep the
+    state from before and give it to `nnx.Optimizer`, which does for these transformations, too:
+
+        state = nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
+        loss, grads = nnx.value_and_grad(loss_fn)(model, batch)
+        optimizer.update(model, grads, loss_args=(state, batch), key=key)
     """
 
     def update(

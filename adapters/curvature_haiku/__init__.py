@@ -3,6 +3,13 @@
 The backend finds Haiku layers without help. Where the loss function is itself a transformed Haiku
 function, as in most Haiku programs, its `apply` has the random key and the state in places of its
 own; these two functions put them where `curvature.register` and `jax.value_and_grad` want them.
+
+Of several functions with common modules, one is the loss:
+
+    functions = hk.multi_transform(...)
+    loss = hk.Transformed(functions.init, functions.apply["loss"])
+
+and `hk.TransformedWithState` likewise for `hk.multi_transform_with_state`.
 """
 
 from __future__ import annotations
