@@ -75,9 +75,7 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def measure(
-    name: str, problem: Problem, plan: protocol.Protocol, checkout_note: str | None = None
-) -> results.Entry:
+def measure(name: str, problem: Problem, plan: protocol.Protocol) -> results.Entry:
     """Tunes and runs one optimizer."""
     trials = protocol.tune(name, problem, plan)
     setting = protocol.best(trials)
@@ -85,13 +83,12 @@ def measure(
         protocol.run(name, problem, setting, seed, plan.steps, plan.seconds)
         for seed in range(1, plan.seeds + 1)
     ]
-    is_ours = name in ("kfac", "ekfac", "foof")
     return {
         "protocol": dataclasses.asdict(plan),
         "trials": trials,
         "setting": setting,
         "runs": [dataclasses.asdict(run) for run in runs],
-        "split": split.seconds(name, problem, setting) if is_ours else None,
+        "split": split.seconds(name, problem, setting) if name in optimizers.OURS else None,
         "environment": report.environment(),
     }
 
@@ -123,7 +120,8 @@ def run_problem(problem: Problem, names: Sequence[str], args: argparse.Namespace
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program."""
-    args = parser().parse_args(argv)
+    command = parser()
+    args = command.parse_args(argv)
     args.out = args.out or Path("runs/benchmarks" if args.quick else "docs/benchmarks")
     skipped = "no --kfac-jax"
     if args.kfac_jax is not None:
@@ -132,9 +130,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kfac-jax is left out: {skipped}")
     if args.side_by_side:
         return compare_steps(args, None if skipped else args.kfac_jax)
+    names = optimizers.names(args.optimizer, not skipped)
+    if not names:
+        command.error("no optimizer is left to run")
     print(f"optax has no {' and no '.join(optimizers.NOT_IN_OPTAX)}: not compared")
     for name in args.problem:
-        run_problem(PROBLEMS[name](), optimizers.names(args.optimizer, not skipped), args)
+        run_problem(PROBLEMS[name](), names, args)
     return 0
 
 

@@ -28,7 +28,8 @@ TRIALS = 6
 INVERT_EVERY = 5
 MOMENTUM = 0.9
 
-WITH_CURVATURE = ("kfac", "ekfac", "foof", "kfac_jax")
+OURS = ("kfac", "ekfac", "foof")
+WITH_CURVATURE = (*OURS, "kfac_jax")
 FIRST_ORDER = ("adam", "adamw", "sgd", "muon")
 OPTIMIZERS = (*WITH_CURVATURE, *FIRST_ORDER)
 NOT_IN_OPTAX = tuple(name for name in ("shampoo", "soap") if not hasattr(optax.contrib, name))
@@ -104,7 +105,7 @@ def trainer(name: str, problem: Problem, setting: Setting, batch: Batch) -> Trai
         from . import kfac_jax
 
         return kfac_jax.trainer(problem, setting)
-    if name in WITH_CURVATURE:
+    if name in OURS:
         return optax_trainer(problem, ours(name, problem, setting, batch))
     return optax_trainer(problem, first_order(name, setting))
 

@@ -34,9 +34,9 @@ def draw(path: Path, results: dict[str, Any]) -> None:
         by_second.plot(curve.seconds, loss, **style)
     finish(by_step, "steps", "training loss, all examples")
     finish(by_second, "seconds in steps (compilation excluded)", "")
-    # Optimizers with curvature take fewer steps, and fewer seconds a step differ tenfold.
-    for axes in (by_step, by_second):
+    for axes in (by_step, by_second):  # runs are of very different lengths
         axes.set_xscale("log")
+        axes.autoscale(axis="x")
     by_second.legend(frameon=False)
     figure.suptitle(f"{results['description']}, batch {results['batch_size']:,}", fontsize=12)
     save(figure, path)
