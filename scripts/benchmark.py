@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--kfac-jax", type=Path, metavar="PATH", help="checkout of kfac-jax, else it is left out")
     add("--out", type=options.out_folder, metavar="FOLDER", help="default: docs/benchmarks")
-    add("--fresh", action="store_true", help="forget what the JSON files have")
+    add("--fresh", action="store_true", help="measure again what the JSON files have")
     add("--quick", action="store_true", help="a few steps, to runs/benchmarks: does all of it run?")
     add("--side-by-side", action="store_true", help="only the time of a step, ours and kfac-jax's")
     add("--data", choices=side_by_side.DATA, default="curves", help="for --side-by-side")
@@ -104,16 +104,17 @@ def plan_for(name: str, problem: Problem, args: argparse.Namespace) -> protocol.
 def run_problem(problem: Problem, names: Sequence[str], args: argparse.Namespace) -> None:
     """Measures what is missing, writing as it goes, and prints the table."""
     path = args.out / f"{problem.name}.json"
-    found = results.start(problem, path, args.fresh)
+    found = results.start(problem, path)
     print(report.heading(f"{problem.name}: {problem.description}"), flush=True)
     for name in names:
         plan = plan_for(name, problem, args)
-        if name in found["optimizers"]:
+        if name in found["optimizers"] and not args.fresh:
             results.check_kept(name, found["optimizers"][name], plan)
             print(f"  {name}: kept from {path}")
             continue
         found["optimizers"][name] = measure(name, problem, plan)
         report.write_json(path, found)
+    found = results.start(problem, path)  # as readers find it: JSON has no infinities
     plots.draw(path.with_suffix(".png"), found)
     print(results.table(found) + results.split_table(found))
 

@@ -62,6 +62,26 @@ def test_results_are_kept_unless_the_protocol_differs(finished, capsys):
         benchmark.main([*arguments, "--steps", "7"])
 
 
+def test_results_of_another_problem_are_refused(tmp_path):
+    path = tmp_path / "results.json"
+    problem = problems.PROBLEMS[PROBLEM]()
+    path.write_text(json.dumps({**results.start(problem, path), "batch_size": 7}))
+    with pytest.raises(SystemExit, match="remove it"):
+        results.start(problem, path)
+
+
+def test_fresh_measures_again_what_is_asked_for_and_keeps_the_rest(tmp_path):
+    quick = ["--quick", "--problem", PROBLEM, "--out", str(tmp_path)]
+    path = tmp_path / f"{PROBLEM}.json"
+    benchmark.main([*quick, "--optimizer", "adam", "sgd"])
+    before = json.loads(path.read_text())["optimizers"]
+    benchmark.main([*quick, "--optimizer", "sgd", "--fresh"])
+    after = json.loads(path.read_text())["optimizers"]
+    assert after["adam"] == before["adam"]
+    assert after["sgd"]["runs"][0]["seconds"] != before["sgd"]["runs"][0]["seconds"]
+    assert after["sgd"]["runs"][0]["measures"] == before["sgd"]["runs"][0]["measures"]
+
+
 def test_the_seed_decides_the_start_for_every_optimizer():
     problem = problems.PROBLEMS[PROBLEM]()
     starts = {

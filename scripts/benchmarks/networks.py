@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 PyTree = Any
+FLOAT = jnp.float32
 
 
 class Network(NamedTuple):
@@ -21,8 +22,8 @@ class Network(NamedTuple):
 
 
 def _dense(key: Array, inputs: int, outputs: int) -> dict[str, Array]:
-    kernel = jax.random.normal(key, (inputs, outputs)) / inputs**0.5
-    return {"kernel": kernel, "bias": jnp.zeros(outputs)}
+    kernel = jax.random.normal(key, (inputs, outputs), FLOAT) / inputs**0.5
+    return {"kernel": kernel, "bias": jnp.zeros(outputs, FLOAT)}
 
 
 def _affine(params: dict[str, Array], x: Array) -> Array:
@@ -61,8 +62,8 @@ def residual_cnn(channels: Sequence[int], classes: int) -> Network:
 
     def conv_init(key: Array, window: int, inputs: int, outputs: int, gain: float) -> dict:
         scale = gain * (2 / (window**2 * inputs)) ** 0.5
-        kernel = scale * jax.random.normal(key, (window, window, inputs, outputs))
-        return {"kernel": kernel, "bias": jnp.zeros(outputs)}
+        kernel = scale * jax.random.normal(key, (window, window, inputs, outputs), FLOAT)
+        return {"kernel": kernel, "bias": jnp.zeros(outputs, FLOAT)}
 
     def init(key: Array) -> PyTree:
         first, last, *keys = jax.random.split(key, 2 + 3 * len(pairs))
@@ -100,8 +101,8 @@ def transformer(vocabulary: int, context: int, width: int, layers: int, heads: i
     def init(key: Array) -> PyTree:
         token, place, last, *keys = jax.random.split(key, 3 + layers)
         return {
-            "tokens": 0.1 * jax.random.normal(token, (vocabulary, width)),
-            "positions": 0.1 * jax.random.normal(place, (context, width)),
+            "tokens": 0.1 * jax.random.normal(token, (vocabulary, width), FLOAT),
+            "positions": 0.1 * jax.random.normal(place, (context, width), FLOAT),
             "blocks": [_block_init(k, width) for k in keys],
             "norm": _norm_init(width),
             "out": _dense(last, width, vocabulary),
@@ -131,7 +132,7 @@ def _block_init(key: Array, width: int) -> PyTree:
 
 
 def _norm_init(width: int) -> dict[str, Array]:
-    return {"scale": jnp.ones(width), "shift": jnp.zeros(width)}
+    return {"scale": jnp.ones(width, FLOAT), "shift": jnp.zeros(width, FLOAT)}
 
 
 def _norm(params: dict[str, Array], x: Array) -> Array:

@@ -33,7 +33,7 @@ class Curve(NamedTuple):
         return next((i for i, value in enumerate(self.loss) if value <= loss), None)
 
 
-def start(problem: Problem, path: Path, fresh: bool) -> dict[str, Any]:
+def start(problem: Problem, path: Path) -> dict[str, Any]:
     """The results so far, or none; raises where they are of another problem."""
     params = jax.eval_shape(problem.network.init, jax.random.key(0))
     about = {
@@ -44,11 +44,11 @@ def start(problem: Problem, path: Path, fresh: bool) -> dict[str, Any]:
         "batch_size": problem.batch_size,
         "not_in_optax": list(optimizers.NOT_IN_OPTAX),
     }
-    if fresh or not path.exists():
+    if not path.exists():
         return {**about, "optimizers": {}}
     kept = json.loads(path.read_text())
     if {key: kept[key] for key in about} != about:
-        raise SystemExit(f"{path} is not of {about}: give --fresh, which measures all again.")
+        raise SystemExit(f"{path} is not of {about}: remove it, or give another --out.")
     return kept
 
 
