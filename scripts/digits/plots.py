@@ -33,11 +33,11 @@ def compare(path: Path, runs: Sequence[Run], title: str, reached: tuple[Run, Run
     if reached is not None:
         _mark(by_step, *reached, against="steps")
         _mark(by_second, *reached, against="seconds")
-    _finish(by_step, "steps", "training loss, all training images")
-    _finish(by_second, "seconds in steps (compilation excluded)", "")
+    finish(by_step, "steps", "training loss, all training images")
+    finish(by_second, "seconds in steps (compilation excluded)", "")
     by_second.legend(frameon=False, loc="upper right", labelcolor=INK)
     figure.suptitle(title, fontsize=12, color=INK)
-    _save(figure, path)
+    save(figure, path)
 
 
 def single(path: Path, run: Run, title: str) -> None:
@@ -47,10 +47,10 @@ def single(path: Path, run: Run, title: str) -> None:
     colour = COLOURS[run.settings.name]
     loss.plot(run.curve.steps, run.curve.loss, color=colour, linewidth=1.8)
     accuracy.plot(run.curve.steps, run.curve.accuracy, color=colour, linewidth=1.8)
-    _finish(loss, "steps", "training loss, all training images")
-    _finish(accuracy, "steps", "training accuracy", log=False)
+    finish(loss, "steps", "training loss, all training images")
+    finish(accuracy, "steps", "training accuracy", log=False)
     figure.suptitle(title, fontsize=12, color=INK)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _mark(axes: Axes, fast: Run, slow: Run, against: str) -> None:
@@ -77,7 +77,8 @@ def _mark(axes: Axes, fast: Run, slow: Run, against: str) -> None:
     )
 
 
-def _finish(axes: Axes, x_label: str, y_label: str, log: bool = True) -> None:
+def finish(axes: Axes, x_label: str, y_label: str, log: bool = True) -> None:
+    """Labels, grid and a clean frame; `log` is of the vertical axis."""
     if log:
         axes.set_yscale("log")
     axes.set_xlabel(x_label, color=INK)
@@ -91,6 +92,7 @@ def _finish(axes: Axes, x_label: str, y_label: str, log: bool = True) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG file, on white."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, facecolor="white")

@@ -1,0 +1,153 @@
+"""Trains the benchmark problems with every optimizer and compares them.
+
+Each optimizer gets the same number of trials on one seed, then runs with the best setting on others
+from the same initialisations and on the same batches. Writes a JSON file and a plot for each
+problem; results that a JSON file already has are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # see README.md; processes started here too
+
+from benchmarks import kfac_jax, optimizers, plots, protocol, results, side_by_side, split
+from benchmarks.problems import PROBLEMS, Problem
+from digits import options, report
+
+EPILOG = """\
+examples:
+  python scripts/benchmark.py --problem digits_classifier --optimizer adam kfac
+  python scripts/benchmark.py --kfac-jax ../kfac-jax
+  python scripts/benchmark.py --side-by-side --kfac-jax ../kfac-jax
+"""
+QUICK_STEPS = 3
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog="benchmark.py",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=options.HelpFormatter,
+        allow_abbrev=False,
+    )
+    add = result.add_argument
+    add(
+        "--problem",
+        nargs="+",
+        choices=tuple(PROBLEMS),
+        default=tuple(PROBLEMS),
+        help="default: all",
+    )
+    add(
+        "--optimizer",
+        nargs="+",
+        choices=optimizers.OPTIMIZERS,
+        default=optimizers.OPTIMIZERS,
+        help="default: all",
+    )
+    add("--seeds", type=options.positive_int, default=3, metavar="N", help="default: 3")
+    add(
+        "--steps",
+        type=options.positive_int,
+        metavar="N",
+        help="of a run (default: the problem's, ten times as many without curvature)",
+    )
+    add(
+        "--seconds",
+        type=options.positive_float,
+        metavar="X",
+        help="in the steps of a run, after which it stops (default: no limit)",
+    )
+    add("--kfac-jax", type=Path, metavar="PATH", help="checkout of kfac-jax, else it is left out")
+    add("--out", type=options.out_folder, metavar="FOLDER", help="default: docs/benchmarks")
+    add("--fresh", action="store_true", help="measure again what the JSON files have")
+    add("--quick", action="store_true", help="a few steps, to runs/benchmarks: does all of it run?")
+    add("--side-by-side", action="store_true", help="only the time of a step, ours and kfac-jax's")
+    add("--data", choices=side_by_side.DATA, default="curves", help="for --side-by-side")
+    return result
+
+
+def measure(name: str, problem: Problem, plan: protocol.Protocol) -> results.Entry:
+    """Tunes and runs one optimizer."""
+    trials = protocol.tune(name, problem, plan)
+    setting = protocol.best(trials)
+    runs = [
+        protocol.run(name, problem, setting, seed, plan.steps, plan.seconds)
+        for seed in range(1, plan.seeds + 1)
+    ]
+    return {
+        "protocol": dataclasses.asdict(plan),
+        "trials": trials,
+        "setting": setting,
+        "runs": [dataclasses.asdict(run) for run in runs],
+        "split": split.seconds(name, problem, setting) if name in optimizers.OURS else None,
+        "environment": report.environment(),
+    }
+
+
+def plan_for(name: str, problem: Problem, args: argparse.Namespace) -> protocol.Protocol:
+    """How long an optimizer runs and what is tried."""
+    if args.quick:
+        return protocol.Protocol(QUICK_STEPS, seeds=1, trials=2)
+    usual = problem.steps if name in optimizers.WITH_CURVATURE else problem.first_order_steps
+    return protocol.Protocol(args.steps or usual, args.seeds, seconds=args.seconds)
+
+
+def run_problem(problem: Problem, names: Sequence[str], args: argparse.Namespace) -> None:
+    """Measures what is missing, writing as it goes, and prints the table."""
+    path = args.out / f"{problem.name}.json"
+    found = results.start(problem, path)
+    print(report.heading(f"{problem.name}: {problem.description}"), flush=True)
+    for name in names:
+        plan = plan_for(name, problem, args)
+        if name in found["optimizers"] and not args.fresh:
+            results.check_kept(name, found["optimizers"][name], plan)
+            print(f"  {name}: kept from {path}")
+            continue
+        found["optimizers"][name] = measure(name, problem, plan)
+        report.write_json(path, found)
+    found = results.start(problem, path)  # as readers find it: JSON has no infinities
+    plots.draw(path.with_suffix(".png"), found)
+    print(results.table(found) + results.split_table(found))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program."""
+    command = parser()
+    args = command.parse_args(argv)
+    args.out = args.out or Path("runs/benchmarks" if args.quick else "docs/benchmarks")
+    skipped = "no --kfac-jax"
+    if args.kfac_jax is not None:
+        skipped = kfac_jax.add_checkout(args.kfac_jax)
+    if skipped:
+        print(f"kfac-jax is left out: {skipped}")
+    if args.side_by_side:
+        return compare_steps(args, None if skipped else args.kfac_jax)
+    names = optimizers.names(args.optimizer, not skipped)
+    if not names:
+        command.error("no optimizer is left to run")
+    print(f"optax has no {' and no '.join(optimizers.NOT_IN_OPTAX)}: not compared")
+    for name in args.problem:
+        run_problem(PROBLEMS[name](), names, args)
+    return 0
+
+
+def compare_steps(args: argparse.Namespace, checkout: Path | None) -> int:
+    """Runs `--side-by-side`."""
+    steps = QUICK_STEPS if args.quick else args.steps or 60
+    compared = side_by_side.compare(args.data, steps, checkout)
+    report.write_json(args.out / "side_by_side.json", compared)
+    print(side_by_side.table(compared))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Every optimizer, with the settings that are tried for it: TRIALS for each.
+
+Ours and kfac-jax take statistics at every step and invert every INVERT_EVERY steps. Three of their
+settings are the full algorithm (rate, momentum and damping adapt) from different initial dampings,
+three have a fixed rate and damping and a bound on the length of the step. The others are tried with
+different learning rates, and AdamW also with two strengths of weight decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+import optax.contrib
+from jax import Array
+
+import curvature
+from digits.data import Batch
+
+from .problems import Problem
+
+PyTree = Any
+Setting = dict[str, float]
+
+TRIALS = 6
+INVERT_EVERY = 5
+MOMENTUM = 0.9
+
+OURS = ("kfac", "ekfac", "foof")
+WITH_CURVATURE = (*OURS, "kfac_jax")
+FIRST_ORDER = ("adam", "adamw", "sgd", "muon")
+OPTIMIZERS = (*WITH_CURVATURE, *FIRST_ORDER)
+NOT_IN_OPTAX = tuple(name for name in ("shampoo", "soap") if not hasattr(optax.contrib, name))
+
+LABELS = {
+    "kfac": "K-FAC",
+    "ekfac": "EKFAC",
+    "foof": "FOOF",
+    "kfac_jax": "kfac-jax",
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "sgd": "SGD with momentum",
+    "muon": "Muon",
+}
+
+
+def _rates(*rates: float) -> list[Setting]:
+    return [{"learning_rate": rate} for rate in rates]
+
+
+_CURVATURE: list[Setting] = [
+    *({"initial_damping": damping} for damping in (1.0, 0.1, 10.0)),
+    *({"learning_rate": 0.1, "damping": d, "norm_bound": 1e-2} for d in (0.1, 1.0, 0.01)),
+]
+SETTINGS: dict[str, list[Setting]] = {
+    **dict.fromkeys(WITH_CURVATURE, _CURVATURE),
+    "adam": _rates(1e-3, 3e-3, 3e-4, 1e-2, 1e-4, 3e-2),
+    "adamw": [
+        {"learning_rate": rate, "weight_decay": decay}
+        for decay in (1e-4, 1e-2)
+        for rate in (1e-3, 3e-3, 3e-4)
+    ],
+    "sgd": _rates(1e-2, 3e-2, 3e-3, 1e-1, 1e-3, 3e-1),
+    "muon": _rates(1e-2, 3e-2, 3e-3, 1e-1, 1e-3, 3e-4),
+}
+"""What is tried, the likeliest first."""
+
+
+class Trainer(NamedTuple):
+    """An optimizer at work on a problem; both functions may consume their arguments.
+
+    `init(params, batch, key) -> state` and `step(params, state, batch, key) -> (params, state)`.
+    """
+
+    init: Callable[[PyTree, Batch, Array], PyTree]
+    step: Callable[[PyTree, PyTree, Batch, Array], tuple[PyTree, PyTree]]
+
+
+def ours(name: str, problem: Problem, setting: Setting, batch: Batch, **options: Any) -> Any:
+    """`curvature.kfac`, `ekfac` or `foof`; `options` are passed on."""
+    params = jax.eval_shape(problem.network.init, jax.random.key(0))
+    registry = curvature.register(problem.loss_fn, params, batch)
+    given: dict[str, Any] = {"refresh_every": INVERT_EVERY, **options}
+    rate: Any = setting.get("learning_rate", curvature.QuadraticModel())
+    if "initial_damping" in setting:
+        given["damping"] = curvature.LevenbergMarquardt(setting["initial_damping"])
+    else:
+        # The bound of `kl_clip` is on half of the squared length.
+        given |= {"damping": setting["damping"], "kl_clip": setting["norm_bound"] / 2}
+    return getattr(curvature, name)(registry, rate, MOMENTUM, **given)
+
+
+def first_order(name: str, setting: Setting) -> optax.GradientTransformation:
+    """One of optax's; Muon orthogonalises matrices and leaves the rest to Adam."""
+    if name == "sgd":
+        return optax.sgd(**setting, momentum=MOMENTUM)
+    return getattr(optax.contrib if name == "muon" else optax, name)(**setting)
+
+
+def trainer(name: str, problem: Problem, setting: Setting, batch: Batch) -> Trainer:
+    """Any of the optimizers; `batch` shows the shapes."""
+    if name == "kfac_jax":
+        from . import kfac_jax
+
+        return kfac_jax.trainer(problem, setting)
+    if name in OURS:
+        return optax_trainer(problem, ours(name, problem, setting, batch))
+    return optax_trainer(problem, first_order(name, setting))
+
+
+def optax_trainer(problem: Problem, tx: optax.GradientTransformation) -> Trainer:
+    """A jitted step of an optax transformation, which consumes parameters and state."""
+    tx = optax.with_extra_args_support(tx)
+
+    def step(params: PyTree, state: PyTree, batch: Batch, key: Array) -> tuple[PyTree, PyTree]:
+        grads = jax.grad(problem.loss_fn)(params, batch)
+        updates, state = tx.update(grads, state, params, loss_args=(batch,), key=key)
+        return optax.apply_updates(params, updates), state
+
+    init = jax.jit(tx.init)
+    return Trainer(lambda params, batch, key: init(params), jax.jit(step, donate_argnums=(0, 1)))
+
+
+def names(given: Sequence[str], kfac_jax_found: bool) -> list[str]:
+    """The optimizers to run, Adam first: others are compared with it."""
+    chosen = [name for name in OPTIMIZERS if name in given]
+    if not kfac_jax_found:
+        chosen = [name for name in chosen if name != "kfac_jax"]
+    return sorted(chosen, key=lambda name: name != "adam")

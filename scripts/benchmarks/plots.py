@@ -1,0 +1,42 @@
+"""Loss against steps and against seconds, medians over seeds, as a PNG file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from digits.plots import finish, save
+
+from .optimizers import LABELS, OPTIMIZERS
+from .results import median_curve
+
+COLOURS = dict(
+    zip(
+        OPTIMIZERS,
+        ("#1f5fa8", "#3aa0c9", "#6b4fa0", "#2e8b57", "#d9730d", "#e0b040", "#7a7a7a", "#c03a3a"),
+        strict=True,
+    )
+)
+
+
+def draw(path: Path, results: dict[str, Any]) -> None:
+    """Draws a problem's results."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    by_step, by_second = figure.subplots(1, 2, sharey=True)
+    for name, entry in results["optimizers"].items():
+        curve = median_curve(entry)
+        loss = np.where(np.isfinite(curve.loss), curve.loss, np.nan)
+        style = {"color": COLOURS[name], "linewidth": 1.6, "label": LABELS[name]}
+        by_step.plot(curve.steps, loss, **style)
+        by_second.plot(curve.seconds, loss, **style)
+    finish(by_step, "steps", "training loss, all examples")
+    finish(by_second, "seconds in steps (compilation excluded)", "")
+    for axes in (by_step, by_second):  # runs are of very different lengths
+        axes.set_xscale("log")
+        axes.autoscale(axis="x")
+    by_second.legend(frameon=False)
+    figure.suptitle(f"{results['description']}, batch {results['batch_size']:,}", fontsize=12)
+    save(figure, path)
