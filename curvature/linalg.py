@@ -7,6 +7,7 @@ for ever.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,17 +16,16 @@ import jax.numpy as jnp
 
 from curvature.precision import HIGHEST
 
+_LARGE = 768
+
 
 def cholesky_inverse(matrices: jax.Array) -> jax.Array:
-    """Inverses of positive definite matrices `stack + (size, size)`; NaN where one is not."""
+    """Inverses of positive definite matrices `stack + (size, size)`; NaN where one is not.
 
-    def inverse(matrix: jax.Array) -> jax.Array:
-        lower = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
-        identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
-        half = jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
-        return jnp.matmul(half.mT, half, precision=HIGHEST)
-
-    return _each(inverse, matrices)
+    By Cholesky factorisation, and of large ones by eliminating one half of the coordinates first:
+    then most of the work is in matrix products, twice as fast.
+    """
+    return _each(_inverse, matrices)
 
 
 def eigh(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -45,6 +45,21 @@ def diagonal(matrices: jax.Array) -> jax.Array:
     """
     *stack, size, _ = matrices.shape
     return matrices.reshape((*stack, size * size))[..., :: size + 1]
+
+
+def _inverse(matrix: jax.Array) -> jax.Array:
+    size, dot = matrix.shape[-1], functools.partial(jnp.matmul, precision=HIGHEST)
+    if size < _LARGE:
+        lower = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+        identity = jnp.eye(size, dtype=matrix.dtype)
+        half = jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+        return dot(half.mT, half)
+    cut = size // 2
+    first, below = _inverse(matrix[:cut, :cut]), matrix[cut:, :cut]
+    ratio = dot(below, first)
+    second = _inverse(matrix[cut:, cut:] - dot(ratio, below.mT))  # of the Schur complement
+    corner = -dot(second, ratio)
+    return jnp.block([[first - dot(ratio.mT, corner), corner.mT], [corner, second]])
 
 
 def _each(function: Callable[[jax.Array], Any], matrices: jax.Array) -> Any:
