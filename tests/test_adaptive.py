@@ -101,7 +101,8 @@ def run(tx, steps, params=PARAMS):
 
 
 def test_rate_and_momentum_minimise_the_model_over_both_directions():
-    tx = curvature.kfac(REGISTRY, curvature.QuadraticModel(), damping=0.05)
+    always = {"statistics_every": 1, "refresh_every": 1}
+    tx = curvature.kfac(REGISTRY, curvature.QuadraticModel(), damping=0.05, **always)
     first, second = run(tx, 2)
     params, previous, state = first
     grads = jax.grad(loss_fn)(params, X, Y)
@@ -229,6 +230,8 @@ def test_g_digits_are_learnt_in_21_iterations():
         damping=LM(initial=0.1, every=1, factor=0.95**5),
         kind=curvature.GaussNewton(),
         decay=0.0,
+        statistics_every=1,
+        refresh_every=1,
     )
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})

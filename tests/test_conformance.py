@@ -326,7 +326,8 @@ def test_excluded_parameters_can_have_an_optimizer_of_their_own():
     registry = REGISTRY.override("scale", exclude=True)
     precondition = curvature.scale_by_curvature(registry, damping=DAMPING)
     apart = optax.partition({True: optax.sgd(0.3), False: optax.sgd(0.1)}, MASK)
-    whole = curvature.kfac(registry, 0.3, 0.0, DAMPING, fallback=optax.scale(1 / 3))
+    always = {"statistics_every": 1, "refresh_every": 1}
+    whole = curvature.kfac(registry, 0.3, 0.0, DAMPING, fallback=optax.scale(1 / 3), **always)
     close(train(optax.chain(precondition, apart))[0], train(whole)[0])
 
 

@@ -294,7 +294,10 @@ def test_d_undamped_kfac_does_not_see_the_parametrisation():
 
     def kfac(registry):
         kind = curvature.GaussNewton()
-        return curvature.kfac(registry, 0.1, momentum=0.5, damping=0.0, kind=kind, decay=0.9)
+        always = {"statistics_every": 1, "refresh_every": 1}
+        return curvature.kfac(
+            registry, 0.1, momentum=0.5, damping=0.0, kind=kind, decay=0.9, **always
+        )
 
     one = train(tanh, squash, x, y, kfac, steps=20)
     two = train(logistic, sigmoid, x, y, kfac, steps=20)

@@ -272,7 +272,7 @@ def test_the_default_kind_is_the_fisher_with_one_sample(key):
 
 def test_momentum_and_learning_rate():
     """As optax's `trace` after the preconditioner, and by hand: v <- direction + momentum v."""
-    settings = {"damping": 0.01, "decay": 0.9, "statistics_every": 2}
+    settings = {"damping": 0.01, "decay": 0.9, "statistics_every": 2, "refresh_every": 1}
     precondition = curvature.scale_by_curvature(REGISTRY, **settings)
     tx = curvature.kfac(REGISTRY, 0.1, 0.7, **settings)
     update, direct = jax.jit(tx.update), jax.jit(precondition.update)
@@ -309,7 +309,7 @@ def test_schedules_of_learning_rate_and_damping():
     """Both count the same steps, from zero."""
     rate = schedule(optax.piecewise_constant_schedule(0.5, {1: 0.1, 3: 0.5}))
     damping = schedule(optax.linear_schedule(0.1, 0.01, 3))
-    tx = curvature.kfac(REGISTRY, rate, 0.0, damping, kind=EXACT, decay=0.0)
+    tx = curvature.kfac(REGISTRY, rate, 0.0, damping, kind=EXACT, decay=0.0, refresh_every=1)
     params, data, grads, statistics = one_step()
     state = tx.init(params)
     update = jax.jit(tx.update)

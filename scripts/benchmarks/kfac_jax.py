@@ -12,7 +12,7 @@ from jax import Array
 
 from digits.data import Batch
 
-from .optimizers import INVERT_EVERY, MOMENTUM, Setting, Trainer
+from .optimizers import MOMENTUM, Setting, Trainer
 from .problems import Problem
 
 PyTree = Any
@@ -43,7 +43,7 @@ def trainer(problem: Problem, setting: Setting) -> Trainer:
         options = {**fixed(setting["learning_rate"], setting["damping"])}
         # Its bound is on the squared length of the preconditioned gradient times the rate.
         options["norm_constraint"] = setting["norm_bound"]
-    return optimizer_trainer(problem, inverse_update_period=INVERT_EVERY, **options)
+    return optimizer_trainer(problem, **options)
 
 
 def fixed(learning_rate: float, damping: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Every optimizer, with the settings that are tried for it: TRIALS for each.
 
-Ours and kfac-jax take statistics at every step and invert every INVERT_EVERY steps. Three of their
-settings are the full algorithm (rate, momentum and damping adapt) from different initial dampings,
+Ours and kfac-jax take statistics and invert as often as their defaults say. Three of their settings
+are the full algorithm (rate, momentum and damping adapt) from different initial dampings,
 three have a fixed rate and damping and a bound on the length of the step. The others are tried with
 different learning rates, and AdamW also with two strengths of weight decay.
 """
@@ -25,7 +25,6 @@ PyTree = Any
 Setting = dict[str, float]
 
 TRIALS = 6
-INVERT_EVERY = 5
 MOMENTUM = 0.9
 
 OURS = ("kfac", "ekfac", "foof")
@@ -82,7 +81,7 @@ def ours(name: str, problem: Problem, setting: Setting, batch: Batch, **options:
     """`curvature.kfac`, `ekfac` or `foof`; `options` are passed on."""
     params = jax.eval_shape(problem.network.init, jax.random.key(0))
     registry = curvature.register(problem.loss_fn, params, batch)
-    given: dict[str, Any] = {"refresh_every": INVERT_EVERY, **options}
+    given: dict[str, Any] = dict(options)
     rate: Any = setting.get("learning_rate", curvature.QuadraticModel())
     if "initial_damping" in setting:
         given["damping"] = curvature.LevenbergMarquardt(setting["initial_damping"])
@@ -115,8 +114,8 @@ def optax_trainer(problem: Problem, tx: optax.GradientTransformation) -> Trainer
     tx = optax.with_extra_args_support(tx)
 
     def step(params: PyTree, state: PyTree, batch: Batch, key: Array) -> tuple[PyTree, PyTree]:
-        grads = jax.grad(problem.loss_fn)(params, batch)
-        updates, state = tx.update(grads, state, params, loss_args=(batch,), key=key)
+        value, grads = jax.value_and_grad(problem.loss_fn)(params, batch)
+        updates, state = tx.update(grads, state, params, loss_args=(batch,), key=key, value=value)
         return optax.apply_updates(params, updates), state
 
     init = jax.jit(tx.init)

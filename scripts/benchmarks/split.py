@@ -3,6 +3,7 @@
 A gradient alone gives `forward_backward`. A step that takes no statistics and refreshes nothing
 costs that and `apply`: preconditioning, momentum, and what chooses rate and damping. With
 statistics it costs `statistics` more, and with a refresh too `refresh` more: of all blocks at once.
+By default K-FAC does the former at every fifth step and a tenth of the latter at each.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ STEPS = 5  # in a round: one period of Levenberg and Marquardt's rule
 ROUNDS = 4
 
 PERIODS = {
-    "apply": {"statistics_every": NEVER, "refresh_every": NEVER},
-    "statistics": {"statistics_every": 1, "refresh_every": NEVER},
+    "apply": {"statistics_every": NEVER, "refresh_every": NEVER, "spread": False},
+    "statistics": {"statistics_every": 1, "refresh_every": NEVER, "spread": False},
     "refresh": {"statistics_every": 1, "refresh_every": 1},
 }
 
@@ -53,7 +54,7 @@ def seconds(name: str, problem: Problem, setting: Setting) -> dict[str, float]:
             times[part].append((time.perf_counter() - start) / STEPS)
     levels = [statistics.median(measured[1:]) for measured in times.values()]
     differences = [levels[0], *(b - a for a, b in pairwise(levels))]
-    return {"refresh_every": optimizers.INVERT_EVERY, **dict(zip(parts, differences, strict=True))}
+    return dict(zip(parts, differences, strict=True))
 
 
 def _stepping(trainer: optimizers.Trainer, params: Any, batch: Any) -> Callable[[], Any]:
