@@ -11,6 +11,7 @@ from curvature.blocks import (
     Identity,
     Kronecker,
 )
+from curvature.checkpoint import factors, with_factors
 from curvature.estimator import EmpiricalFisher, Estimator, Fisher, GaussNewton
 from curvature.kfac import KFACState, KFACStats, ekfac, foof, kfac
 from curvature.preconditioner import CurvatureState, CurvatureStats, scale_by_curvature
@@ -44,6 +45,7 @@ __all__ = [
     "QuadraticModel",
     "Registry",
     "ekfac",
+    "factors",
     "foof",
     "kfac",
     "losses",
@@ -52,4 +54,5 @@ __all__ = [
     "register",
     "scale_by_curvature",
     "tag_layer",
+    "with_factors",
 ]

@@ -353,7 +353,7 @@ class Preconditioner:
     ) -> CurvatureState:
         """Renews the inverses whose turn it is; all of them where there are none yet."""
         first = ~state.refreshed
-        now = Now(state.weight, damping, first)
+        now = Now(state.weight, damping, first, restart=first & (state.step <= 0))
         statistics, inverse = dict(state.statistics), dict(state.inverse)
         acted = failed = jnp.asarray(False)
         staleness = jnp.zeros_like(damping)

@@ -58,11 +58,13 @@ class Now(NamedTuple):
       weight: the weight of the averages: statistics are the averages over it.
       damping: added to the curvature.
       first: whether there are no inverses yet.
+      restart: whether EKFAC layers' corrections were taken in no eigenbasis yet.
     """
 
     weight: jax.Array
     damping: jax.Array
     first: jax.Array
+    restart: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -196,7 +198,7 @@ class Inverses:
         values, vectors = zip(*(solutions[layer.name, side] for side in SIDES), strict=True)
         bases = dict(zip(BASES, vectors, strict=True))
         if layer.block == "ekfac":
-            moved = carried_over(found, bases, values, depth, now.first)
+            moved = carried_over(found, bases, values, depth, now.restart)
             block = block_of(layer, found | moved)
             return moved, {"values": self._damped(block, depth, now.damping)}
         block = EigenKronecker(vectors[0], vectors[1], products(*values), depth)

@@ -1,0 +1,83 @@
+"""Factors-only checkpoints: the statistics of a run, from which the inverses are made anew.
+
+The whole state is a pytree of arrays, which any checkpointing library keeps; a run goes on from it
+as if never stopped. The statistics alone are about half of that, and serve another optimizer too:
+one with another damping or method of refresh, whose state has another layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvature.preconditioner import CurvatureState
+
+PyTree = Any
+
+
+def factors(state: PyTree) -> dict[str, Any]:
+    """What is averaged, from the state of a transformation made of `scale_by_curvature`.
+
+    Args:
+      state: the state of `kfac`, or of a chain that holds one, ...
+
+    Returns:
+      `step`, `weight` and `statistics` as in `CurvatureState`.
+
+    Raises:
+      ValueError: there is not one such state in it, but none or several.
+    """
+    found: list[CurvatureState] = []
+    _map(state, lambda part: found.append(part) or part)
+    if len(found) != 1:
+        raise ValueError(f"Found {len(found)} states of scale_by_curvature, expected one.")
+    (one,) = found
+    return {"step": one.step, "weight": one.weight, "statistics": one.statistics}
+
+
+def with_factors(state: PyTree, saved: dict[str, Any]) -> PyTree:
+    """The state with other statistics; the next step makes all inverses anew.
+
+    Args:
+      state: as `init` makes it, or later.
+      saved: what `factors` returned.
+
+    Returns:
+      The state.
+
+    Raises:
+      ValueError: the statistics are not those of this model and these blocks.
+
+    >>> import jax, jax.numpy as jnp, curvature
+    >>> def loss_fn(params, x):
+    ...     return curvature.losses.l2_loss(x @ params["w"]).mean()
+    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((4, 2))
+    >>> tx = curvature.kfac(curvature.register(loss_fn, params, x), 0.1)
+    >>> grads, key = jax.grad(loss_fn)(params, x), jax.random.key(0)
+    >>> _, state = tx.update(grads, tx.init(params), params, loss_args=(x,), key=key)
+    >>> again = curvature.with_factors(tx.init(params), curvature.factors(state))
+    >>> int(again.curvature.step)
+    1
+    """
+    shapes = jax.tree.map(jnp.shape, factors(state))
+    found = jax.tree.map(jnp.shape, saved)
+    if shapes != found:
+        raise ValueError(
+            f"The factors have the shapes {found}, expected {shapes}: they are another model's, or "
+            "its layers had other blocks."
+        )
+    # Copies: a restored state may be donated, and the saved one used again.
+    saved = jax.tree.map(jnp.copy, saved)
+    return _map(state, lambda part: part._replace(**saved, refreshed=jnp.zeros((), bool)))
+
+
+def _map(state: PyTree, function: Callable[[CurvatureState], Any]) -> PyTree:
+    def is_state(part: Any) -> bool:
+        return isinstance(part, CurvatureState)
+
+    return jax.tree.map(
+        lambda part: function(part) if is_state(part) else part, state, is_leaf=is_state
+    )
