@@ -7,7 +7,6 @@ one with another damping or method of refresh, whose state has another layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,8 +29,8 @@ def factors(state: PyTree) -> dict[str, Any]:
     Raises:
       ValueError: there is not one such state in it, but none or several.
     """
-    found: list[CurvatureState] = []
-    _map(state, lambda part: found.append(part) or part)
+    parts = jax.tree.leaves(state, is_leaf=_is_state)
+    found = [part for part in parts if _is_state(part)]
     if len(found) != 1:
         raise ValueError(f"Found {len(found)} states of scale_by_curvature, expected one.")
     (one,) = found
@@ -71,13 +70,12 @@ def with_factors(state: PyTree, saved: dict[str, Any]) -> PyTree:
         )
     # Copies: a restored state may be donated, and the saved one used again.
     saved = jax.tree.map(jnp.copy, saved)
-    return _map(state, lambda part: part._replace(**saved, refreshed=jnp.zeros((), bool)))
+
+    def replaced(part: Any) -> Any:
+        return part._replace(**saved, refreshed=jnp.zeros((), bool)) if _is_state(part) else part
+
+    return jax.tree.map(replaced, state, is_leaf=_is_state)
 
 
-def _map(state: PyTree, function: Callable[[CurvatureState], Any]) -> PyTree:
-    def is_state(part: Any) -> bool:
-        return isinstance(part, CurvatureState)
-
-    return jax.tree.map(
-        lambda part: function(part) if is_state(part) else part, state, is_leaf=is_state
-    )
+def _is_state(part: Any) -> bool:
+    return isinstance(part, CurvatureState)

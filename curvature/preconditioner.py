@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -379,7 +378,10 @@ class Preconditioner:
 
 def settled(good: jax.Array, new: CurvatureState, old: CurvatureState) -> CurvatureState:
     """The state after a step, or after a skipped one: what depends on the gradient as before."""
-    choose: Callable[..., jax.Array] = functools.partial(jnp.where, good)
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(good, new, old)
+
     skipped = old.stats.skipped + jnp.where(good, 0, 1).astype(jnp.int32)
     return new._replace(
         step=choose(new.step, old.step),
