@@ -32,18 +32,13 @@ def add_checkout(path: Path) -> str | None:
 
 def trainer(problem: Problem, setting: Setting) -> Trainer:
     """The optimizer of a setting, which it reads as ours do."""
-    if "initial_damping" in setting:
-        options: dict[str, Any] = {
-            "use_adaptive_learning_rate": True,
-            "use_adaptive_momentum": True,
-            "use_adaptive_damping": True,
-            "initial_damping": setting["initial_damping"],
-        }
-    else:
-        options = {**fixed(setting["learning_rate"], setting["damping"])}
-        # Its bound is on the squared length of the preconditioned gradient times the rate.
-        options["norm_constraint"] = setting["norm_bound"]
-    return optimizer_trainer(problem, **options)
+    return optimizer_trainer(
+        problem,
+        use_adaptive_learning_rate=True,
+        use_adaptive_momentum=True,
+        use_adaptive_damping=True,
+        initial_damping=setting["initial_damping"],
+    )
 
 
 def fixed(learning_rate: float, damping: float) -> dict[str, Any]:
