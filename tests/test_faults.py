@@ -30,6 +30,8 @@ RECIPES = {
     "adaptive": (curvature.kfac, {"damping": curvature.LevenbergMarquardt(every=1)}),
 }
 LARGE = 1e200
+SLOW = ("newton_schulz", "qr", "foof")  # the same code as others' but for a few lines
+EACH = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in RECIPES]
 
 # What happens to (parameters, x, y); whether steps are skipped for it.
 FAULTS = {
@@ -64,7 +66,7 @@ def train(recipe, fault, steps=4, dtype=None, **options):
     return out
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", EACH)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_parameters_stay_finite(fault, recipe):
     spoil, skips = FAULTS[fault]
@@ -77,7 +79,7 @@ def test_parameters_stay_finite(fault, recipe):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(history[-1][2]))
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "adaptive"])
+@pytest.mark.parametrize("recipe", [name for name in EACH if name != "adaptive"])
 def test_a_learning_rate_of_zero_changes_nothing(recipe):
     for params, updates, state in train(recipe, lambda *args: args, learning_rate=0.0):
         assert not any(np.any(u) for u in jax.tree.leaves(updates))
@@ -95,7 +97,7 @@ def test_no_damping_and_singular_factors(recipe, standard_promotion):
     assert failed == (recipe == "cholesky")  # eigenbases have a pseudo-inverse
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", EACH)
 def test_float16_overflow_is_skipped(recipe, standard_promotion):
     """What is above 65,504 is infinite in the gradient's dtype; statistics are in float32."""
     spoil = lambda p, x, y: (p, x * jnp.float16(6e4), y)  # noqa: E731
