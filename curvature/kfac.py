@@ -248,7 +248,7 @@ def kfac(
         )
         descent = jax.tree.map(jnp.negative, direction)
         taken = (by_quadratic_model if by_model else at_rate)(problem, descent, state)
-        norm = optax.tree.norm(taken.step).astype(lam.dtype)
+        norm = jnp.sqrt(quadratic.dot(taken.step, taken.step, lam.dtype))
         good = gathered.sound & jnp.isfinite(norm)
         after, ratio = lam, state.latest.reduction_ratio
         if adapts:

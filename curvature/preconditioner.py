@@ -226,6 +226,11 @@ class Preconditioner:
         for name in ("accumulate", "statistics_every", "refresh_every"):
             check_period(name, options[name])
         check_period("burn_in", options["burn_in"], smallest=0)
+        refresh = options["refresh"]
+        if not isinstance(refresh, Method):
+            raise TypeError(
+                f"refresh is {refresh!r}, expected Cholesky(), NewtonSchulz(), Eigh() or QR()."
+            )
         fallback, graft = options["fallback"], options["graft"]
         if fallback is not None:
             registry = registry.without_generic()
@@ -234,7 +239,7 @@ class Preconditioner:
         left = jax.tree.unflatten(jax.tree.structure(registry.params), registry.excluded)
         return cls(
             estimator,
-            Inverses(estimator, options["refresh"], turns, options["relative_damping"]),
+            Inverses(estimator, refresh, turns, options["relative_damping"]),
             options["decay"],
             options["burn_in"],
             options["accumulate"],

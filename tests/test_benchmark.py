@@ -30,6 +30,7 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_json_and_plot(finished):
     found = json.loads((finished / f"{PROBLEM}.json").read_text())
     assert (finished / f"{PROBLEM}.png").read_bytes().startswith(b"\x89PNG")
@@ -47,10 +48,11 @@ def test_a_quick_run_writes_json_and_plot(finished):
         assert 0 < run["median_step_seconds"] <= run["slowest_step_seconds"]
         assert run["compile_seconds"] > 0
     assert found["optimizers"]["adam"]["split"] is None
-    parts = {"forward_backward", "statistics", "refresh", "apply", "refresh_every"}
+    parts = {"forward_backward", "statistics", "refresh", "apply"}
     assert set(found["optimizers"]["kfac"]["split"]) == parts
 
 
+@pytest.mark.slow
 def test_results_are_kept_unless_the_protocol_differs(finished, capsys):
     path = finished / f"{PROBLEM}.json"
     before = json.loads(path.read_text())
@@ -70,6 +72,7 @@ def test_results_of_another_problem_are_refused(tmp_path):
         results.start(problem, path)
 
 
+@pytest.mark.slow
 def test_fresh_measures_again_what_is_asked_for_and_keeps_the_rest(tmp_path):
     quick = ["--quick", "--problem", PROBLEM, "--out", str(tmp_path)]
     path = tmp_path / f"{PROBLEM}.json"
@@ -82,6 +85,7 @@ def test_fresh_measures_again_what_is_asked_for_and_keeps_the_rest(tmp_path):
     assert after["sgd"]["runs"][0]["measures"] == before["sgd"]["runs"][0]["measures"]
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_start_for_every_optimizer():
     problem = problems.PROBLEMS[PROBLEM]()
     starts = {

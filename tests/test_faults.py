@@ -110,3 +110,13 @@ def test_float16_overflow_is_skipped(recipe, standard_promotion):
     stats = history[-1][2].stats
     assert stats.skipped == 1
     assert all(p.dtype == jnp.float16 for p in jax.tree.leaves(history[-1][0]))
+
+
+def test_a_long_step_in_float16_is_no_overflow(standard_promotion):
+    """Its square would be one."""
+    keep = lambda *args: args  # noqa: E731
+    ((_, updates, state),) = train(
+        "cholesky", keep, steps=1, dtype=jnp.float16, damping=0.1, learning_rate=1e3
+    )
+    assert state.stats.skipped == 0 and 256 < state.stats.update_norm < 6e4
+    assert all(np.isfinite(np.asarray(u, float)).all() for u in jax.tree.leaves(updates))

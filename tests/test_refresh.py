@@ -133,8 +133,9 @@ def test_qr_tracks_the_eigenbasis():
     np.testing.assert_allclose(
         np.abs(np.asarray(q.mT) @ span), np.stack([np.eye(6)] * 3), atol=1e-9
     )
+    track = jax.jit(curvature.QR().basis)
     for _ in range(300):
-        values, q, stale = curvature.QR().basis(moved, q, False)
+        values, q, stale = track(moved, q, jnp.asarray(False))
     np.testing.assert_allclose(stale, 0, atol=1e-6)
     np.testing.assert_allclose(np.sort(values), np.linalg.eigvalsh(moved), rtol=1e-6)
 
@@ -423,6 +424,11 @@ def test_a_given_value_saves_a_loss():
     np.testing.assert_allclose(one.next_damping, two.next_damping, rtol=1e-12)
     _, wrong = tx.update(GRADS, state, PARAMS, loss_args=(X, Y), value=value - 100.0)
     assert wrong.next_damping != two.next_damping
+
+
+def test_a_method_is_an_instance():
+    with pytest.raises(TypeError, match=r"expected Cholesky\(\)"):
+        curvature.kfac(REGISTRY, 0.1, refresh=curvature.Cholesky)
 
 
 def test_relative_damping_has_no_quadratic_model():
