@@ -220,7 +220,8 @@ def kfac(
         updates: PyTree, state: KFACState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, KFACState]:
         args = check_update(params, extra.pop("loss_args", None))
-        key, lam = extra.pop("key", None), extra.pop("damping", given)
+        key = extra.pop("key", None)
+        lam = extra.pop("damping", state.next_damping if adapts else given)
         gathered = preconditioner.gathered(updates, state.curvature, params, args, key)
         act = functools.partial(step, gathered, params, args, lam, extra)
         zeros = jax.tree.map(jnp.zeros_like, updates)
@@ -237,7 +238,7 @@ def kfac(
         """The step of the gathered gradient."""
         _, state = carry
         count = state.curvature.step
-        lam = state.next_damping if adapts else at(damping, count, state.next_damping)
+        lam = at(damping, count, state.next_damping)
         problem = objective.at(params, args, gathered.gradient, lam, count)
         direction, curvature = preconditioner.direction(
             gathered._replace(gradient=problem.gradient),

@@ -431,6 +431,15 @@ def test_a_method_is_an_instance():
         curvature.kfac(REGISTRY, 0.1, refresh=curvature.Cholesky)
 
 
+@pytest.mark.parametrize("damping", [0.5, curvature.LevenbergMarquardt(initial=0.5)])
+def test_a_damping_given_to_update_is_used(damping):
+    tx = curvature.kfac(REGISTRY, 0.1, damping=damping, kind=EXACT)
+    other = curvature.kfac(REGISTRY, 0.1, damping=0.02, kind=EXACT)
+    one, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, loss_args=(X, Y), damping=0.02)
+    two, _ = other.update(GRADS, other.init(PARAMS), PARAMS, loss_args=(X, Y))
+    close(one, two)
+
+
 def test_relative_damping_has_no_quadratic_model():
     for options in (
         {"learning_rate": curvature.QuadraticModel()},
