@@ -17,11 +17,20 @@ class LevenbergMarquardt:
         rho = (loss(w + v) - loss(w)) / M(v)
 
     is measured on the step's own batch. Where it is below `low`, the model is trusted too far and
-    the damping grows by `factor^-every`; above `high` it shrinks by `factor^every`.
+    the damping grows by `factor^-every`; above `high` it shrinks by `factor^every`. Where the model
+    expects no decrease, as it may of a given rate and momentum, that counts as a ratio of zero.
+
+    A small batch confirms its own model even of a step that is far too long for all others. So the
+    step is also measured on the next batch, where rho is -1 on average if the gradient is nothing
+    but noise: v then minimises the batch's own model, and costs others v'Gv / 2 = -M(v). A rho
+    below -1 says that the damping does not cover what the batch did not see. Where the damping
+    decides, a step's length is inversely proportional to it, and that excess to the length's
+    square: the damping grows by sqrt(-rho), at most a hundredfold.
 
     Attributes:
       initial: the damping of the first step.
-      every: steps between measurements, each of which costs two evaluations of the loss.
+      every: steps between measurements, each of which costs three evaluations of the loss, or two
+        with `value=` given to the update.
       factor: change of the damping in one step, in (0, 1).
       low: ratio below which the damping grows.
       high: ratio above which it shrinks.
@@ -58,6 +67,15 @@ class LevenbergMarquardt:
         grown = jnp.where(ratio > self.high, damping * change, damping)
         grown = jnp.where(ratio >= self.low, grown, damping / change)
         return jnp.clip(grown, self.minimum, self.maximum)
+
+    def checked(self, damping: jax.Array, ratio: jax.Array) -> jax.Array:
+        """The damping after the next batch, on which the step came to `ratio`.
+
+        Left alone where the ratio is -1 or more, or not a number.
+        """
+        least = jnp.asarray(self.factor, damping.dtype) ** -self.every
+        growth = jnp.maximum(jnp.sqrt(jnp.clip(-ratio, 1, 1e4)), least)
+        return jnp.where(ratio < -1, jnp.minimum(damping * growth, self.maximum), damping)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from curvature import quadratic
 from curvature.adaptive import LevenbergMarquardt, QuadraticModel
 from curvature.arguments import ScalarOrSchedule, at, check_range, check_update, own
 from curvature.estimator import Fisher, Kind
+from curvature.objective import Objective, Problem, combined, is_zero
 from curvature.preconditioner import (
     CurvatureState,
     Gathered,
@@ -39,6 +39,8 @@ class StepStats(NamedTuple):
       momentum: the coefficient of the step before.
       clipped: the factor by which `kl_clip` shortened it.
       reduction_ratio: the latest measured ratio of the loss's change to the predicted one.
+      predicted: the change that the quadratic model predicted there.
+      next_batch_ratio: the same ratio with the loss's change on the batch that came next.
       update_norm: the length of the update.
     """
 
@@ -46,6 +48,8 @@ class StepStats(NamedTuple):
     momentum: jax.Array
     clipped: jax.Array
     reduction_ratio: jax.Array
+    predicted: jax.Array
+    next_batch_ratio: jax.Array
     update_norm: jax.Array
 
 
@@ -60,6 +64,8 @@ class KFACStats(NamedTuple):
     momentum: jax.Array
     clipped: jax.Array
     reduction_ratio: jax.Array
+    predicted: jax.Array
+    next_batch_ratio: jax.Array
     update_norm: jax.Array
 
 
@@ -206,14 +212,14 @@ def kfac(
         max_factor_dim=max_factor_dim,
         fallback=fallback,
     )
-    objective = _Objective(registry, l2)
+    objective = Objective(registry, l2)
     decays = optax.masked(optax.add_decayed_weights(1.0), weight_decay_mask or _everything)
 
     def init(params: PyTree) -> KFACState:
         curvature = preconditioner.init(params)
         zero = jnp.zeros_like(curvature.stats.damping)
         start = at(given, curvature.step, zero)
-        latest = StepStats(zero, zero, zero, zero, zero)
+        latest = StepStats(*(zero for _ in StepStats._fields))
         return own(KFACState(curvature, jax.tree.map(jnp.zeros_like, params), start, latest))
 
     def update(
@@ -221,7 +227,7 @@ def kfac(
     ) -> tuple[PyTree, KFACState]:
         args = check_update(params, extra.pop("loss_args", None))
         key = extra.pop("key", None)
-        lam = extra.pop("damping", state.next_damping if adapts else given)
+        lam = extra.pop("damping", None if adapts else given)
         gathered = preconditioner.gathered(updates, state.curvature, params, args, key)
         act = functools.partial(step, gathered, params, args, lam, extra)
         zeros = jax.tree.map(jnp.zeros_like, updates)
@@ -238,8 +244,14 @@ def kfac(
         """The step of the gathered gradient."""
         _, state = carry
         count = state.curvature.step
-        lam = at(damping, count, state.next_damping)
+        lam, fresh = state.next_damping, state.latest.next_batch_ratio
+        if damping is not None:
+            lam = at(damping, count, lam)
         problem = objective.at(params, args, gathered.gradient, lam, count)
+        if adapts and damping is None:
+            check = functools.partial(checked, problem, state, adapts, extra.get("value"))
+            lam, fresh = when((count > 0) & (count % adapts.every == 0), check, (lam, fresh))
+            problem = problem._replace(lam=lam)
         direction, curvature = preconditioner.direction(
             gathered._replace(gradient=problem.gradient),
             state.curvature,
@@ -251,11 +263,12 @@ def kfac(
         taken = (by_quadratic_model if by_model else at_rate)(problem, descent, state)
         norm = jnp.sqrt(quadratic.dot(taken.step, taken.step, lam.dtype))
         good = gathered.sound & jnp.isfinite(norm)
-        after, ratio = lam, state.latest.reduction_ratio
+        after, ratio, predicted = lam, state.latest.reduction_ratio, state.latest.predicted
         if adapts:
             measure = functools.partial(measured, problem, taken, adapts, extra.get("value"))
-            after, ratio = when(good & ((count + 1) % adapts.every == 0), measure, (after, ratio))
-        latest = StepStats(taken.rate, taken.momentum, taken.clipped, ratio, norm)
+            due = good & ((count + 1) % adapts.every == 0)
+            after, ratio, predicted = when(due, measure, (after, ratio, predicted))
+        latest = StepStats(taken.rate, taken.momentum, taken.clipped, ratio, predicted, fresh, norm)
         kept = KFACState(
             settled(good, curvature, state.curvature),
             *jax.tree.map(
@@ -265,25 +278,33 @@ def kfac(
         return masked(good, decayed(taken, params, count)), kept
 
     def measured(
-        problem: _Problem, taken: _Step, adapts: LevenbergMarquardt, value: Any, _: Any
-    ) -> tuple[jax.Array, jax.Array]:
-        """The next damping, and the reduction ratio that it follows from."""
-        predicted = taken.predicted
+        problem: Problem, taken: _Step, adapts: LevenbergMarquardt, value: Any, _: Any
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The next damping, the reduction ratio that it follows from, and the predicted change."""
+        lam, predicted = problem.lam, taken.predicted
         if not by_model:
-            predicted = problem.model([taken.step])(jnp.ones(1, predicted.dtype))
-        change = problem.change(taken.step, value)
-        ratio = change.astype(predicted.dtype) / predicted
-        return adapts.updated(problem.lam, ratio), ratio.astype(problem.lam.dtype)
+            predicted = problem.model([taken.step])(jnp.ones(1, predicted.dtype)).astype(lam.dtype)
+        ratio = problem.change(taken.step, value) / predicted
+        return adapts.updated(lam, jnp.where(predicted < 0, ratio, 0)), ratio, predicted
+
+    def checked(
+        problem: Problem, state: KFACState, adapts: LevenbergMarquardt, value: Any, _: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """The damping after what the step before did to this batch, and that ratio."""
+        back = jax.tree.map(jnp.negative, state.previous)
+        predicted = state.latest.predicted
+        ratio = -problem.change(back, value) / predicted
+        return adapts.checked(problem.lam, jnp.where(predicted < 0, ratio, 0)), ratio
 
     def decayed(taken: _Step, params: PyTree, count: jax.Array) -> PyTree:
         """The step with decoupled weight decay."""
-        if _is_zero(weight_decay):
+        if is_zero(weight_decay):
             return taken.step
         scale = -taken.rate * at(weight_decay, count, taken.rate)
         shrunk, _ = decays.update(jax.tree.map(jnp.zeros_like, params), decays.init(params), params)
-        return _combined((jnp.ones_like(scale), scale), (taken.step, shrunk))
+        return combined((jnp.ones_like(scale), scale), (taken.step, shrunk))
 
-    def at_rate(problem: _Problem, descent: PyTree, state: KFACState) -> _Step:
+    def at_rate(problem: Problem, descent: PyTree, state: KFACState) -> _Step:
         """The step of a given learning rate and momentum."""
         lam, count = problem.lam, state.curvature.step
         rate, beta = at(learning_rate, count, lam), at(momentum, count, lam)
@@ -291,13 +312,13 @@ def kfac(
         if kl_clip is not None:
             # Of v = -rate (G + lam I)^-1 g, v'(G + lam I)v is rate^2 g'(G + lam I)^-1 g.
             clip = _clip(kl_clip, -(rate**2) * quadratic.dot(problem.gradient, descent, lam.dtype))
-        step = _combined((rate * clip, beta), (descent, state.previous))
+        step = combined((rate * clip, beta), (descent, state.previous))
         return _Step(step, rate * clip, beta, clip, jnp.zeros_like(lam))
 
-    def by_quadratic_model(problem: _Problem, descent: PyTree, state: KFACState) -> _Step:
+    def by_quadratic_model(problem: Problem, descent: PyTree, state: KFACState) -> _Step:
         """The step of the rate and momentum that the quadratic model likes best."""
         lam = problem.lam
-        directions = [descent] if _is_zero(momentum) else [descent, state.previous]
+        directions = [descent] if is_zero(momentum) else [descent, state.previous]
         found = problem.model(directions)
         best = found.minimiser()
         clip = jnp.ones_like(lam)
@@ -306,63 +327,10 @@ def kfac(
             best = best * clip.astype(best.dtype)
         rate, *others = best.astype(lam.dtype)
         beta = others[0] if others else jnp.zeros_like(rate)
-        return _Step(_combined(list(best), directions), rate, beta, clip, found(best))
+        predicted = found(best).astype(lam.dtype)
+        return _Step(combined(list(best), directions), rate, beta, clip, predicted)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Objective:
-    """What is trained on: the loss, and 1/2 l2 |params|^2."""
-
-    registry: Registry
-    l2: ScalarOrSchedule
-
-    def at(
-        self, params: PyTree, args: tuple[PyTree, ...], gradient: PyTree, lam: Any, count: jax.Array
-    ) -> _Problem:
-        """The problem of one step, from the loss's gradient."""
-        l2 = at(self.l2, count, lam)
-        if not _is_zero(self.l2):
-            gradient = _combined((jnp.ones_like(l2), l2), (gradient, params))
-        return _Problem(self.registry, params, args, gradient, lam, l2)
-
-
-class _Problem(NamedTuple):
-    """The objective at the parameters and the batch of one step; `gradient` is the objective's."""
-
-    registry: Registry
-    params: PyTree
-    args: tuple[PyTree, ...]
-    gradient: PyTree
-    lam: jax.Array
-    l2: jax.Array
-
-    @property
-    def damping(self) -> jax.Array:
-        """What is added to the loss's curvature."""
-        return self.lam + self.l2
-
-    def model(self, steps: Sequence[PyTree]) -> quadratic.Quadratic:
-        """The damped quadratic model along some directions."""
-        loss_fn, has_aux = self.registry.loss_fn, self.registry.has_aux
-        return quadratic.along(
-            loss_fn, has_aux, self.params, self.args, self.gradient, steps, self.damping
-        )
-
-    def change(self, step: PyTree, value: jax.Array | None) -> jax.Array:
-        """What a step changes the objective by; `value` is the loss without it, if known."""
-        before = self._loss(self.params) if value is None else value
-        moved = optax.apply_updates(self.params, step)
-        dtype = self.l2.dtype
-        # 1/2 |w + v|^2 - 1/2 |w|^2 without the difference of large numbers.
-        doubled = jax.tree.map(lambda w, v: 2 * w + v, self.params, step)
-        penalty = self.l2 * quadratic.dot(doubled, step, dtype) / 2
-        return self._loss(moved).astype(dtype) - before.astype(dtype) + penalty
-
-    def _loss(self, params: PyTree) -> jax.Array:
-        out = self.registry.loss_fn(params, *self.args)
-        return out[0] if self.registry.has_aux else out
 
 
 def ekfac(
@@ -406,24 +374,9 @@ def foof(
 ekfac.__signature__ = foof.__signature__ = inspect.signature(kfac)  # type: ignore[attr-defined]
 
 
-def _combined(coefficients: Sequence[jax.Array], trees: Sequence[PyTree]) -> PyTree:
-    """The sum of coefficient times tree, in the trees' dtypes."""
-
-    def one(*leaves: jax.Array) -> jax.Array:
-        terms = [c.astype(x.dtype) * x for c, x in zip(coefficients, leaves, strict=True)]
-        return functools.reduce(jnp.add, terms)
-
-    return jax.tree.map(one, *trees)
-
-
 def _clip(bound: float, length: jax.Array) -> jax.Array:
     """What shortens a step v with v'Gv = length to 1/2 v'Gv <= bound."""
     return jnp.sqrt(2 * bound / jnp.maximum(length, 2 * bound))
-
-
-def _is_zero(value: Any) -> bool:
-    """Whether a hyperparameter is known to be zero: a number, and no traced one."""
-    return not (callable(value) or isinstance(value, jax.core.Tracer) or value)
 
 
 def _everything(params: PyTree) -> PyTree:

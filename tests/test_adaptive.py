@@ -125,6 +125,32 @@ def test_without_momentum_only_the_rate_is_chosen():
     assert all(state.stats.momentum == 0 for _, _, state in run(tx, 3))
 
 
+def digits():
+    data = load_digits()
+    return jnp.asarray(data.data / 16), jnp.asarray(data.target)
+
+
+def deep_params():
+    """Martens and Grosse's small net."""
+    sizes, rng = [64, 20, 20, 20, 20, 20, 10], np.random.default_rng(0)
+    return [
+        {"w": jnp.asarray(rng.normal(size=(a, b)) / np.sqrt(a)), "b": jnp.zeros(b)}
+        for a, b in itertools.pairwise(sizes)
+    ]
+
+
+def deep_logits(p, x):
+    *hidden, last = p
+    for layer in hidden:
+        x = jnp.tanh(x @ layer["w"] + layer["b"])
+    return x @ last["w"] + last["b"]
+
+
+def deep_loss(p, x, y):
+    losses = curvature.losses.softmax_cross_entropy_with_integer_labels(deep_logits(p, x), y)
+    return losses.mean()
+
+
 LM = curvature.LevenbergMarquardt
 
 
@@ -172,6 +198,79 @@ def test_levenberg_marquardt_refuses_what_makes_no_sense(wrong):
         LM(**wrong)
 
 
+@pytest.mark.parametrize("rate", [0.2, curvature.QuadraticModel()], ids=["rate", "model"])
+def test_the_damping_grows_by_what_the_step_does_to_the_next_batch(rate):
+    """On another batch, against the objective with the penalty; never after a good step."""
+    lm = LM(initial=1e-2, every=2, factor=0.9, low=-1e9, high=1e9)  # the own batch never counts
+    tx = curvature.kfac(REGISTRY, rate, damping=lm, l2=1e-3, momentum=0.0)
+    objective = lambda p, x, y: loss_fn(p, x, y) + 5e-4 * jnp.sum(flat(p) ** 2)  # noqa: E731
+    before, params, state, damping, ratios = None, PARAMS, tx.init(PARAMS), 1e-2, []
+    update = jax.jit(tx.update)
+    for t in range(20):
+        x, y = X[t % 4 :][:4], jax.random.randint(jax.random.key(t), (4,), 0, 4)
+        if t and t % 2 == 0:
+            change = objective(params, x, y) - objective(before, x, y)
+            ratio = change / state.stats.predicted
+            damping *= (
+                max(np.sqrt(-ratio), 0.9**-2) if ratio < -1 and state.stats.predicted < 0 else 1
+            )
+            ratios.append(ratio)
+        value, grads = jax.value_and_grad(loss_fn)(params, x, y)
+        more = {"value": value} if t % 4 == 0 else {}
+        key = jax.random.key(t)
+        updates, state = update(grads, state, params, loss_args=(x, y), key=key, **more)
+        np.testing.assert_allclose(state.next_damping, damping, rtol=1e-7)
+        if ratios:
+            np.testing.assert_allclose(state.stats.next_batch_ratio, ratios[-1], rtol=1e-7)
+        before, params = params, optax.apply_updates(params, updates)
+
+    assert damping > 1e-2
+
+
+@pytest.mark.parametrize(
+    "ratio, expected",
+    [(0.5, 1), (-1, 1), (np.nan, 1), (-1.1, 2), (-100, 10), (-1e9, 100), (-np.inf, 100)],
+)
+def test_damping_never_shrinks_after_the_next_batch(ratio, expected):
+    lm = LM(initial=1.0, every=1, factor=0.5, maximum=1e3)
+    one, large = jnp.asarray(1.0), jnp.asarray(999.0)
+    np.testing.assert_allclose(lm.checked(one, jnp.asarray(ratio)), expected, rtol=1e-12)
+    assert lm.checked(large, jnp.asarray(ratio)) <= 1e3
+
+
+def test_a_perfect_fit_on_small_batches_is_kept():
+    """There, each batch confirms any step of its own: without the next batch, training explodes."""
+    x, y = (array[:600] for array in digits())
+    params = deep_params()
+    registry = curvature.register(deep_loss, params, x[:200], y[:200])
+    tx = curvature.kfac(registry, curvature.QuadraticModel(), damping=LM(1e-3))
+
+    def body(i, carry):
+        params, state = carry
+        batch = jax.random.choice(jax.random.key(i), 600, (200,), replace=False)
+        value, grads = jax.value_and_grad(deep_loss)(params, x[batch], y[batch])
+        updates, state = tx.update(
+            grads,
+            state,
+            params,
+            loss_args=(x[batch], y[batch]),
+            key=jax.random.key(i),
+            value=value,
+        )
+        return optax.apply_updates(params, updates), state
+
+    @jax.jit
+    def hundred(i, params, state):
+        return jax.lax.fori_loop(100 * i, 100 * (i + 1), body, (params, state))
+
+    state, losses = tx.init(params), []
+    for i in range(6):
+        params, state = hundred(i, params, state)
+        losses.append(float(deep_loss(params, x, y)))
+
+    assert max(losses[2:]) < 1e-6, losses
+
+
 @pytest.mark.parametrize("rate", [5.0, curvature.QuadraticModel()], ids=["rate", "model"])
 def test_the_clip_bounds_the_change_of_predictions(rate):
     """1/2 v'Gv is the KL divergence to second order: with the exact curvature, it stays below."""
@@ -205,25 +304,8 @@ def test_a_batch_that_is_not_finite_leaves_damping_and_step_alone():
 
 def test_g_digits_are_learnt_in_21_iterations():
     """Martens and Grosse's small net: at most 5 % training error by iteration 9, none by 21."""
-    digits = load_digits()
-    x, y = jnp.asarray(digits.data / 16), jnp.asarray(digits.target)
-    sizes, rng = [64, 20, 20, 20, 20, 20, 10], np.random.default_rng(0)
-    params = [
-        {"w": jnp.asarray(rng.normal(size=(a, b)) / np.sqrt(a)), "b": jnp.zeros(b)}
-        for a, b in itertools.pairwise(sizes)
-    ]
-
-    def logits(p, x):
-        *hidden, last = p
-        for layer in hidden:
-            x = jnp.tanh(x @ layer["w"] + layer["b"])
-        return x @ last["w"] + last["b"]
-
-    def loss_fn(p, x, y):
-        losses = curvature.losses.softmax_cross_entropy_with_integer_labels(logits(p, x), y)
-        return losses.mean()
-
-    registry = curvature.register(loss_fn, params, x, y)
+    (x, y), params = digits(), deep_params()
+    registry = curvature.register(deep_loss, params, x, y)
     tx = curvature.kfac(
         registry,
         curvature.QuadraticModel(),
@@ -236,10 +318,10 @@ def test_g_digits_are_learnt_in_21_iterations():
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
     def step(params, state, x, y):
-        grads = jax.grad(loss_fn)(params, x, y)
+        grads = jax.grad(deep_loss)(params, x, y)
         updates, state = tx.update(grads, state, params, loss_args=(x, y))
         params = optax.apply_updates(params, updates)
-        return params, state, jnp.mean(logits(params, x).argmax(-1) != y)
+        return params, state, jnp.mean(deep_logits(params, x).argmax(-1) != y)
 
     state, errors = tx.init(params), []
     for _ in range(21):

@@ -1,0 +1,87 @@
+"""What a step minimises: the loss on its batch, a penalty, and the quadratic model of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvature import quadratic
+from curvature.arguments import ScalarOrSchedule, at
+from curvature.registry import Registry
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is trained on: the loss, and 1/2 l2 |params|^2."""
+
+    registry: Registry
+    l2: ScalarOrSchedule
+
+    def at(
+        self, params: PyTree, args: tuple[PyTree, ...], gradient: PyTree, lam: Any, count: jax.Array
+    ) -> Problem:
+        """The problem of one step, from the loss's gradient."""
+        l2 = at(self.l2, count, lam)
+        if not is_zero(self.l2):
+            gradient = combined((jnp.ones_like(l2), l2), (gradient, params))
+        return Problem(self.registry, params, args, gradient, lam, l2)
+
+
+class Problem(NamedTuple):
+    """The objective at the parameters and the batch of one step; `gradient` is the objective's."""
+
+    registry: Registry
+    params: PyTree
+    args: tuple[PyTree, ...]
+    gradient: PyTree
+    lam: jax.Array
+    l2: jax.Array
+
+    @property
+    def damping(self) -> jax.Array:
+        """What is added to the loss's curvature."""
+        return self.lam + self.l2
+
+    def model(self, steps: Sequence[PyTree]) -> quadratic.Quadratic:
+        """The damped quadratic model along some directions."""
+        loss_fn, has_aux = self.registry.loss_fn, self.registry.has_aux
+        return quadratic.along(
+            loss_fn, has_aux, self.params, self.args, self.gradient, steps, self.damping
+        )
+
+    def change(self, step: PyTree, value: jax.Array | None) -> jax.Array:
+        """What a step changes the objective by; `value` is the loss without it, if known."""
+        before = self._loss(self.params) if value is None else value
+        moved = optax.apply_updates(self.params, step)
+        dtype = self.l2.dtype
+        # 1/2 |w + v|^2 - 1/2 |w|^2 without the difference of large numbers.
+        doubled = jax.tree.map(lambda w, v: 2 * w + v, self.params, step)
+        penalty = self.l2 * quadratic.dot(doubled, step, dtype) / 2
+        return self._loss(moved).astype(dtype) - before.astype(dtype) + penalty
+
+    def _loss(self, params: PyTree) -> jax.Array:
+        out = self.registry.loss_fn(params, *self.args)
+        return out[0] if self.registry.has_aux else out
+
+
+def combined(coefficients: Sequence[jax.Array], trees: Sequence[PyTree]) -> PyTree:
+    """The sum of coefficient times tree, in the trees' dtypes."""
+
+    def one(*leaves: jax.Array) -> jax.Array:
+        terms = [c.astype(x.dtype) * x for c, x in zip(coefficients, leaves, strict=True)]
+        return functools.reduce(jnp.add, terms)
+
+    return jax.tree.map(one, *trees)
+
+
+def is_zero(value: Any) -> bool:
+    """Whether a hyperparameter is known to be zero: a number, and no traced one."""
+    return not (callable(value) or isinstance(value, jax.core.Tracer) or value)
