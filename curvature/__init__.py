@@ -12,6 +12,7 @@ from curvature.blocks import (
     Kronecker,
 )
 from curvature.checkpoint import factors, with_factors
+from curvature.comparison import Comparison, compare
 from curvature.estimator import EmpiricalFisher, Estimator, Fisher, GaussNewton
 from curvature.kfac import KFACState, KFACStats, ekfac, foof, kfac
 from curvature.preconditioner import CurvatureState, CurvatureStats, scale_by_curvature
@@ -24,6 +25,7 @@ __all__ = [
     "Block",
     "BlockDiagonal",
     "Cholesky",
+    "Comparison",
     "CurvatureState",
     "CurvatureStats",
     "Dense",
@@ -44,6 +46,7 @@ __all__ = [
     "NewtonSchulz",
     "QuadraticModel",
     "Registry",
+    "compare",
     "ekfac",
     "factors",
     "foof",

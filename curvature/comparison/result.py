@@ -37,7 +37,7 @@ class Spectrum:
       trace: their sum.
       largest: the largest ones, descending.
       effective_dimension: sum of value / (value + damping).
-      density: how many there are by decade: pairs of log10 of a bin's middle and a count, ascending.
+      density: how many there are: pairs of log10 of a bin's middle and a count, ascending.
       sampling_error: |A_k - A| / |A| (Frobenius) of the k samples that the kind asks for, as a
         training step would draw them; None where nothing is sampled.
     """

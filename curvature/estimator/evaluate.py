@@ -313,7 +313,8 @@ def _broadcast(use: Use, value: jax.Array, slope: Any, sweep: Sweep) -> jax.Arra
     def backward(kept: Any, g: jax.Array) -> Any:
         token, slope = kept
         g = g.astype(jax.tree.leaves(token)[0].dtype)
-        return _varying_like(of_elementwise(layer, how, slope, g), g), None, None
+        found = of_elementwise(layer, how, slope, g, token)
+        return _varying_like(found, g), None, None
 
     tapped.defvjp(forward, backward)
 

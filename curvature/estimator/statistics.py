@@ -39,9 +39,21 @@ def tokens(layer: Layer, dtype: Any, max_factor_dim: int) -> Statistics:
         return token
     if not layer.shared:
         return token | {"values": jnp.zeros(_values_shape(layer), dtype)}
+    return token | gradient_tokens(layer, dtype)
+
+
+def gradient_tokens(layer: Layer, dtype: Any) -> Statistics:
+    """Zeros of the shape of a layer's per-example gradients."""
     lead = layer.views[0].stacked
-    each = (*lead, layer.examples, *layer.shape[len(lead) :])
-    return token | {"gradients": jnp.zeros(each, dtype)}
+    return {"gradients": jnp.zeros((*lead, layer.examples, *layer.shape[len(lead) :]), dtype)}
+
+
+def per_example(layer: Layer, raw: Statistics) -> jax.Array:
+    """Per-example gradients, `(examples,) + block coordinates`, from the gradient of their token.
+
+    Where scanned copies of a layer have one array each, examples come after those axes in `raw`.
+    """
+    return jnp.moveaxis(raw["gradients"], len(layer.views[0].stacked), 0)
 
 
 def zeros(layer: Layer, dtype: Any, max_factor_dim: int) -> Statistics:
@@ -93,7 +105,9 @@ def of_contraction(
     return {name: found.get(name, jnp.zeros_like(zero)) for name, zero in token.items()}
 
 
-def of_elementwise(layer: Layer, how: Elementwise, slope: jax.Array | None, g: jax.Array) -> Any:
+def of_elementwise(
+    layer: Layer, how: Elementwise, slope: jax.Array | None, g: jax.Array, token: Statistics
+) -> Statistics:
     """The statistics of one use of a parameter that is broadcast against the data.
 
     Args:
@@ -101,6 +115,7 @@ def of_elementwise(layer: Layer, how: Elementwise, slope: jax.Array | None, g: j
       how: the use.
       slope: derivative of what is met in the parameter's entries, in the shape of `g`; None for 1.
       g: the cotangent of the broadcast parameter.
+      token: zeros; which statistics are asked for.
     """
     g = g if slope is None else g * slope
     keep = (how.example_axis, *how.axes)
@@ -108,7 +123,7 @@ def of_elementwise(layer: Layer, how: Elementwise, slope: jax.Array | None, g: j
     rest = [a for a in range(g.ndim) if a not in keep]
     gradients = g.transpose((*keep, *rest)).reshape([g.shape[a] for a in keep]) * how.scale
     gradients = gradients.reshape((how.examples, -1, *gradients.shape[1:])).sum(axis=1)
-    if layer.shared:
+    if "gradients" in token:
         return _handed_on(layer, gradients)
     return {"values": _squared(layer, gradients, 0)}
 
@@ -151,7 +166,8 @@ def finished(
         return raw
     lead = len(layer.views[0].stack)
     members = len(layer.stack) - lead
-    gradients = jnp.moveaxis(raw.pop("gradients"), lead, 0)
+    gradients = per_example(layer, raw)
+    del raw["gradients"]
     if turn:
         gradients = bases.turned_gradients(gradients, turn, len(layer.stack))
     return raw | {"values": _squared(layer, gradients, lead + members)}

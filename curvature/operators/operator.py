@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import lineax as lx
-import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from curvature import _jax
+from curvature.dataset import first_batch, shares
 from curvature.precision import accumulator
 
 PyTree = Any
@@ -203,7 +203,7 @@ def over_dataset(
     The coefficients c_b are `weights` if given; otherwise 1 or, where `averaged`, each batch's
     share of all examples.
     """
-    first = _first(batches)
+    first = first_batch(batches)
     params = jax.tree.map(jnp.asarray, params)
 
     def zeros() -> PyTree:
@@ -214,7 +214,7 @@ def over_dataset(
         inner = jax.tree.map(lambda v, p: jnp.asarray(v).astype(p.dtype), vector, params)
         mass = 0.0
         with jax.disable_jit(False):
-            for i, args, share in _shares(batches, weights, averaged):
+            for i, args, share in shares(batches, weights, averaged):
                 folded = None if key is None else jax.random.fold_in(key, i)
                 result = _add(product, result, share, params, args, folded, inner)
                 mass += share
@@ -241,68 +241,6 @@ def _add(
     return jax.tree.map(
         lambda t, x: t + jnp.asarray(share, t.dtype) * x.astype(t.dtype), total, terms
     )
-
-
-def _shares(
-    batches: Iterable[Any], weights: Sequence[float] | None, averaged: bool
-) -> Iterator[tuple[int, tuple[PyTree, ...], float]]:
-    """Every batch's index, arguments and coefficient, up to normalisation."""
-    known = None if weights is None else [float(w) for w in weights]
-    count, shapes = 0, None
-    for i, batch in enumerate(batches):
-        args, count = _arguments(batch), i + 1
-        if known is not None:
-            yield i, args, known[i] if i < len(known) else 0.0
-        elif averaged:
-            shapes = _shapes(args) if shapes is None else shapes
-            yield i, args, _examples(_shapes(args), shapes)
-        else:
-            yield i, args, 1.0
-    if known is not None and count != len(known):
-        raise ValueError(f"There are {count} batches and {len(known)} weights, expected as many.")
-
-
-def _arguments(batch: Any) -> tuple[PyTree, ...]:
-    """The arguments a batch stands for: a plain tuple is several, anything else is one."""
-    return batch if type(batch) is tuple else (batch,)
-
-
-def _shapes(args: tuple[PyTree, ...]) -> list[tuple[int, ...]]:
-    return [jnp.shape(leaf) for leaf in jax.tree.leaves(args)]
-
-
-def _examples(shapes: list[tuple[int, ...]], first: list[tuple[int, ...]]) -> float:
-    """The number of examples in a batch of these shapes; `first` are the first batch's."""
-    sizes = {shape[0]: None for shape in shapes if shape}
-    if len(sizes) > 1 and shapes != first:
-        raise ValueError(
-            "The batches have different sizes, and the arrays of one of them different leading "
-            f"axes, {list(sizes)}: how many examples are that? Pass weights=, one for each batch."
-        )
-    return float(next(iter(sizes), 1))
-
-
-def _first(batches: Iterable[Any]) -> tuple[PyTree, ...]:
-    """The first batch's arguments.
-
-    Raises:
-      TypeError: `batches` is no iterable of batches, or one that can be iterated only once.
-      ValueError: it is empty.
-    """
-    name = type(batches).__name__
-    if isinstance(batches, (dict, str, np.ndarray, jax.Array)) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"batches is of type {name}, expected an iterable of batches, each a tuple of the "
-            "function's arguments after params. Put a single batch into a list: [(x, y)]."
-        )
-    if iter(batches) is batches:
-        raise TypeError(
-            f"batches is a {name}, which can be iterated only once, but every product iterates "
-            "over the data: pass a list, or an object whose __iter__ starts anew."
-        )
-    for batch in batches:
-        return _arguments(batch)
-    raise ValueError("batches is empty: there is no data to take the curvature of.")
 
 
 # Dense and flat views ----------------------------------------------------------------------------

@@ -1,0 +1,436 @@
+"""`curvature.compare`: from a registry, parameters and data to a `Comparison`."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvature.comparison import figures, structured
+from curvature.comparison.figures import Estimate
+from curvature.comparison.measure import Measurement, Plan
+from curvature.comparison.result import (
+    WHOLE,
+    Block,
+    Comparison,
+    Pair,
+    Spectrum,
+    Structured,
+)
+from curvature.comparison.state import Prediction
+from curvature.dataset import first_batch, shares
+from curvature.estimator import EmpiricalFisher, Fisher, GaussNewton
+from curvature.estimator.kinds import Kind
+from curvature.registry import Layer, LossTag, Registry
+from curvature.registry.layers import EXCLUDED
+
+PyTree = Any
+_COLUMNS = 32  # of an example's output, up to which the Fisher is exact unless asked otherwise
+_SAMPLES = 4
+STRUCTURED = ("kronecker", "kronecker_reduce", "ekfac", "diagonal")
+
+
+def compare(
+    registry: Registry,
+    params: PyTree,
+    batches: Iterable[Any],
+    *,
+    key: jax.Array,
+    kinds: Mapping[str, Kind] | Sequence[Kind] | None = None,
+    blocks: str | Sequence[str] | None = None,
+    directions: bool = True,
+    approximations: Sequence[str] = STRUCTURED,
+    damping: float = 1e-3,
+    top: int = 5,
+    limit: int = 1000,
+    memory: float = 1e9,
+    progress: bool | None = None,
+) -> Comparison:
+    """Puts kinds of curvature of a model side by side: true Fisher, empirical Fisher, Gauss-Newton.
+
+    For every layer, and the whole network: how the kinds differ in scale (traces), shape (Frobenius
+    cosine), leading directions (principal angles) and distance; what that does to natural-gradient
+    steps; and how good K-FAC and its relatives are for each kind.
+
+    The data is gone through once, one batch in memory, with one backward pass for each column of
+    the exact kinds and for each sample of the others. Matrices of up to `limit` entries a side are
+    made exactly; larger blocks are projected to `limit` random directions. Where something is
+    estimated, figures come with an error: half the width of a 95 % interval, by the jackknife over
+    five parts of the projection, and of sampled targets: so `Fisher(samples=k)` takes 5 k passes.
+
+    Args:
+      registry: what is in the model, from `curvature.register`. Layers that it excludes, and those
+        whose examples cannot be told apart (`notes` say which), are left out.
+      params: the parameters.
+      batches: the data: an iterable that can be iterated again and again, each item a tuple of the
+        loss function's other arguments, or the only one. Each batch counts by its examples. If an
+        item cannot be used, figures are of those before it, and the notes say so.
+      key: random key.
+      kinds: the kinds by name, or without names; the first is the reference. By default the Fisher
+        (exact up to 32 outputs an example, else from 4 samples), the empirical Fisher, and the
+        Gauss-Newton matrix where it is another matrix than the Fisher.
+      blocks: glob patterns of the layers' names, which may start at any level; None for all, and
+        the whole network.
+      directions: whether to compare directions.
+      approximations: blocks of `Registry.with_blocks` to compare with the exact ones.
+      damping: of directions and effective dimensions, in units of the curvature.
+      top: how many leading eigenvalues and angles.
+      limit: the largest matrix that is made.
+      memory: bound on the per-example gradients held at a time, in bytes; a layer is not split.
+      progress: whether to show a progress bar (tqdm); by default where tqdm is installed.
+
+    Returns:
+      The comparison: `print(result.table())`, `result.to_json(path)`, `result.save_html(path)`.
+
+    Raises:
+      ValueError: there is no data, parameters or the first batch's loss are not finite, no layer
+        matches, or an argument is out of range.
+      TypeError: `batches` is no iterable of batches, or can be iterated only once.
+
+    >>> import jax, jax.numpy as jnp, curvature
+    >>> def loss_fn(w, x, y):
+    ...     return curvature.losses.squared_error(x @ w, y).mean()
+    >>> x, y = jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([2.0, 0.0])
+    >>> registry = curvature.register(loss_fn, jnp.zeros(2), x, y)
+    >>> found = curvature.compare(registry, jnp.zeros(2), [(x, y)], key=jax.random.key(0))
+    >>> found.blocks[0].pairs["Fisher", "empirical Fisher"].trace_ratio
+    Figure(value=4.0, error=None)
+    """
+    args = first_batch(batches)
+    _check(params, damping, top, limit)
+    named, notes = _named(registry, kinds)
+    plan, left_out = _plan(registry, params, args, named, blocks, limit, memory)
+    notes = [*notes, *left_out]
+    bar = _bar(progress)
+
+    def data(count: int | None = None) -> Iterator[tuple[int, tuple[PyTree, ...], float]]:
+        for i, args, share in shares(batches, None, averaged=True):
+            if count is not None and i >= count:
+                return
+            yield i, args, share
+
+    projecting, drawing, approximating = jax.random.split(_typed(key), 3)
+    measured, predicted = Measurement(plan, projecting), Prediction(registry)
+    notes += _measured(measured, predicted, params, data, drawing, bar, batches)
+    count = measured.batches
+    found: dict[str, Any] = {}
+    notes += _each(
+        "structured approximations of",
+        plan.kinds,
+        lambda name: found.update(
+            {
+                name: _approximated(
+                    plan, name, measured, params, lambda: data(count), approximating, approximations
+                )
+            }
+        ),
+        bar,
+    )
+    result: list[Block] = []
+    notes += _each(
+        "figures of",
+        plan.blocks,
+        lambda name: result.append(
+            _block(plan, name, measured, found, damping, top, directions=directions)
+        ),
+        bar,
+    )
+    notes += [
+        f"{block.name}: {block.size:,} entries, projected to {block.projected} random directions."
+        for block in result
+        if block.projected
+    ]
+    return Comparison(
+        kinds={name: repr(kind) for name, kind in plan.kinds.items()},
+        state=predicted.state(measured.mass, measured.loss / measured.mass),
+        blocks=tuple(result),
+        damping=damping,
+        settings=_settings(
+            batches=count, top=top, limit=limit, approximations=list(approximations)
+        ),
+        notes=tuple(notes),
+    )
+
+
+# What is asked for --------------------------------------------------------------------------------
+
+
+def _check(params: PyTree, damping: float, top: int, limit: int) -> None:
+    if not (damping > 0 and math.isfinite(damping)) or top < 1 or limit < 10:
+        raise ValueError(
+            f"Expected damping > 0, top >= 1 and limit >= 10, found {damping=}, {top=}, {limit=}."
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not bool(jnp.all(jnp.isfinite(leaf))):
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} has entries that are not finite: there is no "
+                "curvature there. Go back to the last parameters that were."
+            )
+
+
+def _typed(key: jax.Array) -> jax.Array:
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(key)  # a key of jax.random.PRNGKey
+
+
+def _named(
+    registry: Registry, kinds: Mapping[str, Kind] | Sequence[Kind] | None
+) -> tuple[dict[str, Kind], list[str]]:
+    """The kinds by name, and what there is to say about a choice of ours."""
+    if isinstance(kinds, Mapping):
+        named = dict(kinds)
+    elif kinds is not None:
+        named = {_name(kind): kind for kind in kinds}
+        if len(named) < len(kinds):
+            raise ValueError(f"Two kinds are the same: found {list(kinds)}.")
+    else:
+        return _default(registry.losses)
+    for name, kind in named.items():
+        if isinstance(kind, type) or not hasattr(kind, "cotangent"):
+            raise TypeError(
+                f"kinds has {kind!r} ({name}), expected instances such as curvature.Fisher()."
+            )
+    if not named:
+        raise ValueError("kinds is empty: expected at least one kind of curvature.")
+    return named, []
+
+
+def _default(losses: Sequence[LossTag]) -> tuple[dict[str, Kind], list[str]]:
+    columns = sum(math.prod(tag.lead) * tag.columns for tag in losses)
+    exact, notes = columns <= _COLUMNS, []
+    if not exact:
+        notes.append(
+            f"An example has {columns} outputs: the Fisher is estimated from {_SAMPLES} samples, "
+            "five times. kinds=[curvature.Fisher(samples=None), ...] makes it exact."
+        )
+    fisher = Fisher(samples=None if exact else _SAMPLES)
+    kinds: dict[str, Kind] = {"Fisher": fisher, "empirical Fisher": EmpiricalFisher()}
+    if all(tag.loss.fisher_is_hessian for tag in losses):
+        notes.append("The Gauss-Newton matrix of these losses is the Fisher.")
+    else:
+        kinds["Gauss-Newton"] = GaussNewton(probes=None if exact else _SAMPLES)
+    return kinds, notes
+
+
+def _name(kind: Kind) -> str:
+    match kind:
+        case Fisher(samples=None):
+            return "Fisher"
+        case Fisher(samples=k):
+            return f"Fisher ({k} sample{'s' if k != 1 else ''})"
+        case EmpiricalFisher():
+            return "empirical Fisher"
+        case GaussNewton(probes=None, metric=None):
+            return "Gauss-Newton"
+    return repr(kind)
+
+
+def _plan(
+    registry: Registry,
+    params: PyTree,
+    args: tuple[PyTree, ...],
+    kinds: dict[str, Kind],
+    blocks: str | Sequence[str] | None,
+    limit: int,
+    memory: float,
+) -> tuple[Plan, list[str]]:
+    """What to measure, and notes on what is left out."""
+    layers = registry.analyse(params, args).layers
+    patterns = [blocks] if isinstance(blocks, str) else blocks
+    if patterns is not None:
+        layers = tuple(x for x in layers if any(_matches(x, p) for p in patterns))
+    obstacles = {x.name: _obstacle(x) for x in layers}
+    kept = tuple(x for x in layers if obstacles[x.name] is None)
+    if not kept:
+        names = ", ".join(layer.name for layer in registry.layers)
+        why = "; ".join(f"{name}: {reason}" for name, reason in obstacles.items())
+        raise ValueError(
+            f"No layer can be compared (blocks={blocks!r}; {why or 'none matches'}). "
+            f"The layers are: {names}."
+        )
+    notes = [f"{name} is left out: {reason}." for name, reason in obstacles.items() if reason]
+    whole: tuple[str, ...] = ()
+    if patterns is None:
+        examples = registry.analyse(params, args).losses[0].examples
+        whole = tuple(x.name for x in kept if x.examples == examples)
+        others = [x.name for x in kept if x.examples != examples]
+        if others:
+            notes.append(
+                f"{', '.join(others)} left out of the whole network: their examples are others "
+                "than the loss's."
+            )
+    return Plan(registry, kinds, kept, whole, limit, int(memory)), notes
+
+
+def _matches(layer: Layer, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(layer.name, p) for p in (pattern, f"*/{pattern}"))
+
+
+def _obstacle(layer: Layer) -> str | None:
+    """Why a layer cannot be compared."""
+    if layer.block == EXCLUDED:
+        return "the registry excludes it"
+    if layer.uses == 0:
+        return "the loss does not depend on it"
+    if not layer.structured or layer.unbatched or layer.examples == 1:
+        return "its examples cannot be told apart" + (
+            f" ({layer.reason})" if not layer.structured else ""
+        )
+    return None
+
+
+def _bar(progress: bool | None) -> Callable[..., Any]:
+    """tqdm, or nothing."""
+    if progress is not False:
+        try:
+            from tqdm import tqdm
+        except ModuleNotFoundError as error:
+            if progress:
+                raise ModuleNotFoundError(
+                    "progress=True needs tqdm, which is not installed: install the extra "
+                    "'curvature[report]', or leave it out."
+                ) from error
+        else:
+            return tqdm
+    return lambda items, **_: items
+
+
+def _settings(**settings: Any) -> dict[str, Any]:
+    device = jax.devices()[0]
+    return settings | {
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": device.device_kind,
+        "dtype": str(jnp.zeros(()).dtype),
+    }
+
+
+# What is done -------------------------------------------------------------------------------------
+
+
+def _measured(
+    measured: Measurement,
+    predicted: Prediction,
+    params: PyTree,
+    data: Callable[[], Iterator[Any]],
+    key: jax.Array,
+    bar: Callable[..., Any],
+    batches: Any,
+) -> list[str]:
+    """Goes through the data; a note where it could not go on."""
+    total = len(batches) if hasattr(batches, "__len__") else None
+    try:
+        for i, args, share in bar(data(), desc="batches", total=total):
+            measured.add(params, args, share, jax.random.fold_in(key, i))
+            predicted.add(params, args)
+    except (Exception, KeyboardInterrupt) as error:
+        if not measured.batches:
+            if isinstance(error, FloatingPointError):
+                raise ValueError(f"The first batch cannot be used: {error}.") from error
+            raise
+        return [
+            f"Batch {measured.batches + 1} could not be used ({_said(error)}): all figures are of "
+            f"the {measured.batches} before it."
+        ]
+    return []
+
+
+def _each(
+    what: str, names: Iterable[str], do: Callable[[str], None], bar: Callable[..., Any]
+) -> list[str]:
+    """Does something for every name, and notes for which ones it failed: the others are kept."""
+    notes = []
+    for name in bar(tuple(names), desc=what.rsplit(" ", 1)[0]):
+        try:
+            do(name)
+        except (Exception, KeyboardInterrupt) as error:
+            notes.append(f"No {what} {name}: {_said(error)}.")
+            if isinstance(error, KeyboardInterrupt):
+                break
+    return notes
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": .")
+
+
+def _estimate(plan: Plan, measured: Measurement, kind: str, block: str) -> Estimate:
+    matrices, gradient = measured.matrix(kind, block), measured.mean_gradient(block)
+    if not (jnp.isfinite(matrices).all() and jnp.isfinite(gradient).all()):
+        raise FloatingPointError(f"{kind} is not finite")
+    projected = next(iter(plan.maps[block].values())).width is not None
+    return Estimate(matrices, gradient, projected, measured.resolution(kind, block))
+
+
+def _approximated(
+    plan: Plan,
+    kind_name: str,
+    measured: Measurement,
+    params: PyTree,
+    batches: Callable[[], Iterator[Any]],
+    key: jax.Array,
+    names: Sequence[str],
+) -> dict[str, dict[str, Structured]]:
+    """The figures of approximations of one kind, by layer and name."""
+    kind = plan.kinds[kind_name]
+    blocks = {
+        name: structured.approximations(plan, kind, name, params, batches, key) for name in names
+    }
+    estimates = {x.name: _estimate(plan, measured, kind_name, x.name) for x in plan.layers}
+    large = {
+        name: {n: b for n, b in of_layers.items() if estimates[n].projected}
+        for name, of_layers in blocks.items()
+    }
+    samples: dict[tuple[str, str], Any] = {}
+    if any(large.values()):
+        samples = structured.sampled(plan, kind_name, params, batches, large, key)
+    result: dict[str, dict[str, Structured]] = {}
+    for name, of_layers in blocks.items():
+        for layer, block in of_layers.items():
+            estimate = estimates[layer]
+            result.setdefault(layer, {})[name] = (
+                structured.beside_columns(estimate, block, samples[name, layer])
+                if estimate.projected
+                else structured.beside(estimate, block)
+            )
+    return result
+
+
+def _block(
+    plan: Plan,
+    name: str,
+    measured: Measurement,
+    approximated: dict[str, dict[str, dict[str, Structured]]],
+    damping: float,
+    top: int,
+    *,
+    directions: bool,
+) -> Block:
+    """Everything about one block."""
+    estimates = {kind: _estimate(plan, measured, kind, name) for kind in plan.kinds}
+    layers = [x for x in plan.layers if x.name in (plan.whole if name == WHOLE else (name,))]
+    spectra: dict[str, Spectrum] = {
+        kind: figures.spectrum(estimate, damping, top) for kind, estimate in estimates.items()
+    }
+    order = list(plan.kinds)
+    pairs: dict[tuple[str, str], Pair] = {
+        (a, b): figures.pair(estimates[a], estimates[b], damping, top, directions=directions)
+        for i, a in enumerate(order)
+        for b in order[i + 1 :]
+    }
+    projected = next(iter(estimates.values())).projected
+    return Block(
+        name=name,
+        parameters=tuple(path for layer in layers for path in layer.parameters),
+        size=sum(layer.size for layer in layers),
+        projected=plan.dim(name) if projected else None,
+        spectra=spectra,
+        pairs=pairs,
+        structured={k: found[name] for k, found in approximated.items() if name in found},
+    )

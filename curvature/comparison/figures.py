@@ -1,0 +1,266 @@
+"""The figures, from the matrices of two kinds on one block.
+
+Every figure is a function of `View`s: the matrices, or what is left of them without one of the
+independent parts that they were estimated from (draws of targets, parts of a projection). The
+jackknife over parts takes out the bias of first order and gives the standard error (Efron and
+Stein 1981); with nothing estimated, figures are exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from curvature.comparison.projection import PARTS
+from curvature.comparison.result import Directions, Figure, Pair, Spectrum
+
+# The 97.5 % quantile of Student's t with PARTS - 2 degrees of freedom: one is the mean's, one the
+# bias's.
+_STUDENT = 3.182
+_AGREE = 0.99
+_DECADES = 8  # of the spectrum, below its largest eigenvalue
+_BINS = 4  # of a decade
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class View:
+    """A symmetric matrix and a gradient in the same coordinates."""
+
+    matrix: np.ndarray
+    gradient: np.ndarray
+
+    @functools.cached_property
+    def eigh(self) -> tuple[np.ndarray, np.ndarray]:
+        """Eigenvalues, descending, rounding below zero removed; and eigenvectors."""
+        values, vectors = np.linalg.eigh(self.matrix)
+        return np.maximum(values[::-1], 0), vectors[:, ::-1]
+
+    @functools.cached_property
+    def norm(self) -> float:
+        """The Frobenius norm."""
+        return float(np.linalg.norm(self.matrix))
+
+    @property
+    def trace(self) -> float:
+        """The trace."""
+        return float(np.trace(self.matrix))
+
+    def direction(self, damping: float) -> np.ndarray:
+        """-(matrix + damping I)^-1 gradient."""
+        values, vectors = self.eigh
+        return -vectors @ (vectors.T @ self.gradient / (values + damping))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Estimate:
+    """A matrix with what it was estimated from.
+
+    Attributes:
+      matrices: `(draws, dim, dim)`, one for each draw.
+      gradient: `(dim,)`.
+      projected: whether the coordinates are a projection's.
+      resolution: eigenvalues below this share of the largest are rounding.
+    """
+
+    matrices: np.ndarray
+    gradient: np.ndarray
+    projected: bool
+    resolution: float = 1e-12
+
+    @property
+    def rank(self) -> int:
+        """The number of eigenvalues that are not rounding."""
+        values = self.views[0].eigh[0]
+        return int(np.sum(values > self.resolution * values[0]))
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is estimated."""
+        return not self.projected and len(self.matrices) == 1
+
+    @functools.cached_property
+    def views(self) -> tuple[View, ...]:
+        """All of it, and where it is not exact, all but one part, for each part."""
+        whole = View(self.matrices.mean(axis=0), self.gradient)
+        return (whole, *(() if self.exact else (self._without(i) for i in range(PARTS))))
+
+    def _without(self, part: int) -> View:
+        matrices, gradient = self.matrices, self.gradient
+        if len(matrices) > 1:
+            matrices = np.delete(matrices, part, axis=0)
+        matrix = matrices.mean(axis=0)
+        if self.projected:
+            width = len(gradient) // PARTS
+            gone = np.s_[part * width : (part + 1) * width]
+            scale = PARTS / (PARTS - 1)
+            matrix = np.delete(np.delete(matrix, gone, 0), gone, 1) * scale
+            gradient = np.delete(gradient, gone) * np.sqrt(scale)
+        return View(matrix, gradient)
+
+
+def jackknife(
+    function: Callable[..., Sequence[float]],
+    *estimates: Estimate,
+    least: float = -np.inf,
+    most: float = np.inf,
+) -> list[Figure]:
+    """Figures of some estimates, each with its error.
+
+    Args:
+      function: from one view of each estimate to numbers.
+      *estimates: of the same parts.
+      least: below which no figure can be.
+      most: above which none can be.
+    """
+    whole = np.asarray(function(*(e.views[0] for e in estimates)), np.float64)
+    if all(e.exact for e in estimates):
+        return [Figure(float(x)) for x in whole]
+    left = np.array(
+        [function(*(e.views[0 if e.exact else 1 + i] for e in estimates)) for i in range(PARTS)]
+    )
+    mean = left.mean(axis=0)
+    bias = (PARTS - 1) * (mean - whole)
+    values = np.clip(whole - bias, least, most)
+    deviation = np.sqrt((PARTS - 1) / PARTS * ((left - mean) ** 2).sum(axis=0))
+    errors = _STUDENT * deviation + np.abs(bias)
+    return [Figure(float(v), float(e)) for v, e in zip(values, errors, strict=True)]
+
+
+def spectrum(estimate: Estimate, damping: float, top: int) -> Spectrum:
+    """The spectrum of one kind."""
+    count = min(top, len(estimate.gradient))
+
+    def numbers(view: View) -> list[float]:
+        values = view.eigh[0]
+        return [view.trace, float(np.sum(values / (values + damping))), *values[:count]]
+
+    trace, dimension, *largest = jackknife(numbers, estimate, least=0.0)
+    sampling = None
+    if len(estimate.matrices) > 1:
+        (sampling,) = jackknife(lambda view: [_spread(estimate) / max(view.norm, _TINY)], estimate)
+    values = estimate.views[0].eigh[0]
+    return Spectrum(trace, tuple(largest), dimension, _density(values), sampling)
+
+
+def _spread(estimate: Estimate) -> float:
+    """The root mean square of |A_k - A| over draws A_k (Frobenius)."""
+    off = estimate.matrices - estimate.views[0].matrix
+    return float(np.sqrt(np.sum(off**2) / (len(off) - 1)))
+
+
+_TINY = float(np.finfo(np.float64).tiny)
+
+
+def _density(values: np.ndarray) -> tuple[tuple[float, float], ...]:
+    """Counts of eigenvalues in bins of their logarithm."""
+    if not values.size or values[0] <= 0:
+        return ()
+    top = np.ceil(np.log10(values[0]) * _BINS) / _BINS
+    edges = top + np.arange(-_DECADES * _BINS, 1) / _BINS
+    counts, _ = np.histogram(np.log10(values[values > 10.0 ** edges[0]]), edges)
+    middles = (edges[1:] + edges[:-1]) / 2
+    return tuple((float(m), float(c)) for m, c in zip(middles, counts, strict=True))
+
+
+def pair(one: Estimate, other: Estimate, damping: float, top: int, *, directions: bool) -> Pair:
+    """The figures of two kinds, the first the reference."""
+
+    def sizes(a: View, b: View) -> list[float]:
+        norm = max(a.norm, _TINY)
+        off = b.matrix - a.matrix
+        return [
+            b.trace / max(a.trace, _TINY),
+            float(np.linalg.norm(off)) / norm,
+            float(np.abs(np.linalg.eigvalsh(off)).max()) / max(a.eigh[0][0], _TINY),
+        ]
+
+    def cosine(a: View, b: View) -> list[float]:
+        return [float(np.sum(a.matrix * b.matrix)) / max(a.norm * b.norm, _TINY)]
+
+    count = min(top, one.rank, other.rank)
+
+    def angles(a: View, b: View) -> list[float]:
+        found = np.linalg.svd(a.eigh[1][:, :count].T @ b.eigh[1][:, :count], compute_uv=False)
+        return np.degrees(np.arccos(np.clip(found, 0, 1))).tolist()
+
+    trace_ratio, frobenius, spectral = jackknife(sizes, one, other, least=0.0)
+    (cos,) = jackknife(cosine, one, other, least=-1.0, most=1.0)
+    return Pair(
+        trace_ratio,
+        cos,
+        tuple(jackknife(angles, one, other, least=0.0, most=90.0)),
+        frobenius,
+        spectral,
+        _directions(one, other, damping) if directions else None,
+    )
+
+
+def _directions(one: Estimate, other: Estimate, damping: float) -> Directions:
+    """What the two do to the gradient."""
+
+    def cosine(a: View, b: View) -> list[float]:
+        return [_cosine(a.direction(damping), b.direction(damping))]
+
+    def numbers(a: View, b: View) -> list[float]:
+        x, y = a.direction(damping), b.direction(damping)
+        best = _model(a, x, damping)
+        slope = float(a.gradient @ y)
+        bend = float(y @ a.matrix @ y + damping * y @ y)
+        return [
+            float(np.linalg.norm(y) / max(float(np.linalg.norm(x)), _TINY)),
+            _model(a, y, damping) / _negative(best),
+            -0.5 * slope**2 / max(bend, _TINY) / _negative(best),
+            agreement(a, b, max(one.resolution, other.resolution)),
+        ]
+
+    (cos,) = jackknife(cosine, one, other, least=-1.0, most=1.0)
+    length, decrease, best, agree = jackknife(numbers, one, other)
+    agree = agree._replace(value=max(agree.value, 0.0))
+    return Directions(cos, length, decrease, best, agree)
+
+
+def _model(a: View, x: np.ndarray, damping: float) -> float:
+    """The quadratic model g'x + 1/2 x'(A + damping I)x."""
+    return float(a.gradient @ x + 0.5 * (x @ a.matrix @ x + damping * x @ x))
+
+
+def _negative(x: float) -> float:
+    return min(x, -_TINY)
+
+
+def _cosine(x: np.ndarray, y: np.ndarray) -> float:
+    return float(x @ y / max(float(np.linalg.norm(x) * np.linalg.norm(y)), _TINY))
+
+
+def agreement(a: View, b: View, resolution: float) -> float:
+    """The smallest damping from which on the directions' cosine is at least 0.99.
+
+    Looked for by bisection above the last point of a grid, of 6 in a decade, where it is less; zero
+    where it is nowhere less, down to `resolution` times the largest eigenvalue.
+    """
+    (values, u), (others, v) = a.eigh, b.eigh
+    top = max(values[0], others[0])
+    if top <= 0 or not a.gradient.any():
+        return 0.0
+    g, h, mixed = u.T @ a.gradient, v.T @ b.gradient, u.T @ v
+
+    def disagree(damping: float) -> bool:
+        x, y = g / (values + damping), h / (others + damping)
+        product = float(x @ mixed @ y)
+        return product < _AGREE * float(np.linalg.norm(x) * np.linalg.norm(y))
+
+    grid = top * 10.0 ** np.arange(np.log10(resolution), 4, 1 / 6)
+    bad: list[Any] = [i for i, damping in enumerate(grid) if disagree(damping)]
+    if not bad:
+        return 0.0
+    if bad[-1] == len(grid) - 1:
+        return float("inf")
+    low, high = float(grid[bad[-1]]), float(grid[bad[-1] + 1])
+    for _ in range(30):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if disagree(middle) else (low, middle)
+    return high

@@ -1,0 +1,241 @@
+"""One pass over the data: the matrices of every kind on every block, as far as they are needed.
+
+For each batch and pass, the columns of a block (`estimator.columns`) are projected where the block
+is large, and their outer products added up: nothing is ever as large as the block's matrix. The
+whole network's columns are those of its blocks put together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from curvature.comparison import projection
+from curvature.comparison.projection import PARTS, Projection
+from curvature.comparison.result import WHOLE
+from curvature.estimator.columns import columns
+from curvature.estimator.kinds import Kind
+from curvature.precision import HIGHEST
+from curvature.registry import Layer, Registry
+from curvature.registry.registry import Analysis
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """What is measured; equal plans share what has been compiled.
+
+    Attributes:
+      registry: what is in the model.
+      kinds: by name.
+      layers: the blocks; their examples can be told apart.
+      whole: the names of those that the whole network is made of; empty for no such block.
+      limit: the largest matrix that is made.
+      memory: how large the columns of the layers that are taken together may be, in bytes.
+    """
+
+    registry: Registry
+    kinds: Mapping[str, Kind]
+    layers: tuple[Layer, ...]
+    whole: tuple[str, ...]
+    limit: int
+    memory: int
+
+    def _identity(self) -> tuple[Any, ...]:
+        names = tuple(layer.name for layer in self.layers)
+        kinds = tuple(self.kinds.items())
+        return (id(self.registry), kinds, names, self.whole, self.limit, self.memory)
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self._identity() == other._identity()
+
+    def projections(self, block: str) -> dict[str, Projection]:
+        """The map of every layer of a block."""
+        layers = [x for x in self.layers if x.name in (self.whole if block == WHOLE else (block,))]
+        total = sum(layer.size for layer in layers)
+        width = projection.width(total, self.limit)
+        starts = np.cumsum([0, *(layer.size for layer in layers)]).tolist()
+        return {
+            layer.name: Projection(start, layer.size, total, width)
+            for layer, start in zip(layers, starts, strict=False)
+        }
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The names of all blocks."""
+        return (*((WHOLE,) if self.whole else ()), *(layer.name for layer in self.layers))
+
+    @functools.cached_property
+    def maps(self) -> dict[str, dict[str, Projection]]:
+        """The projections of every block."""
+        return {block: self.projections(block) for block in self.blocks}
+
+    def dim(self, block: str) -> int:
+        """The size of a block's matrices."""
+        return next(iter(self.maps[block].values())).dim
+
+    def groups(self, examples: int) -> list[tuple[str, ...]]:
+        """The layers in groups whose columns fit into memory together; a layer is never split."""
+        groups: list[list[str]] = [[]]
+        used = 0
+        for layer in self.layers:
+            size = 4 * examples * layer.size
+            if groups[-1] and used + size > self.memory:
+                groups.append([])
+                used = 0
+            groups[-1].append(layer.name)
+            used += size
+        return [tuple(group) for group in groups]
+
+
+def estimates(kind: Kind) -> int:
+    """How many independent estimates are made of a kind: one of what is exact."""
+    return PARTS if kind.needs_key(pooled=False) else 1
+
+
+class Measurement:
+    """The sums over the batches so far, each weighted by its share.
+
+    Attributes:
+      matrices: by kind and block, `(draws, dim, dim)`.
+      gradient: by block, `(dim,)`.
+      mass: the sum of the shares.
+      batches: how many there were.
+    """
+
+    def __init__(self, plan: Plan, key: jax.Array) -> None:
+        self.plan = plan
+        self.signs = {
+            layer.name: projection.signs(jax.random.fold_in(key, i), layer.size)
+            for i, layer in enumerate(plan.layers)
+        }
+        self.matrices: dict[tuple[str, str], Any] = {}
+        self.gradient: dict[str, Any] = {}
+        self.loss, self.mass, self.batches = 0.0, 0.0, 0
+
+    def add(self, params: PyTree, args: tuple[PyTree, ...], share: float, key: jax.Array) -> None:
+        """Adds a batch, or nothing where that fails."""
+        loss, gradient = _gradient(self.plan, params, args, self.signs)
+        if not math.isfinite(float(loss)):
+            raise FloatingPointError(f"the loss is {float(loss)}")
+        found: dict[tuple[str, str], jax.Array] = {}
+        groups = self.plan.groups(max(layer.examples for layer in self.plan.layers))
+        for i, name in enumerate(self.plan.kinds):
+            whole: jax.Array | None = None
+            for group in groups:
+                own = {n: self.signs[n] for n in group}
+                matrices, part = _group(
+                    self.plan, name, group, params, args, jax.random.fold_in(key, i), own
+                )
+                found |= {(name, block): matrix for block, matrix in matrices.items()}
+                if part is not None:
+                    whole = part if whole is None else whole + part
+            if whole is not None:
+                found[name, WHOLE] = _outer(whole)
+        for where, matrix in found.items():
+            self.matrices[where] = self.matrices.get(where, 0.0) + share * matrix
+        for block, vector in gradient.items():
+            self.gradient[block] = self.gradient.get(block, 0.0) + share * vector
+        self.loss += share * float(loss)
+        self.mass += share
+        self.batches += 1
+
+    def matrix(self, kind: str, block: str) -> np.ndarray:
+        """The mean over the data, `(draws, dim, dim)`."""
+        return np.asarray(self.matrices[kind, block], np.float64) / self.mass
+
+    def resolution(self, kind: str, block: str) -> float:
+        """How small an eigenvalue can be, relative to the largest, before rounding hides it."""
+        matrix = self.matrices[kind, block]
+        return float(np.finfo(np.dtype(matrix.dtype)).eps) * matrix.shape[-1]
+
+    def mean_gradient(self, block: str) -> np.ndarray:
+        """The mean gradient, `(dim,)`."""
+        return np.asarray(self.gradient[block], np.float64) / self.mass
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient(
+    plan: Plan, params: PyTree, args: tuple[PyTree, ...], signs: dict[str, jax.Array]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss, and its gradient on every block."""
+    registry = plan.registry
+    run = jax.value_and_grad(registry.loss_fn, has_aux=registry.has_aux)
+    out, tree = run(params, *args)
+    leaves = jax.tree.leaves(tree)
+    flat = {layer.name: layer.gather(leaves).reshape(-1) for layer in plan.layers}
+    return out[0] if registry.has_aux else out, {
+        block: sum(
+            (project(flat[name], signs[name]) for name, project in maps.items()),
+            start=jnp.zeros(()),
+        )
+        for block, maps in plan.maps.items()
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _group(
+    plan: Plan,
+    kind_name: str,
+    names: Sequence[str],
+    params: PyTree,
+    args: tuple[PyTree, ...],
+    key: jax.Array,
+    signs: dict[str, jax.Array],
+) -> tuple[dict[str, jax.Array], jax.Array | None]:
+    """The matrices of some layers, `(draws, dim, dim)`, and their part of the whole's columns.
+
+    The latter are of shape `(draws, columns, dim)`.
+    """
+    kind, analysis = plan.kinds[kind_name], plan.registry.analyse(params, args)
+    whole = plan.maps.get(WHOLE, {})
+
+    def one(total: dict[str, jax.Array], draw: PyTree) -> Any:
+        found = columns(analysis, kind, params, args, draw, names)
+        flat = {name: x.reshape((x.shape[0], -1)) for name, x in found.items()}
+        for name, x in flat.items():
+            projected = plan.maps[name][name](x, signs[name])
+            total = total | {name: total[name] + _outer(projected)}
+        parts = [whole[name](x, signs[name]) for name, x in flat.items() if name in whole]
+        return total, sum(parts[1:], start=parts[0]) if parts else None
+
+    def estimate(draws: PyTree) -> Any:
+        passes = jax.tree.leaves(draws)[0].shape[0]
+        zeros = {
+            layer.name: jnp.zeros([plan.dim(layer.name)] * 2, _dtype(analysis, layer, params))
+            for layer in analysis.layers
+            if layer.name in names
+        }
+        total, rows = jax.lax.scan(one, zeros, draws)
+        scale = 1 / passes if kind.averaged else 1.0
+        if rows is not None:
+            rows = rows.reshape((-1, rows.shape[-1])) * scale**0.5
+        return {name: matrix * scale for name, matrix in total.items()}, rows
+
+    count = estimates(kind)
+    if count == 1:
+        return jax.tree.map(lambda x: x[None], estimate(kind.draw(analysis.losses, None)))
+    return jax.lax.map(
+        lambda k: estimate(kind.draw(analysis.losses, k)), jax.random.split(key, count)
+    )
+
+
+def _dtype(analysis: Analysis, layer: Layer, params: PyTree) -> Any:
+    return jax.eval_shape(lambda p: layer.gather(jax.tree.leaves(p)), params).dtype
+
+
+@jax.jit
+def _outer(x: jax.Array) -> jax.Array:
+    """The sum of x x' over rows."""
+    return jnp.einsum("...ni,...nj->...ij", x, x, precision=HIGHEST)

@@ -1,0 +1,200 @@
+"""Structured approximations (K-FAC, EKFAC, the diagonal) beside the blocks they approximate.
+
+Their statistics are averaged over the batches, as an optimizer would with an infinite memory; the
+corrections of EKFAC in the eigenbases of the averaged factors. For a block whose matrix was not
+made, <A, K> = sum of s'K s over columns s of A, from a sample of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from curvature.blocks import Block
+from curvature.comparison.figures import Estimate, View, jackknife
+from curvature.comparison.measure import Plan
+from curvature.comparison.result import Figure, Structured
+from curvature.estimator import Estimator
+from curvature.estimator.columns import columns
+from curvature.estimator.kinds import Kind
+from curvature.registry.layers import BLOCKS, EXCLUDED
+
+PyTree = Any
+Batches = Any  # a function that gives (args, share) of every batch, again and again
+COLUMNS = 64  # sampled where a block's matrix is not made
+_TINY = float(np.finfo(np.float64).tiny)
+
+
+def approximations(
+    plan: Plan, kind: Kind, block: str, params: PyTree, batches: Batches, key: jax.Array
+) -> dict[str, Block]:
+    """The blocks of all layers that can have this one, at the mean of the statistics."""
+    names = {layer.name for layer in plan.layers if block in BLOCKS[layer.kind]}
+    if not names:
+        return {}
+    registry = plan.registry.with_blocks(lambda x: block if x.name in names else EXCLUDED)
+    estimator = Estimator(registry, kind)
+    mean = _mean(estimator, params, batches, key, None)
+    if block == "ekfac":
+        mean = _mean(estimator, params, batches, key, estimator.rebased(mean, restart=True))
+    return estimator.operator(mean).blocks
+
+
+def _mean(
+    estimator: Estimator, params: PyTree, batches: Batches, key: jax.Array, bases: PyTree
+) -> PyTree:
+    """The mean of statistics over the data."""
+    total, mass = None, 0.0
+    for i, args, share in batches():
+        found = _statistics(estimator, params, args, jax.random.fold_in(key, i), bases)
+        found = jax.tree.map(lambda x, share=share: share * x, found)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+        mass += share
+    return jax.tree.map(lambda x: x / mass, total)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _statistics(
+    estimator: Estimator, params: PyTree, args: tuple[PyTree, ...], key: jax.Array, bases: PyTree
+) -> PyTree:
+    return estimator.statistics(params, *args, key=key, bases=bases)
+
+
+def dense(block: Block) -> np.ndarray:
+    """A block's matrix on row-major flattened coordinates, copies on the diagonal."""
+    found = np.asarray(block.to_dense(), np.float64)
+    size = found.shape[-1]
+    copies = found.reshape((-1, size, size))
+    whole = np.zeros((len(copies) * size,) * 2)
+    for i, copy in enumerate(copies):
+        whole[i * size : (i + 1) * size, i * size : (i + 1) * size] = copy
+    return whole
+
+
+def beside(estimate: Estimate, block: Block) -> Structured:
+    """The figures of an approximation of a block whose matrix was made."""
+    matrix = dense(block)
+    size, norm = float(np.trace(matrix)), float(np.linalg.norm(matrix))
+
+    def numbers(view: View) -> list[float]:
+        return [
+            size / max(view.trace, _TINY),
+            float(np.sum(matrix * view.matrix)) / max(norm * view.norm, _TINY),
+            float(np.linalg.norm(matrix - view.matrix)) / max(view.norm, _TINY),
+        ]
+
+    trace, cosine, distance = jackknife(numbers, estimate)
+    return Structured(trace, _within(cosine), distance._replace(value=max(distance.value, 0.0)))
+
+
+def _within(cosine: Figure) -> Figure:
+    return cosine._replace(value=min(max(cosine.value, -1.0), 1.0))
+
+
+def beside_columns(estimate: Estimate, block: Block, samples: np.ndarray) -> Structured:
+    """The same where the block's matrix was not made.
+
+    Args:
+      estimate: of the projected matrix: its trace and norm.
+      block: the approximation.
+      samples: s'K s of columns s drawn at random, each times the number of columns.
+    """
+    size, norm = float(block.trace()), float(np.sqrt(_squared_norm(block)))
+    inner, off = float(samples.mean()), float(samples.std(ddof=1) / len(samples) ** 0.5)
+
+    def numbers(view: View) -> list[float]:
+        squared = view.norm**2 - 2 * inner + norm**2
+        return [
+            size / max(view.trace, _TINY),
+            inner / max(norm * view.norm, _TINY),
+            max(squared, 0.0) ** 0.5 / max(view.norm, _TINY),
+        ]
+
+    trace, cosine, distance = jackknife(numbers, estimate, least=0.0)
+    # The columns' error is independent of the projection's; to first order it enters like this.
+    view = estimate.views[0]
+    of_cosine = 1.96 * off / max(norm * view.norm, _TINY)
+    of_distance = of_cosine * norm / max(view.norm * distance.value, _TINY)
+    return Structured(
+        trace,
+        _within(_wider(cosine, of_cosine)),
+        _wider(distance, of_distance),
+    )
+
+
+def _wider(figure: Figure, error: float) -> Figure:
+    return figure._replace(error=float(np.hypot(figure.error or 0.0, error)))
+
+
+def _squared_norm(block: Block) -> Any:
+    """|K|^2 in the Frobenius norm."""
+    return jnp.sum(block.eigenvalues() ** 2)
+
+
+def sampled(
+    plan: Plan,
+    kind_name: str,
+    params: PyTree,
+    batches: Batches,
+    blocks: Mapping[str, Mapping[str, Block]],
+    key: jax.Array,
+) -> dict[tuple[str, str], np.ndarray]:
+    """By approximation and layer, s'K s times the number of columns, for columns drawn at random.
+
+    Args:
+      plan: what is measured.
+      kind_name: the kind whose columns they are.
+      params: the parameters.
+      batches: the data.
+      blocks: approximations by name, then layer.
+      key: random key.
+    """
+    count = sum(1 for _ in batches())
+    mass = sum(share for _, _, share in batches())
+    each = max(1, COLUMNS // count)
+    found: dict[tuple[str, str], list[np.ndarray]] = {}
+    for i, args, share in batches():
+        folded = jax.random.fold_in(key, i)
+        values = _of_columns(plan, kind_name, each, params, args, blocks, folded)
+        for where, value in values.items():
+            found.setdefault(where, []).append(np.asarray(value) * (share * count / mass))
+    return {where: np.concatenate(values) for where, values in found.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _of_columns(
+    plan: Plan,
+    kind_name: str,
+    each: int,
+    params: PyTree,
+    args: tuple[PyTree, ...],
+    blocks: Mapping[str, Mapping[str, Block]],
+    key: jax.Array,
+) -> dict[tuple[str, str], jax.Array]:
+    kind, analysis = plan.kinds[kind_name], plan.registry.analyse(params, args)
+    names = sorted({name for of_layers in blocks.values() for name in of_layers})
+    drawing, choosing = jax.random.split(key)
+    draws = kind.draw(analysis.losses, drawing if kind.needs_key(pooled=False) else None)
+    passes = jax.tree.leaves(draws)[0].shape[0]
+
+    def one(key: jax.Array) -> dict[tuple[str, str], jax.Array]:
+        first, second = jax.random.split(key)
+        chosen = jax.random.randint(first, (), 0, passes)
+        found = columns(
+            analysis, kind, params, args, jax.tree.map(lambda d: d[chosen], draws), names
+        )
+        result = {}
+        for approximation, of_layers in blocks.items():
+            for name, block in of_layers.items():
+                example = jax.random.randint(second, (), 0, len(found[name]))
+                s = found[name][example]
+                times = len(found[name]) * (1 if kind.averaged else passes)
+                result[approximation, name] = times * jnp.sum(s * (block @ s))
+        return result
+
+    return jax.lax.map(one, jax.random.split(choosing, each))
