@@ -1,6 +1,7 @@
-"""The lecture's pages run, their assertions hold, and their pictures are in the repository."""
+"""The pages that are programs run, their assertions hold, and the repository has their pictures."""
 
 import importlib.util
+import os
 import pathlib
 import re
 
@@ -23,34 +24,37 @@ def load_runner():
 
 runner = load_runner()
 PAGES = runner.pages()
+pictures = runner.pictures
 
 
-def pictures(page):
-    return set(re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8")))
+def files(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_runs_and_draws_its_pictures(page, tmp_path):
     with jax.numpy_dtype_promotion("standard"):  # as its readers have it
         runner.run(page, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == pictures(page)
+    assert files(tmp_path) == pictures(page)
     for name in pictures(page):
-        assert 0 < (LECTURE / name).stat().st_size < LIMIT
+        assert 0 < (page.parent / name).stat().st_size < LIMIT
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_is_listed_and_has_the_parts_of_a_page(page):
-    assert f"({page.name})" in (LECTURE / "README.md").read_text(encoding="utf-8")
+    link = pathlib.Path(os.path.relpath(page, LECTURE)).as_posix()
+    assert f"({link})" in (LECTURE / "README.md").read_text(encoding="utf-8")
     text = page.read_text(encoding="utf-8")
     for part in ("## What to learn", "## The formula", "## The code", "## What it shows", "assert"):
         assert part in text
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (LECTURE / target).exists()
+        assert (page.parent / target).exists()
 
 
 def test_there_are_pages_and_no_stray_pictures():
-    assert len(PAGES) == 5
-    assert {path.name for path in LECTURE.glob("*.png")} == set().union(*map(pictures, PAGES))
+    assert len(PAGES) == 6
+    shown = {page.parent / name for page in PAGES for name in pictures(page)}
+    assert {*LECTURE.glob("*.png"), *(LECTURE.parent / "empirical-fisher").iterdir()} == shown
 
 
 def test_a_control_a_wrong_number_in_a_page_is_an_error(tmp_path):

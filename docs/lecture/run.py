@@ -1,9 +1,9 @@
-"""Runs the pages of the lecture, and leaves their pictures next to them.
+"""Runs the pages whose code is a program, and leaves their pictures next to them.
 
     python docs/lecture/run.py [PAGE.md ...] [--out DIR]
 
-The code blocks of a page are one program, with assertions for every number the text states.
-`tests/test_lecture.py` runs them all.
+These are the pages of the lecture and `docs/empirical-fisher.md`. The code blocks of a page are one
+program, with assertions for every number the text states. `tests/test_lecture.py` runs them all.
 """
 
 import argparse
@@ -13,11 +13,18 @@ import re
 
 HERE = pathlib.Path(__file__).resolve().parent
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+PICTURE = re.compile(r"!\[[^\]]+\]\(([^)]+)\)")
 
 
 def pages():
-    """All pages, in alphabetical order."""
-    return sorted(page for page in HERE.glob("*.md") if page.name != "README.md")
+    """The lecture's pages in alphabetical order, then the others."""
+    lecture = sorted(page for page in HERE.glob("*.md") if page.name != "README.md")
+    return [*lecture, HERE.parent / "empirical-fisher.md"]
+
+
+def pictures(page):
+    """The page's pictures, as it names them: paths from its own folder."""
+    return set(PICTURE.findall(page.read_text(encoding="utf-8")))
 
 
 def program(page):
@@ -38,6 +45,8 @@ def run(page, out):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    for name in pictures(page):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
     scope = {"__name__": page.stem}
     with contextlib.chdir(out):
         exec(program(page), scope)
@@ -48,11 +57,12 @@ def run(page, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pages", nargs="*", type=pathlib.Path, help="all of them by default")
-    parser.add_argument("--out", type=pathlib.Path, default=HERE, help="folder of the pictures")
+    parser.add_argument("--out", type=pathlib.Path, help="folder of the pictures; the page's own")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
     for page in options.pages or pages():
-        run(page.resolve(), options.out)
+        out = (options.out or page.parent).resolve()
+        out.mkdir(parents=True, exist_ok=True)
+        run(page.resolve(), out)
         print(page.name)
 
 
