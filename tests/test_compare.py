@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 import curvature
 from curvature.comparison import Figure, compare
+from curvature.comparison.projection import PARTS, Projection, folded, width
 from curvature.comparison.result import WHOLE
 
 RNG = np.random.default_rng(0)
@@ -232,6 +233,31 @@ def test_stated_errors_cover_the_truth_in_nine_of_ten_trials(options):
     assert len(coverage) >= 20
     low = {where: share for where, share in coverage.items() if share < 0.9}
     assert not low, low
+
+
+@pytest.mark.parametrize("size, total", [(300, 300), (40_000, 40_000), (500, 60_000)])
+def test_a_projection_is_the_matrix_of_signs(size, total):
+    """One entry in each row and part; two layers of one block share the parts' signs."""
+    offset = total - size
+    project = Projection(offset, size, total, 31)
+    rng = np.random.default_rng(0)
+    fold, parts = rng.choice([-1, 1], size), rng.choice([-1, 1], (PARTS, folded(total)))
+    x = rng.normal(size=(2, size))
+    found = project(jnp.asarray(x), jnp.asarray(fold), jnp.asarray(parts))
+    want = np.zeros((2, PARTS, 31))
+    for place in range(size):
+        bucket = (offset + place) % 16_381
+        sign = fold[place] if total > 16_381 else 1
+        want[:, np.arange(PARTS), bucket % 31] += (
+            np.outer(x[:, place], parts[:, bucket]) * sign / np.sqrt(PARTS)
+        )
+    np.testing.assert_allclose(found, want.reshape(2, -1), atol=1e-12)
+    assert project.dim == found.shape[1] == PARTS * 31
+
+
+@pytest.mark.parametrize("total, limit, dim", [(1000, 1000, 1000), (1001, 1000, 995), (60, 14, 10)])
+def test_projections_have_a_prime_number_of_buckets(total, limit, dim):
+    assert Projection(0, total, total, width(total, limit)).dim == dim
 
 
 def test_the_sampling_error_is_that_of_a_step():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import math
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -109,10 +110,7 @@ def compare(
     bar = _bar(progress)
 
     def data(count: int | None = None) -> Iterator[tuple[int, tuple[PyTree, ...], float]]:
-        for i, args, share in shares(batches, None, averaged=True):
-            if count is not None and i >= count:
-                return
-            yield i, args, share
+        return itertools.islice(shares(batches, None, averaged=True), count)
 
     projecting, drawing, approximating = jax.random.split(_typed(key), 3)
     measured, predicted = Measurement(plan, projecting), Prediction(registry)

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,10 +116,7 @@ class Measurement:
 
     def __init__(self, plan: Plan, key: jax.Array) -> None:
         self.plan = plan
-        self.signs = {
-            layer.name: projection.signs(jax.random.fold_in(key, i), layer.size)
-            for i, layer in enumerate(plan.layers)
-        }
+        self.signs = _signs(plan, key)
         self.matrices: dict[tuple[str, str], Any] = {}
         self.gradient: dict[str, Any] = {}
         self.loss, self.mass, self.batches = 0.0, 0.0, 0
@@ -134,9 +131,8 @@ class Measurement:
         for i, name in enumerate(self.plan.kinds):
             whole: jax.Array | None = None
             for group in groups:
-                own = {n: self.signs[n] for n in group}
                 matrices, part = _group(
-                    self.plan, name, group, params, args, jax.random.fold_in(key, i), own
+                    self.plan, name, group, params, args, jax.random.fold_in(key, i), self.signs
                 )
                 found |= {(name, block): matrix for block, matrix in matrices.items()}
                 if part is not None:
@@ -165,20 +161,46 @@ class Measurement:
         return np.asarray(self.gradient[block], np.float64) / self.mass
 
 
+class Signs(NamedTuple):
+    """The random signs of all projections: `folds` by layer, `parts` by block."""
+
+    folds: dict[str, jax.Array]
+    parts: dict[str, jax.Array]
+
+
+def _signs(plan: Plan, key: jax.Array) -> Signs:
+    first, second = jax.random.split(key)
+
+    def draw(key: jax.Array, i: int, *shape: int) -> jax.Array:
+        return jax.random.rademacher(jax.random.fold_in(key, i), shape, jnp.int8)
+
+    totals = {block: next(iter(maps.values())).total for block, maps in plan.maps.items()}
+    return Signs(
+        {layer.name: draw(first, i, layer.size) for i, layer in enumerate(plan.layers)},
+        {
+            block: draw(second, i, PARTS, projection.folded(total))
+            for i, (block, total) in enumerate(totals.items())
+        },
+    )
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _gradient(
-    plan: Plan, params: PyTree, args: tuple[PyTree, ...], signs: dict[str, jax.Array]
+    plan: Plan, params: PyTree, args: tuple[PyTree, ...], signs: Signs
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss, and its gradient on every block."""
     registry = plan.registry
     run = jax.value_and_grad(registry.loss_fn, has_aux=registry.has_aux)
     out, tree = run(params, *args)
     leaves = jax.tree.leaves(tree)
-    flat = {layer.name: layer.gather(leaves).reshape(-1) for layer in plan.layers}
+    flat = {layer.name: layer.gather(leaves).reshape((1, -1)) for layer in plan.layers}
     return out[0] if registry.has_aux else out, {
-        block: sum(
-            (project(flat[name], signs[name]) for name, project in maps.items()),
-            start=jnp.zeros(()),
+        block: functools.reduce(
+            jnp.add,
+            (
+                project(flat[name], signs.folds[name], signs.parts[block])[0]
+                for name, project in maps.items()
+            ),
         )
         for block, maps in plan.maps.items()
     }
@@ -192,7 +214,7 @@ def _group(
     params: PyTree,
     args: tuple[PyTree, ...],
     key: jax.Array,
-    signs: dict[str, jax.Array],
+    signs: Signs,
 ) -> tuple[dict[str, jax.Array], jax.Array | None]:
     """The matrices of some layers, `(draws, dim, dim)`, and their part of the whole's columns.
 
@@ -205,9 +227,13 @@ def _group(
         found = columns(analysis, kind, params, args, draw, names)
         flat = {name: x.reshape((x.shape[0], -1)) for name, x in found.items()}
         for name, x in flat.items():
-            projected = plan.maps[name][name](x, signs[name])
+            projected = plan.maps[name][name](x, signs.folds[name], signs.parts[name])
             total = total | {name: total[name] + _outer(projected)}
-        parts = [whole[name](x, signs[name]) for name, x in flat.items() if name in whole]
+        parts = [
+            whole[name](x, signs.folds[name], signs.parts[WHOLE])
+            for name, x in flat.items()
+            if name in whole
+        ]
         return total, sum(parts[1:], start=parts[0]) if parts else None
 
     def estimate(draws: PyTree) -> Any:

@@ -26,7 +26,8 @@ from curvature.registry.layers import BLOCKS, EXCLUDED
 
 PyTree = Any
 Batches = Any  # a function that gives (args, share) of every batch, again and again
-COLUMNS = 64  # sampled where a block's matrix is not made
+_PASSES, _EXAMPLES = 8, 8  # whose columns are sampled where a block's matrix is not made
+_STUDENT = 2.365  # the 97.5 % quantile of Student's t with _PASSES - 1 degrees of freedom
 _TINY = float(np.finfo(np.float64).tiny)
 
 
@@ -102,7 +103,8 @@ def beside_columns(estimate: Estimate, block: Block, samples: np.ndarray) -> Str
     Args:
       estimate: of the projected matrix: its trace and norm.
       block: the approximation.
-      samples: s'K s of columns s drawn at random, each times the number of columns.
+      samples: the mean of s'K s over some columns s of a pass drawn at random, times the number
+        of columns; for several passes.
     """
     size, norm = float(block.trace()), float(np.sqrt(_squared_norm(block)))
     inner, off = float(samples.mean()), float(samples.std(ddof=1) / len(samples) ** 0.5)
@@ -118,7 +120,7 @@ def beside_columns(estimate: Estimate, block: Block, samples: np.ndarray) -> Str
     trace, cosine, distance = jackknife(numbers, estimate, least=0.0)
     # The columns' error is independent of the projection's; to first order it enters like this.
     view = estimate.views[0]
-    of_cosine = 1.96 * off / max(norm * view.norm, _TINY)
+    of_cosine = _STUDENT * off / max(norm * view.norm, _TINY)
     of_distance = of_cosine * norm / max(view.norm * distance.value, _TINY)
     return Structured(
         trace,
@@ -144,7 +146,7 @@ def sampled(
     blocks: Mapping[str, Mapping[str, Block]],
     key: jax.Array,
 ) -> dict[tuple[str, str], np.ndarray]:
-    """By approximation and layer, s'K s times the number of columns, for columns drawn at random.
+    """By approximation and layer, what `beside_columns` takes as `samples`.
 
     Args:
       plan: what is measured.
@@ -156,7 +158,7 @@ def sampled(
     """
     count = sum(1 for _ in batches())
     mass = sum(share for _, _, share in batches())
-    each = max(1, COLUMNS // count)
+    each = max(1, _PASSES // count)
     found: dict[tuple[str, str], list[np.ndarray]] = {}
     for i, args, share in batches():
         folded = jax.random.fold_in(key, i)
@@ -191,10 +193,13 @@ def _of_columns(
         result = {}
         for approximation, of_layers in blocks.items():
             for name, block in of_layers.items():
-                example = jax.random.randint(second, (), 0, len(found[name]))
-                s = found[name][example]
-                times = len(found[name]) * (1 if kind.averaged else passes)
-                result[approximation, name] = times * jnp.sum(s * (block @ s))
+                examples = len(found[name])
+                order = jax.random.permutation(second, examples)[:_EXAMPLES]
+                inner = jax.lax.map(
+                    lambda s, block=block: jnp.sum(s * (block @ s)), found[name][order]
+                )
+                times = examples * (1 if kind.averaged else passes)
+                result[approximation, name] = times * jnp.mean(inner)
         return result
 
     return jax.lax.map(one, jax.random.split(choosing, each))
