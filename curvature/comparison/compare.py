@@ -376,9 +376,9 @@ def _approximated(
     names: Sequence[str],
 ) -> dict[str, dict[str, Structured]]:
     """The figures of approximations of one kind, by layer and name."""
-    kind = plan.kinds[kind_name]
     blocks = {
-        name: structured.approximations(plan, kind, name, params, batches, key) for name in names
+        name: structured.approximations(plan, kind_name, name, params, batches, key)
+        for name in names
     }
     estimates = {x.name: _estimate(plan, measured, kind_name, x.name) for x in plan.layers}
     large = {

@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvature.blocks import Block
+from curvature.blocks import Block, Kronecker
 from curvature.comparison.figures import Estimate, View, jackknife
 from curvature.comparison.measure import Plan
 from curvature.comparison.result import Figure, Structured
 from curvature.estimator import Estimator
 from curvature.estimator.columns import columns
-from curvature.estimator.kinds import Kind
 from curvature.registry.layers import BLOCKS, EXCLUDED
 
 PyTree = Any
@@ -32,18 +31,26 @@ _TINY = float(np.finfo(np.float64).tiny)
 
 
 def approximations(
-    plan: Plan, kind: Kind, block: str, params: PyTree, batches: Batches, key: jax.Array
+    plan: Plan, kind_name: str, block: str, params: PyTree, batches: Batches, key: jax.Array
 ) -> dict[str, Block]:
     """The blocks of all layers that can have this one, at the mean of the statistics."""
-    names = {layer.name for layer in plan.layers if block in BLOCKS[layer.kind]}
-    if not names:
+    estimator = _estimator(plan, kind_name, block)
+    if not estimator.layers:
         return {}
-    registry = plan.registry.with_blocks(lambda x: block if x.name in names else EXCLUDED)
-    estimator = Estimator(registry, kind)
-    mean = _mean(estimator, params, batches, key, None)
+    bases = None
     if block == "ekfac":
-        mean = _mean(estimator, params, batches, key, estimator.rebased(mean, restart=True))
-    return estimator.operator(mean).blocks
+        factors = _mean(_estimator(plan, kind_name, "kronecker"), params, batches, key, None)
+        start = {name: zeros | factors[name] for name, zeros in estimator.zeros().items()}
+        bases = estimator.rebased(start, restart=True)
+    return estimator.operator(_mean(estimator, params, batches, key, bases)).blocks
+
+
+@functools.lru_cache(maxsize=64)  # what has been compiled goes with it
+def _estimator(plan: Plan, kind_name: str, block: str) -> Estimator:
+    """The estimator of the layers that can have a block; the others are excluded."""
+    names = {layer.name for layer in plan.layers if block in BLOCKS[layer.kind]}
+    registry = plan.registry.with_blocks(lambda x: block if x.name in names else EXCLUDED)
+    return Estimator(registry, plan.kinds[kind_name])
 
 
 def _mean(
@@ -133,8 +140,14 @@ def _wider(figure: Figure, error: float) -> Figure:
     return figure._replace(error=float(np.hypot(figure.error or 0.0, error)))
 
 
-def _squared_norm(block: Block) -> Any:
-    """|K|^2 in the Frobenius norm."""
+@jax.jit
+def _squared_norm(block: Block) -> jax.Array:
+    """|K|^2 in the Frobenius norm, without an eigendecomposition."""
+    if isinstance(block, Kronecker):
+        axes = tuple(range(block.stack_ndim, block.input.ndim))
+        one = jnp.sum(block.input**2, axis=axes)
+        axes = tuple(range(block.stack_ndim, block.output.ndim))
+        return jnp.sum(one * jnp.sum(block.output**2, axis=axes))
     return jnp.sum(block.eigenvalues() ** 2)
 
 
