@@ -20,10 +20,12 @@ from curvature.comparison.result import (
 )
 
 NAN = Figure(math.nan)
+EF = ("Fisher", "empirical Fisher")
+NASTY = "<script>alert('x')</script>/\"a\" & `b` $x_1$ \\frac %d {0}"
 KINDS = {
-    "fisher": "Fisher information, targets drawn from the model, in closed form",
-    "empirical_fisher": "outer products of the gradients at the given targets",
-    "gauss_newton": "Gauss-Newton matrix with the Hessian of the loss",
+    "Fisher": "Fisher(samples=None)",
+    "empirical Fisher": "EmpiricalFisher()",
+    "Gauss-Newton": "GaussNewton(probes=None, metric=None)",
 }
 LAYERS = (
     ("stem/conv/kernel", 432),
@@ -113,7 +115,7 @@ def block(name, size, pairs, *, structured=True, kinds=KINDS, seed=0):
         size=size,
         projected=512 if size > 4096 else None,
         spectra={
-            k: spectrum(size, scales.get(k, 1.0), sampling=0.42 if k == "fisher" else None)
+            k: spectrum(size, scales.get(k, 1.0), sampling=0.42 if k == "Fisher" else None)
             for k in kinds
         },
         pairs=pairs,
@@ -154,7 +156,7 @@ def realistic(count=12, seed=0):
             block(
                 name,
                 size,
-                {("fisher", "empirical_fisher"): found, ("fisher", "gauss_newton"): same()},
+                {("Fisher", "empirical Fisher"): found, ("Fisher", "Gauss-Newton"): same()},
             )
         )
     return comparison(blocks)
@@ -190,3 +192,96 @@ def comparison(blocks, state=None, **changes):
         ),
     )
     return dataclasses.replace(made, **changes)
+
+
+def nasty():
+    """Names that mean something to HTML, to plots, to terminals."""
+    kinds = {"Fisher": "a <b>", "empirical Fisher": NASTY, NASTY: "mine"}
+    pairs = {EF: pair(0.2), ("Fisher", NASTY): pair(2.0)}
+    blocks = [
+        block(WHOLE, 40, pairs, kinds=kinds),
+        block(NASTY, 20, pairs, kinds=kinds),
+        block("x" * 300, 20, pairs, kinds=kinds),
+        block("tab\tnew\nline", 20, pairs, kinds=kinds),
+        block("_hidden", 20, pairs, kinds=kinds),
+    ]
+    return comparison(blocks, kinds=kinds, notes=(NASTY,), settings={NASTY: {NASTY: [NASTY]}})
+
+
+def missing():
+    """Every figure is not a number."""
+    gone = pair(*[NAN] * 3, directions=True)
+    steps = dataclasses.replace(
+        gone.directions, **{f.name: NAN for f in dataclasses.fields(gone.directions)}
+    )
+    gone = dataclasses.replace(
+        gone,
+        **dict.fromkeys(("trace_ratio", "cosine", "frobenius_distance", "spectral_distance"), NAN),
+        angles=(NAN, NAN),
+        directions=steps,
+    )
+    spectra = dict.fromkeys(
+        KINDS,
+        dataclasses.replace(
+            spectrum(9), trace=NAN, largest=(NAN,), effective_dimension=NAN, density=()
+        ),
+    )
+    blocks = [
+        dataclasses.replace(
+            block(name, 9, {EF: gone}),
+            spectra=spectra,
+            structured={"Fisher": {"kronecker": Structured(NAN, NAN, NAN)}},
+        )
+        for name in (WHOLE, "a")
+    ]
+    return comparison(blocks, state=ModelState(8, math.nan, math.nan, math.nan))
+
+
+def odd():
+    """Zeros, infinities, unknown errors, tiny and huge numbers."""
+    values = [0.0, 1e-300, 1e300, -1e-17, math.inf, 5e-324, 1.0]
+    errors = [None, 0.0, math.nan, math.inf, 1e-12, 1e6]
+    blocks = []
+    for i, value in enumerate(values):
+        for j, error in enumerate(errors):
+            figure = Figure(value, error)
+            made = pair(figure, figure, figure)
+            steps = dataclasses.replace(
+                made.directions,
+                length_ratio=figure,
+                decrease=figure,
+                best_decrease=figure,
+                agreement=figure,
+            )
+            made = dataclasses.replace(
+                made, frobenius_distance=figure, angles=(figure,) * 3, directions=steps
+            )
+            one = dataclasses.replace(
+                spectrum(9), largest=(figure, figure), density=((value, value), (0.0, 1.0))
+            )
+            blocks.append(
+                dataclasses.replace(
+                    block(f"layer_{i}_{j}", 9, {EF: made}), spectra=dict.fromkeys(KINDS, one)
+                )
+            )
+    return comparison(blocks)
+
+
+PARTIAL = {
+    "realistic": realistic,
+    "sixty": lambda: realistic(60),
+    "one layer": lambda: realistic(1),
+    "nasty": nasty,
+    "missing": missing,
+    "odd": odd,
+    "nothing": lambda: Comparison({}, ModelState(0, math.nan, None, None), (), 0.0),
+    "notes only": lambda: comparison([], notes=("The first batch failed.",)),
+    "no pairs": lambda: comparison([block("a", 9, {})]),
+    "no whole network": lambda: comparison([block("a", 9, {EF: pair()}), block("b", 9, {})]),
+    "no directions": lambda: comparison([block(WHOLE, 9, {EF: pair(directions=False)})]),
+    "no spectra": lambda: comparison(
+        [dataclasses.replace(block(WHOLE, 9, {EF: pair()}), spectra={}, structured={})]
+    ),
+    "exact": lambda: comparison([block(WHOLE, 9, {EF: pair(error=None)})]),
+    "equal": lambda: comparison([block(WHOLE, 9, {EF: same()}), block("a", 9, {EF: same()})]),
+}

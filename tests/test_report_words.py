@@ -4,15 +4,14 @@ import dataclasses
 import math
 
 import pytest
-from comparisons import KINDS, NAN, block, comparison, pair, realistic, same, spectrum
+from comparisons import EF, KINDS, NAN, block, comparison, pair, realistic, same, spectrum
 
 from curvature.comparison.result import WHOLE, Figure, ModelState, Structured
 from curvature.comparison.scale import Side, away, factor, side, times
 from curvature.comparison.words import paragraphs, summary
 from curvature.comparison.writing import plural, rounded, text
 
-EF = ("fisher", "empirical_fisher")
-GN = ("fisher", "gauss_newton")
+GN = ("Fisher", "Gauss-Newton")
 
 
 def told(made):
@@ -199,8 +198,9 @@ def test_the_layers():
     )
     assert "; in 1 their scales cannot be told apart; in 1 there is no trace ratio." in said
     said = layered(pair(1.0, error=0.5), pair(1.0, error=0.5))
-    assert "In 2 of 2 layers their scales cannot be told apart." in said
+    assert "In both layers their scales cannot be told apart." in said
     assert "Farthest" not in said
+    assert "is too small in all 3 layers (about 2.0 times)." in layered(*[pair(0.5)] * 3)
     assert "(up to 2.0 times)" in layered(pair(0.9, error=None), pair(0.5, error=None))
 
 
@@ -226,7 +226,7 @@ def test_a_scattered_layer_is_not_the_farthest():
 def test_equal_matrices():
     said = layered(same(), same(), key=GN)
     assert (
-        "In all 2 blocks the Gauss-Newton matrix and the true Fisher are the same matrix up to "
+        "In both blocks the Gauss-Newton matrix and the true Fisher are the same matrix up to "
         "rounding (relative distance at most 2.4e-16)."
     ) in said
     assert "In the one block compared" in layered(same(), key=GN)
@@ -234,6 +234,18 @@ def test_equal_matrices():
     said = told(comparison(blocks))
     assert "Over the whole network the Gauss-Newton matrix and the true Fisher are the same" in said
     assert "In layer `a` the Gauss-Newton matrix is 1.5 times larger than the true Fisher" in said
+
+
+def test_a_kind_that_is_compared_twice_says_with_what():
+    kinds = {"Fisher": "", "Gauss-Newton": "", "Fisher (2 samples)": ""}
+    sampled = "Fisher (2 samples)"
+    pairs = {GN: pair(2.0), ("Fisher", sampled): pair(), ("Gauss-Newton", sampled): pair()}
+    made = comparison([block(WHOLE, 9, pairs, structured=False)], kinds=kinds)
+    assert [topic for topic, _ in paragraphs(made)][1:4] == [
+        "Gauss-Newton matrix",
+        "True Fisher from 2 samples against true Fisher",
+        "True Fisher from 2 samples against Gauss-Newton matrix",
+    ]
 
 
 def test_only_the_empirical_fisher_is_too_small():
@@ -246,7 +258,7 @@ def test_kinds_keep_the_names_they_were_given():
     key = ("fisher", "mine")
     made = comparison([block(WHOLE, 9, {key: pair(0.5)}, structured=False)], kinds=kinds)
     assert "Over the whole network `mine` is 2.0 times smaller than `fisher`" in told(made)
-    assert [topic for topic, _ in paragraphs(made)][1] == "`mine`"
+    assert [topic for topic, _ in paragraphs(made)][1] == "mine"
 
 
 def state(loss, entropy, ratio=0.3, wrong=None, **changes):
@@ -302,8 +314,8 @@ def test_approximations():
     two = dataclasses.replace(one, frobenius_distance=Figure(0.5, 0.1))
     three = dataclasses.replace(one, frobenius_distance=NAN)
     blocks = [
-        dataclasses.replace(block("a", 9, {}), structured={"fisher": {"kron": one, "diag": three}}),
-        dataclasses.replace(block("b", 9, {}), structured={"fisher": {"kron": two, "diag": one}}),
+        dataclasses.replace(block("a", 9, {}), structured={"Fisher": {"kron": one, "diag": three}}),
+        dataclasses.replace(block("b", 9, {}), structured={"Fisher": {"kron": two, "diag": one}}),
     ]
     said = told(comparison(blocks))
     assert (
@@ -318,7 +330,7 @@ def test_sampling():
         "Sampled as in a training step, the true Fisher is off by 0.42 ± 0.02 times its own norm "
         "over the whole network."
     ) in said
-    spectra = {"fisher": spectrum(9, sampling=0.3)}
+    spectra = {"Fisher": spectrum(9, sampling=0.3)}
     made = dataclasses.replace(block("a", 9, {}), spectra=spectra, structured={})
     twice = dataclasses.replace(made, name="b")
     said = told(comparison([made, twice]))

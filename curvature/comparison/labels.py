@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 from curvature.comparison.result import WHOLE, Block, Comparison, Pair
+from curvature.comparison.writing import plural
 
 _KNOWN = {
     "fisher": "true Fisher",
@@ -14,16 +16,46 @@ _KNOWN = {
     "gaussnewton": "Gauss-Newton matrix",
     "ggn": "Gauss-Newton matrix",
 }
+_ABOUT = {
+    "true Fisher": "Gradients at targets drawn from the model.",
+    "empirical Fisher": "Gradients at the given targets.",
+    "Gauss-Newton matrix": "The loss's curvature at the outputs, pulled back to the parameters.",
+}
 
 
 def labels(comparison: Comparison) -> dict[str, str]:
     """A readable name for every kind: its own, unless it is well known."""
-    names = {name: _KNOWN.get(_letters(name), name) for name in comparison.kinds}
+    return {name: known or name for name, known in _known(comparison).items()}
+
+
+def spoken(comparison: Comparison, kind: str) -> str:
+    """A kind within a sentence: `the true Fisher`; names that are not ours are code."""
+    known = _known(comparison).get(kind)
+    return f"the {known}" if known else f"`{kind}`"
+
+
+def topic(comparison: Comparison, kind: str) -> str:
+    """A kind at the start of a line."""
+    known = _known(comparison).get(kind)
+    return known[0].upper() + known[1:] if known else kind
+
+
+def about(comparison: Comparison, kind: str) -> str:
+    """What a well-known kind is; nothing for others."""
+    return _ABOUT.get(_known(comparison).get(kind) or "", "")
+
+
+def _known(comparison: Comparison) -> dict[str, str | None]:
+    names = {name: _recognised(name) for name in comparison.kinds}
     # Two kinds may be one curvature with two settings: only their own names tell them apart.
-    return {
-        name: label if list(names.values()).count(label) == 1 else name
-        for name, label in names.items()
-    }
+    found = list(names.values())
+    return {n: known if found.count(known) == 1 else None for n, known in names.items()}
+
+
+def _recognised(name: str) -> str | None:
+    if sampled := re.fullmatch(r"Fisher \((\d+) samples?\)", name):
+        return "true Fisher from " + plural(int(sampled[1]), "sample")
+    return _KNOWN.get(_letters(name))
 
 
 def is_empirical(comparison: Comparison, kind: str) -> bool:
@@ -35,7 +67,10 @@ def is_fisher_like(comparison: Comparison, kind: str) -> bool:
     """Whether a kind is what the empirical Fisher stands in for: a true Fisher or Gauss-Newton."""
     if is_empirical(comparison, kind):
         return False
-    letters = _letters(kind + comparison.kinds.get(kind, ""))
+    described = comparison.kinds.get(kind, "")
+    if "metric=" in described and "metric=None" not in described:
+        return False  # another metric in the place of the loss's
+    letters = _letters(kind + described)
     return "fisher" in letters or "gaussnewton" in letters or "ggn" in letters
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 
-from curvature.comparison.labels import is_empirical, is_fisher_like, labels, layers, pairs
+from curvature.comparison.labels import is_empirical, is_fisher_like, layers, pairs, spoken
 from curvature.comparison.result import Comparison, Figure
 from curvature.comparison.scale import Side, same_matrix, side
 from curvature.comparison.writing import plural, rounded, text
@@ -112,14 +112,13 @@ def approximations(comparison: Comparison) -> list[str]:
         parts.append(f"`{name}` is {median} away (median of {count}), at most {most} (`{worst}`)")
     if not parts:
         return []
-    label = labels(comparison)[kind]
     told = "; ".join(parts)
-    return [f"As approximations of the {label}, by relative Frobenius distance: {told}."]
+    start = f"As approximations of {spoken(comparison, kind)}, by relative Frobenius distance:"
+    return [f"{start} {told}."]
 
 
 def sampling(comparison: Comparison) -> list[str]:
     """How noisy the samples of a training step are."""
-    names = labels(comparison)
     found = []
     for kind in comparison.kinds:
         errors = {
@@ -140,8 +139,8 @@ def sampling(comparison: Comparison) -> list[str]:
             size = rounded(statistics.median(e.value for e in known.values()))
             where = f"(median of {plural(len(known), 'layer')})"
         found.append(
-            f"Sampled as in a training step, the {names[kind]} is off by {size} times its own norm "
-            f"{where}."
+            f"Sampled as in a training step, {spoken(comparison, kind)} is off by {size} times its "
+            f"own norm {where}."
         )
     return found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from curvature.comparison import charts, sections, svg
-from curvature.comparison.labels import labels, layers, pairs, styles
+from curvature.comparison.labels import about, labels, layers, pairs, styles
 from curvature.comparison.markup import name, number, prose
 from curvature.comparison.result import WHOLE, Comparison, Figure, Pair
 from curvature.comparison.scale import same_matrix
@@ -83,7 +83,8 @@ def _header(comparison: Comparison) -> str:
     names, style = labels(comparison), styles(comparison)
     kinds = "".join(
         f"<li>{svg.key(style[kind])}<div><strong>{name(names[kind])}</strong>"
-        f"{' <em>reference, A</em>' if i == 0 else ''}<p>{prose(described)}</p></div></li>"
+        f"{' <em>reference, A</em>' if i == 0 else ''}<p>{about(comparison, kind)}</p>"
+        f"<p><code>{name(described)}</code></p></div></li>"
         for i, (kind, described) in enumerate(comparison.kinds.items())
     )
     counts = [

@@ -8,11 +8,11 @@ from html import escape
 
 from curvature.comparison import explain, svg
 from curvature.comparison.explain import Explained
-from curvature.comparison.labels import labels, pairs, styles, with_pair
+from curvature.comparison.labels import labels, pairs, styles, topic, with_pair
 from curvature.comparison.markup import Cell, cell, explained, name, number, table
 from curvature.comparison.result import WHOLE, Block, Comparison, Figure
 from curvature.comparison.scale import same_matrix
-from curvature.comparison.writing import angle, plural
+from curvature.comparison.writing import angle, every
 
 _BLOCK = Explained("block", "The layer, or all of them.")
 _BAR = (5.0, 87.0)  # where the axis of a cell's drawing starts and ends
@@ -122,8 +122,8 @@ def structured_tables(comparison: Comparison) -> str:
         ]
         if rows:
             heads = [_BLOCK, head, *explain.STRUCTURED.values()]
-            html += f"<h3>Of the {name(names[kind])}</h3>"
-            html += table(f"Approximations of the {names[kind]}", heads, rows, 2)
+            html += f"<h3>{name(topic(comparison, kind))}</h3>"
+            html += table(f"Approximations of {names[kind]}", heads, rows, 2)
     return html and html + explained(list(explain.STRUCTURED.values()))
 
 
@@ -150,18 +150,16 @@ def values_table(what: str, rows: Iterable[tuple[Block, str, tuple[Figure, ...]]
 
 def pair_name(comparison: Comparison, key: tuple[str, str]) -> str:
     """B against A, as HTML."""
-    names = labels(comparison)
-    a, b = (names.get(kind, kind) for kind in key)
-    if b != key[1]:  # our own label, at the start of a line; a user's name stays as it is
-        b = b[0].upper() + b[1:]
-    return f'{name(b)} <span class="against">against {name(a)}</span>'
+    a = labels(comparison).get(key[0], key[0])
+    against = f'<span class="against">against {name(a)}</span>'
+    return f"{name(topic(comparison, key[1]))} {against}"
 
 
 def _titled(comparison: Comparison, key: tuple[str, str], inside: str) -> str:
     """A pair's table under its name; folded where the two are one matrix everywhere."""
     found = [pair for _, pair in with_pair(comparison.blocks, key)]
     if len(comparison.blocks) > 1 and all(map(same_matrix, found)):
-        told = f"the same matrix up to rounding in {plural(len(found), 'block')}"
+        told = f"the same matrix up to rounding in {every(len(found), 'block')}"
         return (
             f'<details class="more"><summary>{pair_name(comparison, key)}: {told}</summary>'
             f"{inside}</details>"

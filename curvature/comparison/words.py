@@ -10,10 +10,18 @@ import math
 from collections.abc import Mapping
 
 from curvature.comparison import reasons
-from curvature.comparison.labels import is_empirical, labels, layers, pairs, with_pair
+from curvature.comparison.labels import (
+    is_empirical,
+    labels,
+    layers,
+    pairs,
+    spoken,
+    topic,
+    with_pair,
+)
 from curvature.comparison.result import Comparison, Directions, Figure, Pair
 from curvature.comparison.scale import ALIKE, Side, away, factor, same_matrix, side, times
-from curvature.comparison.writing import angle, interval, plural, text
+from curvature.comparison.writing import angle, every, interval, plural, text
 
 _WIDE_COSINE = 0.15
 
@@ -51,7 +59,7 @@ def _pair(comparison: Comparison, key: tuple[str, str]) -> list[tuple[str, list[
     found = [pair for _, pair in with_pair(comparison.blocks, key)]
     if all(map(same_matrix, found)):
         most = max((pair.frobenius_distance for pair in found), key=lambda figure: figure.value)
-        where = f"all {len(found)} blocks" if len(found) > 1 else "the one block compared"
+        where = every(len(found), "block") if len(found) > 1 else "the one block compared"
         return [
             (
                 names.topic,
@@ -68,13 +76,10 @@ class _Names:
     """How a pair's two kinds are spoken of."""
 
     def __init__(self, comparison: Comparison, key: tuple[str, str]) -> None:
-        names = labels(comparison)
-        own = [names.get(kind, kind) == kind for kind in key]  # the user's, not ours
-        self.a, self.b = (
-            f"`{kind}`" if mine else f"the {names[kind]}"
-            for kind, mine in zip(key, own, strict=True)
-        )
-        self.topic = self.b if own[1] else _up(names[key[1]])
+        self.a, self.b = (spoken(comparison, kind) for kind in key)
+        self.topic = topic(comparison, key[1])
+        if sum(b == key[1] for _, b in pairs(comparison)) > 1:
+            self.topic += f" against {labels(comparison).get(key[0], key[0])}"
         # Only the empirical Fisher is meant to be the other one, and so can be "too" small.
         empirical = is_empirical(comparison, key[1])
         self.sizes = ("too small", "too large") if empirical else ("smaller", "larger")
@@ -189,11 +194,19 @@ def _counts(ratios: list[Figure], names: _Names) -> str:
     for ratio in ratios:
         by_side[side(ratio)].append(ratio)
     total = f" of {plural(len(ratios), 'layer')}"
+
+    def within(found: list[Figure]) -> str:
+        """How many of how many, which only the first part says."""
+        nonlocal total
+        first, total = total, ""
+        if len(found) == len(ratios):
+            return every(len(found), "layer")
+        return f"{len(found)}{first}"
+
     sized = []
     for where, word in zip((Side.SMALL, Side.LARGE), names.sizes, strict=True):
         if found := by_side[where]:
-            sized.append(f"{word} in {len(found)}{total} ({_range(found)})")
-            total = ""
+            sized.append(f"{word} in {within(found)} ({_range(found)})")
     told = [f"{names.b} is {' and '.join(sized)}"] if sized else []
     for where, words in (
         (Side.SAME, "the two have the same scale"),
@@ -201,8 +214,7 @@ def _counts(ratios: list[Figure], names: _Names) -> str:
         (Side.UNKNOWN, "there is no trace ratio"),
     ):
         if found := by_side[where]:
-            told.append(f"in {len(found)}{total} {words}")
-            total = ""
+            told.append(f"in {within(found)} {words}")
     sentence = "; ".join(told)
     return f"{_up(sentence)}."
 

@@ -99,6 +99,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
+def every(count: int, noun: str) -> str:
+    """`both layers`, `all 12 layers`."""
+    return f"both {noun}s" if count == 2 else f"all {count:,} {noun}s"
+
+
 def printable(name: str) -> str:
     """The user's name of something on one line, without what moves a terminal's cursor."""
     return "".join(c if c.isprintable() else " " for c in name)
