@@ -49,8 +49,19 @@ def name(text: str) -> str:
 
 def prose(text: str) -> str:
     """A sentence; what stands between backticks is code."""
-    text = text.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")  # not at a line's end
-    return re.sub(r"`(.+?)`", r"<code>\1</code>", escape(text))
+    parts = re.split(r"`(.+?)`", text)
+    said = (f"<code>{escape(x)}</code>" if i % 2 else _said(x) for i, x in enumerate(parts))
+    return "".join(said)
+
+
+def _said(text: str) -> str:
+    """Words: no line ends between a number and its error, and powers of ten are written as such."""
+    text = text.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")
+
+    def power(found: re.Match[str]) -> str:
+        return f"\u00a0×\u00a010<sup>{str(int(found[1])).replace('-', '−')}</sup>"
+
+    return re.sub(r"(?<=[\d)])e([+-]\d+)\b", power, escape(text))
 
 
 def cell(figure: Figure | None, extra: str = "", digits: int = 4) -> Cell:
