@@ -173,6 +173,41 @@ class Comparison:
         """The block of the whole network."""
         return next((block for block in self.blocks if block.name == WHOLE), None)
 
+    def table(self) -> str:
+        """The main figures as text: a line for each block and pair, at most 100 columns wide."""
+        from curvature.comparison.table import table
+
+        return table(self)
+
+    def save_html(self, path: str | Path) -> None:
+        """Writes a report as one HTML file that needs no network.
+
+        Args:
+          path: of the file.
+        """
+        from curvature.comparison.report import save_html
+
+        save_html(self, path)
+
+    def plot(self, pair: tuple[str, str] | None = None, *, figure: Any = None) -> Any:
+        """Draws one pair for a paper; needs matplotlib, which the extra `curvature[report]` brings.
+
+        Args:
+          pair: the two kinds' names, reference first; None for the first pair with an empirical
+            Fisher, or the first one where there is none.
+          figure: a matplotlib figure, or subfigure, to draw on; None for a new one.
+
+        Returns:
+          The figure. `figure.savefig("comparison.pdf")` writes it.
+
+        Raises:
+          ImportError: there is no matplotlib.
+          ValueError: no block has this pair.
+        """
+        from curvature.comparison.plots import plot
+
+        return plot(self, pair, figure=figure)
+
     def to_json(self, path: str | Path | None = None) -> str:
         """All of it as JSON, written to a file where a path is given.
 
