@@ -1,6 +1,7 @@
 """True Fisher, empirical Fisher and Gauss-Newton of a model side by side."""
 
 from curvature.comparison.compare import compare
+from curvature.comparison.history import History
 from curvature.comparison.result import (
     Block,
     Comparison,
@@ -17,6 +18,7 @@ __all__ = [
     "Comparison",
     "Directions",
     "Figure",
+    "History",
     "ModelState",
     "Pair",
     "Spectrum",
