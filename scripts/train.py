@@ -2,7 +2,9 @@
 
 One plain-JAX loop serves Flax linen, Flax NNX and Haiku; nothing is downloaded. Writes metrics.json
 (settings, versions, curves, final figures) and training.png, and while it trains a line of
-metrics.jsonl and a TensorBoard event for each measurement.
+metrics.jsonl and a TensorBoard event for each measurement. With --compare-every, true and empirical
+Fisher are compared on the way: their figures are among the measurements, comparison.png draws them
+over the steps, and comparison.html is a report on the trained network.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 import jax
 
 import curvature
-from digits import data, folder, loop, optimizers, options, plots, problems, report
+from digits import data, folder, loop, optimizers, options, plots, problems, report, watch
 
 EPILOG = """\
 models (64 inputs, 10 classes):
@@ -32,6 +34,7 @@ examples:
   python scripts/train.py --framework nnx --model batchnorm --fisher exact --damping 0.01
   python scripts/train.py --adaptive --model deep --steps 2000 --checkpoint-every 100 --resume
   python scripts/train.py --optimizer adam --learning-rate 0.01 --out runs/adam
+  python scripts/train.py --optimizer adam --compare-every 20 --checkpoint-every 100
 """
 
 # K-FAC options are None unless given, so that giving one to Adam or SGD can be refused.
@@ -206,6 +209,13 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         help="go on from the checkpoint in --out, as if never stopped, or start without one; "
         "--steps may be larger than before, other settings must be the same",
     )
+    group.add_argument(
+        "--compare-every",
+        type=options.positive_int,
+        metavar="N",
+        help=f"steps between comparisons of true and empirical Fisher on {watch.IMAGES} training "
+        "images, about a second each, and a report at the end (default: none)",
+    )
     group.add_argument("--quiet", action="store_true", help="no progress bar and no layer table")
 
 
@@ -242,6 +252,8 @@ def run_folder(
     """Opens --out, and says where the run begins if it is resumed."""
     fixed = ("framework", "model", "optimizer", "seed", "batch_size", "record_every")
     same = {name: getattr(args, name) for name in fixed} | settings.describe()
+    if args.compare_every:  # said only then, so that runs from before the option can be resumed
+        same["compare_every"] = args.compare_every
     del same["name"]  # the optimizer's
     try:
         place = folder.RunFolder(args.out, same, args.steps, args.checkpoint_every, args.resume)
@@ -291,12 +303,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if settings.name == "kfac" and not args.quiet:
         print(registry, flush=True)
 
+    comparing = None
+    if args.compare_every:
+        comparing = watch.Watch(problem, digits.train, args.compare_every, args.seed, place.rows)
     with contextlib.closing(place):
-        run = loop.train(problem, digits, settings, plan, registry, folder=place)
+        run = loop.train(problem, digits, settings, plan, registry, folder=place, watch=comparing)
     report.write_json(args.out / "metrics.json", metrics(problem, plan, run))
     title = f"{settings.label}, {problem.name} network ({problem.architecture})"
     plots.single(args.out / "training.png", run, title)
     _print_result(problem, run, args.out)
+    if comparing:
+        _compare(comparing, run, args.out)
     return 1 if run.stopped else 0
 
 
@@ -313,6 +330,16 @@ def _print_result(problem: problems.Problem, run: loop.Run, out: Path) -> None:
     print(f"written   {out / 'metrics.json'}, {out / 'training.png'}")
     if run.stopped:
         print(f"train.py: {run.stopped}", file=sys.stderr)
+
+
+def _compare(comparing: watch.Watch, run: loop.Run, out: Path) -> None:
+    """Writes what was compared, and prints the last comparison."""
+    plots.save(comparing.history.plot(), out / "comparison.png")
+    print(f"written   {out / 'comparison.png'}", end="\n" if run.stopped else ", ", flush=True)
+    if not run.stopped:  # else there is nothing to compare
+        found = comparing.full(run.state, progress=run.plan.progress)
+        found.save_html(out / "comparison.html")
+        print(f"{out / 'comparison.html'}\n\n{found.table()}")
 
 
 if __name__ == "__main__":

@@ -60,11 +60,11 @@ class History:
     ...     registry, [(x, y)], every=10, key=jax.random.key(0), blocks="*")
     >>> for step in range(21):
     ...     if scalars := history(step, w):
-    ...         print(step, scalars["compare/trace_ratio/empirical Fisher/w"])
+    ...         print(step, round(scalars["compare/trace_ratio/empirical Fisher/w"], 3))
     ...     w = w - 0.1 * jax.grad(loss_fn)(w, x, y)
     0 4.0
-    10 0.486...
-    20 0.0591...
+    10 0.486
+    20 0.059
     """
 
     def __init__(

@@ -20,6 +20,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from curvature.comparison.history import is_error
+
 from . import report
 
 PyTree = Any
@@ -112,10 +114,14 @@ class RunFolder:
         return self._checkpoints.restore(self.step, args=args).state
 
     def append(self, row: dict[str, Any]) -> None:
-        """Writes one measurement; what a row holds besides `step` are numbers."""
+        """Writes one measurement; what a row holds besides `step` are numbers.
+
+        TensorBoard cannot draw error bars: errors of comparisons are in metrics.jsonl alone.
+        """
         self._lines.write(report.json_line(row))
         self._lines.flush()
-        values = [Summary.Value(tag=k, simple_value=v) for k, v in row.items() if k != "step"]
+        shown = {k: v for k, v in row.items() if k != "step" and not is_error(k)}
+        values = [Summary.Value(tag=k, simple_value=v) for k, v in shown.items()]
         event = Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
         self._events.write_event(event)
         self._events.flush()

@@ -2,7 +2,8 @@
 
 The clock runs only while a step does. Not counted, for any optimizer: registering the model and
 compiling the step (done ahead and reported as `setup_seconds`), one warm-up call whose result is
-thrown away, drawing the batch, measuring the loss on the whole training set, and the progress bar.
+thrown away, drawing the batch, measuring the loss on the whole training set, comparing curvatures,
+and the progress bar.
 
 LAPACK gets one thread, for every optimizer alike. The factors of these networks are small, and
 where another program shares the cores, OpenBLAS's threads waiting for each other make a step of
@@ -32,6 +33,7 @@ from . import optimizers
 from .data import Batch, Digits
 from .folder import RunFolder
 from .problems import Problem, PyTree
+from .watch import Watch
 
 
 class TrainState(NamedTuple):
@@ -147,11 +149,13 @@ def train(
     bar_label: str | None = None,
     leave_bar: bool = True,
     folder: RunFolder | None = None,
+    watch: Watch | None = None,
 ) -> Run:
     """Trains from the initialisation and the batch order that `plan.seed` fixes.
 
-    With a folder it goes on from the checkpoint there, and leaves measurements and checkpoints. A
-    run whose loss is no longer finite stops there, and says so in `Run.stopped`.
+    With a folder it goes on from the checkpoint there, and leaves measurements and checkpoints, to
+    which `watch` adds its own. A run whose loss is no longer finite stops there, and says so in
+    `Run.stopped`.
     """
     began = time.perf_counter()
     first = folder.step if folder else 0
@@ -181,7 +185,8 @@ def train(
             curve.append(done, seconds, loss, accuracy)
             if folder:
                 row = {"step": done, "seconds": seconds, "loss": loss, "accuracy": accuracy}
-                folder.append(row | stats(state))
+                watched = watch(done, state) if watch and math.isfinite(loss) else {}
+                folder.append(row | stats(state) | watched)
             bar.set_postfix_str(f"loss {loss:.2e}, accuracy {accuracy:.2%}", refresh=False)
             return loss
 
@@ -196,9 +201,9 @@ def train(
             seconds += times[-1]
             batch = next(batch_stream)
             bar.update()
-            if (done % plan.record_every == 0 or done == plan.steps) and not math.isfinite(
-                record(done)
-            ):
+            due = done % plan.record_every == 0 or done == plan.steps
+            due = due or (watch is not None and watch.due(done))
+            if due and not math.isfinite(record(done)):
                 stopped = f"the training loss was no longer finite after {done} steps"
                 break
             if folder:
