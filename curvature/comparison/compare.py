@@ -104,8 +104,8 @@ def compare(
     """
     args = first_batch(batches)
     _check(params, damping, top, limit)
-    named, notes = _named(registry, kinds)
-    plan, left_out = _plan(registry, params, args, named, blocks, limit, memory)
+    by_name, notes = named(registry, kinds)
+    plan, left_out = _plan(registry, params, args, by_name, blocks, limit, memory)
     notes = [*notes, *left_out]
     bar = _bar(progress)
 
@@ -177,26 +177,26 @@ def _typed(key: jax.Array) -> jax.Array:
     return jax.random.wrap_key_data(key)  # a key of jax.random.PRNGKey
 
 
-def _named(
+def named(
     registry: Registry, kinds: Mapping[str, Kind] | Sequence[Kind] | None
 ) -> tuple[dict[str, Kind], list[str]]:
     """The kinds by name, and what there is to say about a choice of ours."""
     if isinstance(kinds, Mapping):
-        named = dict(kinds)
+        found = dict(kinds)
     elif kinds is not None:
-        named = {_name(kind): kind for kind in kinds}
-        if len(named) < len(kinds):
+        found = {_name(kind): kind for kind in kinds}
+        if len(found) < len(kinds):
             raise ValueError(f"Two kinds are the same: found {list(kinds)}.")
     else:
         return _default(registry.losses)
-    for name, kind in named.items():
+    for name, kind in found.items():
         if isinstance(kind, type) or not hasattr(kind, "cotangent"):
             raise TypeError(
                 f"kinds has {kind!r} ({name}), expected instances such as curvature.Fisher()."
             )
-    if not named:
+    if not found:
         raise ValueError("kinds is empty: expected at least one kind of curvature.")
-    return named, []
+    return found, []
 
 
 def _default(losses: Sequence[LossTag]) -> tuple[dict[str, Kind], list[str]]:

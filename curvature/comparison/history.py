@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from curvature.comparison.compare import compare
+from curvature.comparison.compare import compare, named
 from curvature.comparison.result import Comparison, Figure, Pair
 from curvature.estimator.kinds import Kind
 from curvature.registry import Registry
@@ -78,7 +78,7 @@ class History:
         blocks: str | Sequence[str] | None = None,
         directions: bool = True,
         damping: float = 1e-3,
-        limit: int = 300,
+        limit: int = 500,
     ) -> None:
         if every < 1:
             raise ValueError(f"Expected every >= 1 (steps between comparisons), found {every}.")
@@ -180,7 +180,8 @@ class History:
         """
         from curvature.comparison.history_plot import plot
 
-        return plot(self.records, kind, figure=figure)
+        reference = next(iter(named(self._registry, self._options["kinds"])[0]))
+        return plot(self.records, reference, kind, figure=figure)
 
 
 def scalars(comparison: Comparison) -> dict[str, float]:

@@ -21,10 +21,17 @@ _TITLES = {
 _Records = Sequence[Mapping[str, float]]
 
 
-def plot(records: _Records, kind: str | None = None, *, figure: Any = None) -> Any:
+def plot(records: _Records, reference: str, kind: str | None = None, *, figure: Any = None) -> Any:
     """Draws scale, shape and directions of every block, and what the model knows, over steps.
 
-    See `History.plot`.
+    Args:
+      records: see `History`.
+      reference: the first kind's name.
+      kind: see `History.plot`.
+      figure: see `History.plot`.
+
+    Returns:
+      The figure.
     """
     try:
         from matplotlib import figure as matplotlib_figure
@@ -48,13 +55,14 @@ def plot(records: _Records, kind: str | None = None, *, figure: Any = None) -> A
         _panel(ax, name, {b: points(records, name, chosen, b) for b in blocks}, handles)
     if states:
         _state(axes[-1], records, states)
-    figure.suptitle(_literal(f"{chosen}, while training"), fontsize=11)
+    figure.suptitle(_literal(f"{chosen} against {reference}, while training"), fontsize=11)
     names = list(handles)
+    longest = max(map(len, names), default=1)
     figure.legend(
         list(handles.values()),
         names,
         loc="outside lower center",
-        ncols=max(1, min(len(names), 6 if max(map(len, names), default=0) < 24 else 3)),
+        ncols=max(1, min(len(names), 45 * len(axes) // (longest + 7))),  # what fits below
         fontsize=8,
         frameon=False,
     )
