@@ -145,7 +145,7 @@ def compare(
     ]
     return Comparison(
         kinds={name: repr(kind) for name, kind in plan.kinds.items()},
-        state=predicted.state(measured.mass, measured.loss / measured.mass),
+        state=predicted.state(measured.examples, measured.loss / measured.mass),
         blocks=tuple(result),
         damping=damping,
         settings=_settings(

@@ -111,6 +111,8 @@ class Measurement:
       matrices: by kind and block, `(draws, dim, dim)`.
       gradient: by block, `(dim,)`.
       mass: the sum of the shares.
+      examples: how many there were, as the loss has them: shares count rows of the first argument,
+        which may be running statistics.
       batches: how many there were.
     """
 
@@ -120,6 +122,7 @@ class Measurement:
         self.matrices: dict[tuple[str, str], Any] = {}
         self.gradient: dict[str, Any] = {}
         self.loss, self.mass, self.batches = 0.0, 0.0, 0
+        self._examples_of_share = 1.0
 
     def add(self, params: PyTree, args: tuple[PyTree, ...], share: float, key: jax.Array) -> None:
         """Adds a batch, or nothing where that fails."""
@@ -143,9 +146,17 @@ class Measurement:
             self.matrices[where] = self.matrices.get(where, 0.0) + share * matrix
         for block, vector in gradient.items():
             self.gradient[block] = self.gradient.get(block, 0.0) + share * vector
+        if not self.batches:
+            count = self.plan.registry.analyse(params, args).losses[0].examples
+            self._examples_of_share = count / share if count > 1 else 1.0
         self.loss += share * float(loss)
         self.mass += share
         self.batches += 1
+
+    @property
+    def examples(self) -> float:
+        """See the class."""
+        return self.mass * self._examples_of_share
 
     def matrix(self, kind: str, block: str) -> np.ndarray:
         """The mean over the data, `(draws, dim, dim)`."""
