@@ -2,7 +2,8 @@
 
 Their statistics are averaged over the batches, as an optimizer would with an infinite memory; the
 corrections of EKFAC in the eigenbases of the averaged factors. For a block whose matrix was not
-made, <A, K> = sum of s'K s over columns s of A, from a sample of them.
+made, <A, K> = sum of s'K s over columns s of A, from a sample of them: with probability |s|^2,
+because a few examples may have nearly all of the curvature: those that a model is still unsure of.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from curvature.registry.layers import BLOCKS, EXCLUDED
 
 PyTree = Any
 Batches = Any  # a function that gives (args, share) of every batch, again and again
-_PASSES, _EXAMPLES = 8, 8  # whose columns are sampled where a block's matrix is not made
-_STUDENT = 2.365  # the 97.5 % quantile of Student's t with _PASSES - 1 degrees of freedom
+_PASSES, _EXAMPLES = 32, 8  # whose columns are sampled where a block's matrix is not made
+_STUDENT = 2.04  # the 97.5 % quantile of Student's t with _PASSES - 1 degrees of freedom
 _TINY = float(np.finfo(np.float64).tiny)
+_SMALL = 1e-30  # the same on the device
 
 
 def approximations(
@@ -110,11 +112,11 @@ def beside_columns(estimate: Estimate, block: Block, samples: np.ndarray) -> Str
     Args:
       estimate: of the projected matrix: its trace and norm.
       block: the approximation.
-      samples: the mean of s'K s over some columns s of a pass drawn at random, times the number
-        of columns; for several passes.
+      samples: for several passes drawn at random, estimates of the sums of s'K s and of |s|^2 over
+        the columns s of all passes, shape `(passes, 2)`.
     """
     size, norm = float(block.trace()), float(np.sqrt(_squared_norm(block)))
-    inner, off = float(samples.mean()), float(samples.std(ddof=1) / len(samples) ** 0.5)
+    inner, off = _ratio_estimate(*samples.T, estimate.views[0].trace)
 
     def numbers(view: View) -> list[float]:
         squared = view.norm**2 - 2 * inner + norm**2
@@ -134,6 +136,16 @@ def beside_columns(estimate: Estimate, block: Block, samples: np.ndarray) -> Str
         _within(_wider(cosine, of_cosine)),
         _wider(distance, of_distance),
     )
+
+
+def _ratio_estimate(values: np.ndarray, traces: np.ndarray, trace: float) -> tuple[float, float]:
+    """The mean of the values and its standard error, given that traces are `trace` in the mean.
+
+    Passes with a large trace have large values; what they share is no error.
+    """
+    rate = values.sum() / max(traces.sum(), _TINY)
+    samples = values + rate * (trace - traces)
+    return float(samples.mean()), float(samples.std(ddof=1) / len(samples) ** 0.5)
 
 
 def _wider(figure: Figure, error: float) -> Figure:
@@ -199,20 +211,25 @@ def _of_columns(
 
     def one(key: jax.Array) -> dict[tuple[str, str], jax.Array]:
         first, second = jax.random.split(key)
-        chosen = jax.random.randint(first, (), 0, passes)
+        which = jax.random.randint(first, (), 0, passes)
         found = columns(
-            analysis, kind, params, args, jax.tree.map(lambda d: d[chosen], draws), names
+            analysis, kind, params, args, jax.tree.map(lambda d: d[which], draws), names
         )
         result = {}
         for approximation, of_layers in blocks.items():
             for name, block in of_layers.items():
-                examples = len(found[name])
-                order = jax.random.permutation(second, examples)[:_EXAMPLES]
-                inner = jax.lax.map(
-                    lambda s, block=block: jnp.sum(s * (block @ s)), found[name][order]
+                squares = jnp.sum(found[name] ** 2, axis=tuple(range(1, found[name].ndim)))
+                chosen = jax.random.categorical(second, jnp.log(squares), shape=(_EXAMPLES,))
+                quotients = jax.lax.map(
+                    lambda s, block=block: (
+                        jnp.sum(s * (block @ s)) / jnp.maximum(jnp.sum(s**2), _SMALL)
+                    ),
+                    found[name][chosen],
                 )
-                times = examples * (1 if kind.averaged else passes)
-                result[approximation, name] = times * jnp.mean(inner)
+                trace = jnp.sum(squares) * (1 if kind.averaged else passes)
+                result[approximation, name] = trace * jnp.stack(
+                    [jnp.mean(quotients), jnp.ones((), trace.dtype)]
+                )
         return result
 
     return jax.lax.map(one, jax.random.split(choosing, each))
