@@ -169,50 +169,64 @@ def sampled(
       blocks: approximations by name, then layer.
       key: random key.
     """
-    count = sum(1 for _ in batches())
-    mass = sum(share for _, _, share in batches())
-    each = max(1, _PASSES // count)
-    found: dict[tuple[str, str], list[np.ndarray]] = {}
+    weights = [share for _, _, share in batches()]
+    count, mass = len(weights), sum(weights)
+    each = -(-_PASSES // count)
+    choosing, drawing = jax.random.split(key)
+    chosen = set(jax.random.permutation(choosing, count)[:_PASSES].tolist())
+    names = tuple(sorted({name for of_layers in blocks.values() for name in of_layers}))
+    found: dict[tuple[str, str], list[float]] = {}
     for i, args, share in batches():
-        folded = jax.random.fold_in(key, i)
-        values = _of_columns(plan, kind_name, each, params, args, blocks, folded)
-        for where, value in values.items():
-            found.setdefault(where, []).append(np.asarray(value) * (share * count / mass))
-    return {where: np.concatenate(values) for where, values in found.items()}
+        if i not in chosen:
+            continue
+        for pass_key in jax.random.split(jax.random.fold_in(drawing, i), each):
+            some, times = _some_columns(plan, kind_name, names, params, args, pass_key)
+            for approximation, of_layers in blocks.items():
+                for name, block in of_layers.items():
+                    inner = float(_mean_product(block, some[name])) * times[name]
+                    found.setdefault((approximation, name), []).append(inner * share * count / mass)
+    return {where: np.array(values) for where, values in found.items()}
+
+
+def _some_columns(
+    plan: Plan,
+    kind_name: str,
+    names: tuple[str, ...],
+    params: PyTree,
+    args: tuple[PyTree, ...],
+    key: jax.Array,
+) -> tuple[dict[str, jax.Array], dict[str, int]]:
+    """A few columns of one pass, by layer; and how many columns there are in all passes."""
+    found, passes = _columns(plan, kind_name, names, params, args, key)
+    averaged = plan.kinds[kind_name].averaged
+    layers = plan.registry.analyse(params, args).layers
+    examples = {layer.name: layer.examples for layer in layers}
+    return found, {n: examples[n] * (1 if averaged else int(passes)) for n in names}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _of_columns(
+def _columns(
     plan: Plan,
     kind_name: str,
-    each: int,
+    names: tuple[str, ...],
     params: PyTree,
     args: tuple[PyTree, ...],
-    blocks: Mapping[str, Mapping[str, Block]],
     key: jax.Array,
-) -> dict[tuple[str, str], jax.Array]:
+) -> tuple[dict[str, jax.Array], int]:
+    """A few columns of one pass, by layer; and the number of passes."""
     kind, analysis = plan.kinds[kind_name], plan.registry.analyse(params, args)
-    names = sorted({name for of_layers in blocks.values() for name in of_layers})
-    drawing, choosing = jax.random.split(key)
+    drawing, first, second = jax.random.split(key, 3)
     draws = kind.draw(analysis.losses, drawing if kind.needs_key(pooled=False) else None)
     passes = jax.tree.leaves(draws)[0].shape[0]
+    chosen = jax.random.randint(first, (), 0, passes)
+    draw = jax.tree.map(lambda d: d[chosen], draws)
+    found = columns(analysis, kind, params, args, draw, names)
+    return {
+        name: x[jax.random.permutation(second, len(x))[:_EXAMPLES]] for name, x in found.items()
+    }, passes
 
-    def one(key: jax.Array) -> dict[tuple[str, str], jax.Array]:
-        first, second = jax.random.split(key)
-        chosen = jax.random.randint(first, (), 0, passes)
-        found = columns(
-            analysis, kind, params, args, jax.tree.map(lambda d: d[chosen], draws), names
-        )
-        result = {}
-        for approximation, of_layers in blocks.items():
-            for name, block in of_layers.items():
-                examples = len(found[name])
-                order = jax.random.permutation(second, examples)[:_EXAMPLES]
-                inner = jax.lax.map(
-                    lambda s, block=block: jnp.sum(s * (block @ s)), found[name][order]
-                )
-                times = examples * (1 if kind.averaged else passes)
-                result[approximation, name] = times * jnp.mean(inner)
-        return result
 
-    return jax.lax.map(one, jax.random.split(choosing, each))
+@jax.jit
+def _mean_product(block: Block, columns: jax.Array) -> jax.Array:
+    """The mean of s'K s over columns s."""
+    return jnp.mean(jax.vmap(lambda s: jnp.sum(s * (block @ s)))(columns))
