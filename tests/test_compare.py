@@ -168,6 +168,20 @@ def test_structured_approximations_are_compared_with_the_exact_block(name):
             np.testing.assert_allclose(got, want, rtol=1e-8)
 
 
+def test_examples_that_have_all_of_the_curvature_are_not_missed():
+    """A large block's columns are sampled, and 2 of 60 examples have nearly all of the matrix."""
+    x, y = jnp.tile(X, (2, 1)) * jnp.where(jnp.arange(60) < 2, 1, 1e-2)[:, None], jnp.tile(Y, 2)
+    options = OPTIONS | {"approximations": ("ekfac",), "blocks": "w", "directions": False}
+    exact, projected = (
+        curvature.compare(REGISTRY, PARAMS, [(x, y)], limit=limit, **options).blocks[0]
+        for limit in (100, 30)
+    )
+    assert exact.projected is None and projected.projected is not None
+    for kind in KINDS:
+        wanted, found = (b.structured[kind]["ekfac"] for b in (exact, projected))
+        assert abs(found.cosine.value - wanted.cosine.value) < 1.5 * found.cosine.error < 0.75
+
+
 def test_statistics_of_approximations_are_averaged_over_batches():
     """EKFAC's diagonal in the basis of the averaged factors has the whole data's trace."""
     options = OPTIONS | {"approximations": ["ekfac", "diagonal", "kronecker_reduce"]}

@@ -129,7 +129,8 @@ def _forest(
                 capsize=2 if small == 8 else 1,
             )
         if panel.log and points:
-            _logarithmic(axes)
+            axes.set_xscale("log")
+            _logarithmic(axes.xaxis)
         axes.set_title(panel.title, fontsize=9)
         axes.tick_params(labelsize=small)
         axes.grid(axis="y", color=_GREY, linewidth=0.3)
@@ -143,16 +144,15 @@ def _forest(
             axes.set_ylim(len(found) - 0.5, -0.5)
 
 
-def _logarithmic(axes: Any) -> None:
-    """A logarithmic horizontal axis with few enough labels for a narrow panel."""
+def _logarithmic(axis: Any) -> None:
+    """Few enough labels for a narrow panel, and plain numbers."""
     from matplotlib import ticker
 
-    axes.set_xscale("log")
-    low, high = axes.get_xlim()
+    low, high = axis.get_view_interval()
     steps = (1.0, 2.0, 5.0) if high / low < 25 else (1.0,)
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=steps, numticks=6))
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axis.set_major_locator(ticker.LogLocator(subs=steps, numticks=6))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _spectra(axes: Any, comparison: Comparison, block: Block) -> None:
@@ -166,6 +166,8 @@ def _spectra(axes: Any, comparison: Comparison, block: Block) -> None:
             label = _literal(names.get(kind, kind))
             handles[label] = _line(axes, points, number, log=True)
     axes.set_yscale("log")
+    if handles:
+        _logarithmic(axes.yaxis)
     _finish(axes, f"largest eigenvalues, {_shown(block)}", "number", handles)
 
 

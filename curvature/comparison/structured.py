@@ -116,7 +116,7 @@ def beside_columns(estimate: Estimate, block: Block, samples: np.ndarray) -> Str
         the columns s of all passes, shape `(passes, 2)`.
     """
     size, norm = float(block.trace()), float(np.sqrt(_squared_norm(block)))
-    inner, off = _ratio_estimate(*samples.T, estimate.views[0].trace)
+    inner, off = _ratio_estimate(samples[:, 0], samples[:, 1], estimate.views[0].trace)
 
     def numbers(view: View) -> list[float]:
         squared = view.norm**2 - 2 * inner + norm**2
@@ -181,55 +181,57 @@ def sampled(
       blocks: approximations by name, then layer.
       key: random key.
     """
-    count = sum(1 for _ in batches())
-    mass = sum(share for _, _, share in batches())
-    each = max(1, _PASSES // count)
+    weights = [share for _, _, share in batches()]
+    count, mass = len(weights), sum(weights)
+    each = -(-_PASSES // count)
+    choosing, drawing = jax.random.split(key)
+    chosen = set(jax.random.permutation(choosing, count)[:_PASSES].tolist())
+    names = tuple(sorted({name for of_layers in blocks.values() for name in of_layers}))
     found: dict[tuple[str, str], list[np.ndarray]] = {}
     for i, args, share in batches():
-        folded = jax.random.fold_in(key, i)
-        values = _of_columns(plan, kind_name, each, params, args, blocks, folded)
-        for where, value in values.items():
-            found.setdefault(where, []).append(np.asarray(value) * (share * count / mass))
-    return {where: np.concatenate(values) for where, values in found.items()}
+        if i not in chosen:
+            continue
+        for pass_key in jax.random.split(jax.random.fold_in(drawing, i), each):
+            some = _columns(plan, kind_name, names, params, args, pass_key)
+            for approximation, of_layers in blocks.items():
+                for name, block in of_layers.items():
+                    units, trace = some[name]
+                    sums = np.array([float(_mean_product(block, units)), 1.0]) * float(trace)
+                    found.setdefault((approximation, name), []).append(sums * share * count / mass)
+    return {where: np.array(values) for where, values in found.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _of_columns(
+def _columns(
     plan: Plan,
     kind_name: str,
-    each: int,
+    names: tuple[str, ...],
     params: PyTree,
     args: tuple[PyTree, ...],
-    blocks: Mapping[str, Mapping[str, Block]],
     key: jax.Array,
-) -> dict[tuple[str, str], jax.Array]:
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """By layer, a few columns s of one pass, drawn with probability |s|^2, as unit vectors.
+
+    And the sum of |s|^2 over all columns of the pass, times the number of passes.
+    """
     kind, analysis = plan.kinds[kind_name], plan.registry.analyse(params, args)
-    names = sorted({name for of_layers in blocks.values() for name in of_layers})
-    drawing, choosing = jax.random.split(key)
+    drawing, first, second = jax.random.split(key, 3)
     draws = kind.draw(analysis.losses, drawing if kind.needs_key(pooled=False) else None)
     passes = jax.tree.leaves(draws)[0].shape[0]
+    which = jax.random.randint(first, (), 0, passes)
+    draw = jax.tree.map(lambda d: d[which], draws)
 
-    def one(key: jax.Array) -> dict[tuple[str, str], jax.Array]:
-        first, second = jax.random.split(key)
-        which = jax.random.randint(first, (), 0, passes)
-        found = columns(
-            analysis, kind, params, args, jax.tree.map(lambda d: d[which], draws), names
-        )
-        result = {}
-        for approximation, of_layers in blocks.items():
-            for name, block in of_layers.items():
-                squares = jnp.sum(found[name] ** 2, axis=tuple(range(1, found[name].ndim)))
-                chosen = jax.random.categorical(second, jnp.log(squares), shape=(_EXAMPLES,))
-                quotients = jax.lax.map(
-                    lambda s, block=block: (
-                        jnp.sum(s * (block @ s)) / jnp.maximum(jnp.sum(s**2), _SMALL)
-                    ),
-                    found[name][chosen],
-                )
-                trace = jnp.sum(squares) * (1 if kind.averaged else passes)
-                result[approximation, name] = trace * jnp.stack(
-                    [jnp.mean(quotients), jnp.ones((), trace.dtype)]
-                )
-        return result
+    def few(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        squares = jnp.sum(x**2, axis=tuple(range(1, x.ndim)), keepdims=True)
+        chosen = jax.random.categorical(second, jnp.log(squares.ravel()), shape=(_EXAMPLES,))
+        units = x[chosen] / jnp.sqrt(jnp.maximum(squares[chosen], _SMALL))
+        return units, jnp.sum(squares) * (1 if kind.averaged else passes)
 
-    return jax.lax.map(one, jax.random.split(choosing, each))
+    found = columns(analysis, kind, params, args, draw, names)
+    return {name: few(x) for name, x in found.items()}
+
+
+@jax.jit
+def _mean_product(block: Block, columns: jax.Array) -> jax.Array:
+    """The mean of s'K s over columns s."""
+    return jnp.mean(jax.vmap(lambda s: jnp.sum(s * (block @ s)))(columns))
