@@ -180,28 +180,12 @@ def sampled(
         if i not in chosen:
             continue
         for pass_key in jax.random.split(jax.random.fold_in(drawing, i), each):
-            some, times = _some_columns(plan, kind_name, names, params, args, pass_key)
+            some, counts = _columns(plan, kind_name, names, params, args, pass_key)
             for approximation, of_layers in blocks.items():
                 for name, block in of_layers.items():
-                    inner = float(_mean_product(block, some[name])) * times[name]
+                    inner = float(_mean_product(block, some[name])) * int(counts[name])
                     found.setdefault((approximation, name), []).append(inner * share * count / mass)
     return {where: np.array(values) for where, values in found.items()}
-
-
-def _some_columns(
-    plan: Plan,
-    kind_name: str,
-    names: tuple[str, ...],
-    params: PyTree,
-    args: tuple[PyTree, ...],
-    key: jax.Array,
-) -> tuple[dict[str, jax.Array], dict[str, int]]:
-    """A few columns of one pass, by layer; and how many columns there are in all passes."""
-    found, passes = _columns(plan, kind_name, names, params, args, key)
-    averaged = plan.kinds[kind_name].averaged
-    layers = plan.registry.analyse(params, args).layers
-    examples = {layer.name: layer.examples for layer in layers}
-    return found, {n: examples[n] * (1 if averaged else int(passes)) for n in names}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -212,8 +196,8 @@ def _columns(
     params: PyTree,
     args: tuple[PyTree, ...],
     key: jax.Array,
-) -> tuple[dict[str, jax.Array], int]:
-    """A few columns of one pass, by layer; and the number of passes."""
+) -> tuple[dict[str, jax.Array], dict[str, int]]:
+    """A few columns of one pass, by layer; and how many columns there are in all passes."""
     kind, analysis = plan.kinds[kind_name], plan.registry.analyse(params, args)
     drawing, first, second = jax.random.split(key, 3)
     draws = kind.draw(analysis.losses, drawing if kind.needs_key(pooled=False) else None)
@@ -221,9 +205,8 @@ def _columns(
     chosen = jax.random.randint(first, (), 0, passes)
     draw = jax.tree.map(lambda d: d[chosen], draws)
     found = columns(analysis, kind, params, args, draw, names)
-    return {
-        name: x[jax.random.permutation(second, len(x))[:_EXAMPLES]] for name, x in found.items()
-    }, passes
+    some = {n: x[jax.random.permutation(second, len(x))[:_EXAMPLES]] for n, x in found.items()}
+    return some, {n: len(x) * (1 if kind.averaged else passes) for n, x in found.items()}
 
 
 @jax.jit
