@@ -142,7 +142,8 @@ class Measurement:
                     whole = part if whole is None else whole + part
             if whole is not None:
                 found[name, WHOLE] = _outer(whole)
-        for where, matrix in found.items():
+        while found:  # and let go of each
+            where, matrix = found.popitem()
             self.matrices[where] = self.matrices.get(where, 0.0) + share * matrix
         for block, vector in gradient.items():
             self.gradient[block] = self.gradient.get(block, 0.0) + share * vector
