@@ -56,11 +56,11 @@ class History:
     ...     return curvature.losses.squared_error(x @ w, y).mean()
     >>> w, x, y = jnp.zeros(2), jnp.eye(2), jnp.array([2.0, 0.0])
     >>> registry = curvature.register(loss_fn, w, x, y)
-    >>> history = curvature.comparison.History(
-    ...     registry, [(x, y)], every=10, key=jax.random.key(0), blocks="*")
+    >>> History = curvature.comparison.History
+    >>> history = History(registry, [(x, y)], every=10, key=jax.random.key(0))
     >>> for step in range(21):
     ...     if scalars := history(step, w):
-    ...         print(step, round(scalars["compare/trace_ratio/empirical Fisher/w"], 3))
+    ...         print(step, round(scalars["compare/trace_ratio/empirical Fisher/whole network"], 3))
     ...     w = w - 0.1 * jax.grad(loss_fn)(w, x, y)
     0 4.0
     10 0.486
