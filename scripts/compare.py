@@ -20,7 +20,7 @@ import jax
 import curvature
 from comparing import examples, kinds, source
 from curvature.comparison.compare import STRUCTURED
-from curvature.comparison.words import summary
+from curvature.comparison.report.words import summary
 from digits import options, plots
 
 EPILOG = f"""\

@@ -93,7 +93,7 @@ def test_the_numbers_are_there(tmp_path):
 
 
 def test_every_summary_sentence_is_there(tmp_path):
-    from curvature.comparison.words import summary
+    from curvature.comparison.report.words import summary
 
     made = realistic()
     text = Reader(page(made, tmp_path)).text
@@ -131,7 +131,7 @@ def test_what_is_missing_is_a_dash(tmp_path):
 def test_the_files_of_the_page_are_in_the_package():
     from importlib import resources
 
-    folder = resources.files("curvature.comparison")
+    folder = resources.files("curvature.comparison.report")
     for name in ("report.css", "report.js"):
         assert folder.joinpath(name).is_file()
 

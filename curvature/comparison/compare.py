@@ -327,7 +327,7 @@ def _measured(
         for i, args, share in bar(data(), desc="batches", total=total):
             measured.add(params, args, share, jax.random.fold_in(key, i))
             predicted.add(params, args)
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         if not measured.batches:
             if isinstance(error, FloatingPointError):
                 raise ValueError(f"The first batch cannot be used: {error}.") from error
@@ -347,14 +347,12 @@ def _each(
     for name in bar(tuple(names), desc=what.rsplit(" ", 1)[0]):
         try:
             do(name)
-        except (Exception, KeyboardInterrupt) as error:
+        except Exception as error:
             notes.append(f"No {what} {name}: {_said(error)}.")
-            if isinstance(error, KeyboardInterrupt):
-                break
     return notes
 
 
-def _said(error: BaseException) -> str:
+def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".rstrip(": .")
 
 

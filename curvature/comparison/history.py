@@ -178,7 +178,7 @@ class History:
           ImportError: there is no matplotlib.
           ValueError: there are no records, or none of this kind.
         """
-        from curvature.comparison.history_plot import plot
+        from curvature.comparison.report.history_plot import plot
 
         reference = next(iter(named(self._registry, self._options["kinds"])[0]))
         return plot(self.records, reference, kind, figure=figure)

@@ -175,7 +175,7 @@ class Comparison:
 
     def table(self) -> str:
         """The main figures as text: a line for each block and pair, at most 100 columns wide."""
-        from curvature.comparison.table import table
+        from curvature.comparison.report.table import table
 
         return table(self)
 
@@ -185,7 +185,7 @@ class Comparison:
         Args:
           path: of the file.
         """
-        from curvature.comparison.report import save_html
+        from curvature.comparison.report.html import save_html
 
         save_html(self, path)
 
@@ -204,7 +204,7 @@ class Comparison:
           ImportError: there is no matplotlib.
           ValueError: no block has this pair.
         """
-        from curvature.comparison.plots import plot
+        from curvature.comparison.report.plots import plot
 
         return plot(self, pair, figure=figure)
 

@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from curvature.comparison.report.writing import drawable, interval, rounded
 from curvature.comparison.result import Figure
-from curvature.comparison.writing import drawable, interval, rounded
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _WIDTH, _HEIGHT = 320, 200

@@ -5,8 +5,8 @@ from __future__ import annotations
 import enum
 import math
 
+from curvature.comparison.report.writing import angle, interval, rounded
 from curvature.comparison.result import Figure, Pair
-from curvature.comparison.writing import angle, interval, rounded
 
 ALIKE = 8.2  # degrees: a cosine of 0.99
 _SAME = 0.02  # a ratio this close to one makes no difference to anybody

@@ -6,9 +6,9 @@ import math
 import textwrap
 from collections.abc import Sequence
 
-from curvature.comparison.labels import pairs, with_pair
+from curvature.comparison.report.labels import pairs, with_pair
+from curvature.comparison.report.writing import MISSING, angle, printable, text
 from curvature.comparison.result import Block, Comparison, Figure, Pair
-from curvature.comparison.writing import MISSING, angle, printable, text
 
 WIDTH = 100
 _NAME = 16  # columns that the block's name keeps at least

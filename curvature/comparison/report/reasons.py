@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 
-from curvature.comparison.labels import is_empirical, is_fisher_like, layers, pairs, spoken
+from curvature.comparison.report.labels import is_empirical, is_fisher_like, layers, pairs, spoken
+from curvature.comparison.report.scale import Side, same_matrix, side
+from curvature.comparison.report.writing import plural, rounded, text
 from curvature.comparison.result import Comparison, Figure
-from curvature.comparison.scale import Side, same_matrix, side
-from curvature.comparison.writing import plural, rounded, text
 
 _CLOSE = 0.1  # mean loss and entropy this close, relatively, are called about as large
 _WIDE = 0.5  # relative error of a trace ratio that deserves a warning

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from html import escape
 
-from curvature.comparison import explain, svg
-from curvature.comparison.labels import labels, pairs, styles
-from curvature.comparison.markup import name
+from curvature.comparison.report import explain, svg
+from curvature.comparison.report.labels import labels, pairs, styles
+from curvature.comparison.report.markup import name
+from curvature.comparison.report.sections import pair_name, values_table
+from curvature.comparison.report.svg import Series
+from curvature.comparison.report.writing import plural
 from curvature.comparison.result import Block, Comparison, Figure
-from curvature.comparison.sections import pair_name, values_table
-from curvature.comparison.svg import Series
-from curvature.comparison.writing import plural
 
 _SHOWN = 15  # blocks that are drawn at once; of more, the first twelve: whole rows of 2, 3 or 4
 _FIRST = 12

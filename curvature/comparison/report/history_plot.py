@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from curvature.comparison.history import FIGURES, PREFIX, points, series
+from curvature.comparison.report.writing import interval, printable
 from curvature.comparison.result import WHOLE, Figure
-from curvature.comparison.writing import interval, printable
 
 _INK, _GREY = "#17191c", "#c4c9cf"
 _WRONG, _ENTROPY = "#1d5fb4", "#d9730d"

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from curvature.comparison import reasons
-from curvature.comparison.labels import (
+from curvature.comparison.report import reasons
+from curvature.comparison.report.labels import (
     is_empirical,
     labels,
     layers,
@@ -19,9 +19,9 @@ from curvature.comparison.labels import (
     topic,
     with_pair,
 )
+from curvature.comparison.report.scale import ALIKE, Side, away, factor, same_matrix, side, times
+from curvature.comparison.report.writing import angle, every, interval, plural, text
 from curvature.comparison.result import Comparison, Directions, Figure, Pair
-from curvature.comparison.scale import ALIKE, Side, away, factor, same_matrix, side, times
-from curvature.comparison.writing import angle, every, interval, plural, text
 
 _WIDE_COSINE = 0.15
 

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable
 from html import escape
 
-from curvature.comparison import explain, svg
-from curvature.comparison.explain import Explained
-from curvature.comparison.labels import labels, pairs, styles, topic, with_pair
-from curvature.comparison.markup import Cell, cell, explained, name, number, table
+from curvature.comparison.report import explain, svg
+from curvature.comparison.report.explain import Explained
+from curvature.comparison.report.labels import labels, pairs, styles, topic, with_pair
+from curvature.comparison.report.markup import Cell, cell, explained, name, number, table
+from curvature.comparison.report.scale import same_matrix
+from curvature.comparison.report.writing import angle, every
 from curvature.comparison.result import WHOLE, Block, Comparison, Figure
-from curvature.comparison.scale import same_matrix
-from curvature.comparison.writing import angle, every
 
 _BLOCK = Explained("block", "The layer, or all of them.")
 _BAR = (5.0, 87.0)  # where the axis of a cell's drawing starts and ends

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from curvature.comparison.labels import is_empirical, labels, pairs, styles, with_pair
+from curvature.comparison.report.labels import is_empirical, labels, pairs, styles, with_pair
+from curvature.comparison.report.writing import drawable, interval, printable
 from curvature.comparison.result import WHOLE, Block, Comparison, Figure, Pair
-from curvature.comparison.writing import drawable, interval, printable
 
 _COLOURS = ("#17191c", "#1d5fb4", "#8b939c", "#8b939c", "#1d5fb4")
 _LINES = ("-", "-", "--", ":", ":")

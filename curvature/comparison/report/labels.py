@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
+from curvature.comparison.report.writing import plural
 from curvature.comparison.result import WHOLE, Block, Comparison, Pair
-from curvature.comparison.writing import plural
 
 _KNOWN = {
     "fisher": "true Fisher",

@@ -10,13 +10,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from curvature.comparison import charts, sections, svg
-from curvature.comparison.labels import about, labels, layers, pairs, styles
-from curvature.comparison.markup import name, number, prose
+from curvature.comparison.report import charts, sections, svg
+from curvature.comparison.report.labels import about, labels, layers, pairs, styles
+from curvature.comparison.report.markup import name, number, prose
+from curvature.comparison.report.scale import same_matrix
+from curvature.comparison.report.words import paragraphs
+from curvature.comparison.report.writing import angle, plural
 from curvature.comparison.result import WHOLE, Comparison, Figure, Pair
-from curvature.comparison.scale import same_matrix
-from curvature.comparison.words import paragraphs
-from curvature.comparison.writing import angle, plural
 
 # Nothing may be fetched, whatever a layer is called.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -76,7 +76,7 @@ def page(comparison: Comparison) -> str:
 
 
 def _file(name: str) -> str:
-    return resources.files("curvature.comparison").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("curvature.comparison.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _header(comparison: Comparison) -> str:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-from curvature.comparison.explain import Explained
+from curvature.comparison.report.explain import Explained
+from curvature.comparison.report.writing import MISSING, write
 from curvature.comparison.result import Figure
-from curvature.comparison.writing import MISSING, write
 
 _TALL = 24  # rows from which on a table scrolls in its own box
 

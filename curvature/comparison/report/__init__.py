@@ -1,0 +1,1 @@
+"""A comparison for readers: in words, tables, plots and one HTML page."""
