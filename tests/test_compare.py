@@ -289,6 +289,7 @@ def test_the_sampling_error_is_that_of_a_step():
     want = np.sqrt(np.mean(np.square(off))) / np.linalg.norm(exact)
     error = found.blocks[1].spectra["F"].sampling_error
     assert abs(error.value - want) < 0.3 * want
+    assert any("not of their limit" in note for note in found.notes)
 
 
 def test_without_kinds_the_fisher_is_exact_where_outputs_are_few():

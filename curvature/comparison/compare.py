@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from curvature.comparison import figures, structured
 from curvature.comparison.figures import Estimate
 from curvature.comparison.measure import Measurement, Plan
+from curvature.comparison.projection import PARTS
 from curvature.comparison.result import (
     WHOLE,
     Block,
@@ -33,6 +34,7 @@ from curvature.registry.layers import EXCLUDED
 PyTree = Any
 _COLUMNS = 32  # of an example's output, up to which the Fisher is exact unless asked otherwise
 _SAMPLES = 4
+_ROUGH = 0.1  # of a matrix's norm
 STRUCTURED = ("kronecker", "kronecker_reduce", "ekfac", "diagonal")
 
 
@@ -143,6 +145,8 @@ def compare(
         for block in result
         if block.projected
     ]
+    if directions:
+        notes += _rough(plan, result)
     return Comparison(
         kinds={name: repr(kind) for name, kind in plan.kinds.items()},
         state=predicted.state(measured.examples, measured.loss / measured.mass),
@@ -362,6 +366,25 @@ def _estimate(plan: Plan, measured: Measurement, kind: str, block: str) -> Estim
         raise FloatingPointError(f"{kind} is not finite")
     projected = next(iter(plan.maps[block].values())).width is not None
     return Estimate(matrices, gradient, projected, measured.resolution(kind, block))
+
+
+def _rough(plan: Plan, blocks: Sequence[Block]) -> list[str]:
+    """Notes on sampled kinds whose directions are still those of the samples.
+
+    Solves with a small damping depend on the samples far from linearly: no jackknife over five
+    draws sees their limit where the draws differ much.
+    """
+    notes = []
+    for kind in plan.kinds:
+        found = [block.spectra[kind].sampling_error for block in blocks]
+        worst = max((error.value for error in found if error is not None), default=0.0)
+        left = worst / PARTS**0.5
+        if left > _ROUGH:
+            notes.append(
+                f"{kind}: all {PARTS} draws together are off by up to {left:.2g} of its norm. "
+                "Read directions as those of so many samples, not of their limit; take more."
+            )
+    return notes
 
 
 def _approximated(
