@@ -4,6 +4,10 @@ Curvature is compared with brute force in float64, and strict promotion stops a 
 dtypes by accident at the line that does it.
 """
 
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads and XLA's wait for each other
+
 import jax
 import pytest
 

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from curvature.comparison import asked, figures, structured
 from curvature.comparison.figures import Estimate
 from curvature.comparison.measure import Measurement, Plan
-from curvature.comparison.projection import PARTS
 from curvature.comparison.result import (
     WHOLE,
     Block,
@@ -56,9 +55,11 @@ def compare(
 
     The data is gone through once, one batch in memory, with one backward pass for each column of
     the exact kinds and for each sample of the others. Matrices of up to `limit` entries a side are
-    made exactly; larger blocks are projected to `limit` random directions. Where something is
-    estimated, figures come with an error: half the width of a 95 % interval, by the jackknife over
-    five parts of the projection, and of sampled targets: so `Fisher(samples=k)` takes 5 k passes.
+    made exactly; larger blocks are projected to `limit` random directions (more than 20 layers to
+    half as many). Where something is estimated, figures come with an error: half the width of a
+    95 % interval, by the jackknife over five parts of the projection, and of sampled targets: so
+    `Fisher(samples=k)` takes 5 k passes. Directions and effective dimensions, which depend on
+    samples far from linearly, are those of k samples; all else is of their limit.
 
     Args:
       registry: what is in the model, from `curvature.register`. Layers that it excludes, and those
@@ -241,20 +242,16 @@ def _estimate(plan: Plan, measured: Measurement, kind: str, block: str) -> Estim
 
 
 def _rough(plan: Plan, blocks: Sequence[Block]) -> list[str]:
-    """Notes on sampled kinds whose directions are still those of the samples.
-
-    Solves with a small damping depend on the samples far from linearly: no jackknife over five
-    draws sees their limit where the draws differ much.
-    """
+    """Notes on sampled kinds whose solves more samples would change."""
     notes = []
     for kind in plan.kinds:
         found = [block.spectra[kind].sampling_error for block in blocks]
         worst = max((error.value for error in found if error is not None), default=0.0)
-        left = worst / PARTS**0.5
-        if left > _ROUGH:
+        if worst > _ROUGH:
             notes.append(
-                f"{kind}: all {PARTS} draws together are off by up to {left:.2g} of its norm. "
-                "Read directions as those of so many samples, not of their limit; take more."
+                f"{kind}: its samples leave it off by up to {worst:.2g} of its norm. Directions "
+                "and effective dimensions are those of so many samples, not of their limit: more "
+                "will change them."
             )
     return notes
 
@@ -270,19 +267,19 @@ def _approximated(
 ) -> dict[str, dict[str, Structured]]:
     """The figures of approximations of one kind, by layer and name."""
     approximations = structured.Approximations(plan, kind_name, params, batches, key)
-    estimates = {x.name: _estimate(plan, measured, kind_name, x.name) for x in plan.layers}
-    result: dict[str, dict[str, Structured]] = {}
-    for name in names:
-        blocks = approximations.blocks(name)
-        large = {layer: b for layer, b in blocks.items() if estimates[layer].projected}
-        moments = approximations.moments(name, large) if large else {}
-        for layer, block in blocks.items():
-            result.setdefault(layer, {})[name] = (
-                structured.beside_moments(estimates[layer], moments[layer])
-                if layer in moments
-                else structured.beside(estimates[layer], block)
-            )
-    return result
+    blocks = {name: approximations.blocks(name) for name in names}
+
+    def figures_of(layer: str) -> dict[str, Structured]:
+        estimate = _estimate(plan, measured, kind_name, layer)
+        of_layer = {name: found[layer] for name, found in blocks.items() if layer in found}
+        if not estimate.projected:
+            return {name: structured.beside(estimate, block) for name, block in of_layer.items()}
+        return {
+            name: structured.beside_moments(estimate, approximations.moments(name, layer, block))
+            for name, block in of_layer.items()
+        }
+
+    return {layer.name: figures_of(layer.name) for layer in plan.layers}
 
 
 def _block(

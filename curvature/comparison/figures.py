@@ -4,6 +4,10 @@ Every figure is a function of `View`s: the matrices, or what is left of them wit
 independent parts that they were estimated from (draws of targets, parts of a projection). The
 jackknife over parts takes out the bias of first order and gives the standard error (Efron and
 Stein 1981); with nothing estimated, figures are exact.
+
+Solves with a small damping depend on sampled targets far from linearly: a direction that no sample
+sees has the curvature zero, and no extrapolation from samples tells what it has in their limit. So
+figures of solves are those of the samples that a kind asks for: their mean over the draws.
 """
 
 from __future__ import annotations
@@ -21,10 +25,12 @@ from curvature.comparison.result import Directions, Figure, Pair, Spectrum
 # The 97.5 % quantile of Student's t with PARTS - 2 degrees of freedom: one is the mean's, one the
 # bias's.
 _STUDENT = 3.182
+_WIDER = 4.303 / 3.182  # one degree less: where eigenvalues cross, angles are not smooth
 _AGREE = 0.99
 _DECADES = 8  # of the spectrum, below its largest eigenvalue
 _BINS = 4  # of a decade
 TINY = float(np.finfo(np.float64).tiny)
+Numbers = Callable[..., Sequence[float] | np.ndarray]  # from one view of each estimate
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,7 +81,7 @@ class Estimate:
     @property
     def rank(self) -> int:
         """The number of eigenvalues that are not rounding."""
-        values = self.views[0].eigh[0]
+        values = self.whole.eigh[0]
         return int(np.sum(values > self.resolution * values[0]))
 
     @property
@@ -84,30 +90,46 @@ class Estimate:
         return not self.projected and len(self.matrices) == 1
 
     @functools.cached_property
-    def views(self) -> tuple[View, ...]:
-        """All of it, and where it is not exact, all but one part, for each part."""
-        whole = View(self.matrices.mean(axis=0), self.gradient)
-        return (whole, *(() if self.exact else (self._without(i) for i in range(PARTS))))
+    def whole(self) -> View:
+        """All of it."""
+        return View(self.matrices.mean(axis=0), self.gradient)
 
-    def _without(self, part: int) -> View:
-        matrices, gradient = self.matrices, self.gradient
-        if len(matrices) > 1:
-            matrices = np.delete(matrices, part, axis=0)
-        matrix = matrices.mean(axis=0)
-        if self.projected:
-            width = len(gradient) // PARTS
-            gone = np.s_[part * width : (part + 1) * width]
-            scale = PARTS / (PARTS - 1)
-            matrix = np.delete(np.delete(matrix, gone, 0), gone, 1) * scale
-            gradient = np.delete(gradient, gone) * np.sqrt(scale)
-        return View(matrix, gradient)
+    @functools.cached_property
+    def draws(self) -> tuple[Estimate, ...]:
+        """An estimate from each draw, the same one where there is but one."""
+        if len(self.matrices) == 1:
+            return (self,) * PARTS
+        return tuple(dataclasses.replace(self, matrices=x[None]) for x in self.matrices)
+
+    @functools.cached_property
+    def without_draw(self) -> tuple[View, ...]:
+        """All but one draw, for each; empty where there is but one."""
+        if len(self.matrices) == 1:
+            return ()
+        count = len(self.matrices)
+        rest = (self.whole.matrix * count - one for one in self.matrices)
+        return tuple(View(matrix / (count - 1), self.gradient) for matrix in rest)
+
+    @functools.cached_property
+    def without_part(self) -> tuple[View, ...]:
+        """All but one part of the projection, for each; empty where it is none."""
+        if not self.projected:
+            return ()
+        width, scale = len(self.gradient) // PARTS, PARTS / (PARTS - 1)
+        part = np.repeat(np.arange(PARTS), width)
+        kept = (np.flatnonzero(part != i) for i in range(PARTS))
+        return tuple(
+            View(self.whole.matrix[np.ix_(k, k)] * scale, self.gradient[k] * scale**0.5)
+            for k in kept
+        )
 
 
 def jackknife(
-    function: Callable[..., Sequence[float]],
+    function: Numbers,
     *estimates: Estimate,
     least: float = -np.inf,
     most: float = np.inf,
+    of_a_draw: bool = False,
 ) -> list[Figure]:
     """Figures of some estimates, each with its error.
 
@@ -116,40 +138,79 @@ def jackknife(
       *estimates: of the same parts.
       least: below which no figure can be.
       most: above which none can be.
+      of_a_draw: whether figures are those of a single draw in the mean, not of their limit.
     """
-    whole = np.asarray(function(*(e.views[0] for e in estimates)), np.float64)
     if all(e.exact for e in estimates):
-        return [Figure(float(x)) for x in whole]
-    left = np.array(
-        [function(*(e.views[0 if e.exact else 1 + i] for e in estimates)) for i in range(PARTS)]
-    )
-    mean = left.mean(axis=0)
-    bias = (PARTS - 1) * (mean - whole)
-    values = np.clip(whole - bias, least, most)
-    deviation = np.sqrt((PARTS - 1) / PARTS * ((left - mean) ** 2).sum(axis=0))
-    errors = _STUDENT * deviation + np.abs(bias)
+        return [Figure(float(x)) for x in function(*(e.whole for e in estimates))]
+    estimated = _of_a_draw if of_a_draw else _in_the_limit
+    with np.errstate(invalid="ignore"):  # of infinite dampings of agreement
+        values, variance, error = estimated(function, estimates)
+    errors = error + _STUDENT * np.sqrt(variance)
+    values = np.clip(values, least, most)
     return [Figure(float(v), float(e)) for v, e in zip(values, errors, strict=True)]
+
+
+_Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # values, their variance, what bias may be left
+
+
+def _in_the_limit(function: Numbers, estimates: Sequence[Estimate]) -> _Found:
+    """Without the bias of either; leaving out a part, then a draw, of all estimates together."""
+    whole = np.asarray(function(*(e.whole for e in estimates)), np.float64)
+    values, variance, error = whole, np.zeros_like(whole), np.zeros_like(whole)
+    for what in ("without_part", "without_draw"):
+        views = [getattr(e, what) for e in estimates]
+        if any(views):
+            each = [v or (e.whole,) * PARTS for v, e in zip(views, estimates, strict=True)]
+            left = [np.asarray(function(*some)) for some in zip(*each, strict=True)]
+            bias, spread = _mean([(PARTS - 1) * (x - whole) for x in left])
+            values, variance, error = values - bias, variance + spread, error + np.abs(bias)
+    return values, variance, error
+
+
+def _of_a_draw(function: Numbers, estimates: Sequence[Estimate]) -> _Found:
+    """Means over draws; the bias of a projection from leaving out another part in each of them."""
+    draws = list(zip(*(e.draws for e in estimates), strict=True))
+    found = [np.asarray(function(*(e.whole for e in some)), np.float64) for some in draws]
+    values, variance = _mean(found)
+    if all(len(e.matrices) == 1 for e in estimates):
+        variance = np.zeros_like(values)
+    error = np.zeros_like(values)
+    if any(e.projected for e in estimates):
+        left = [
+            np.asarray(function(*(e.without_part[i] for e in some))) for i, some in enumerate(draws)
+        ]
+        bias, spread = _mean([(PARTS - 1) * (x - y) for x, y in zip(left, found, strict=True)])
+        values, variance, error = values - bias, variance + spread, np.abs(bias)
+    return values, variance, error
+
+
+def _mean(samples: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of independent samples, and its variance."""
+    return np.mean(samples, axis=0), np.var(samples, axis=0, ddof=1) / len(samples)
 
 
 def spectrum(estimate: Estimate, damping: float, top: int) -> Spectrum:
     """The spectrum of one kind."""
     count = min(top, len(estimate.gradient))
 
-    def numbers(view: View) -> list[float]:
+    def dimension(view: View) -> list[float]:
         values = view.eigh[0]
-        return [view.trace, float(np.sum(values / (values + damping))), *values[:count]]
+        return [float(np.sum(values / (values + damping)))]
 
-    trace, dimension, *largest = jackknife(numbers, estimate, least=0.0)
+    trace, *largest = jackknife(
+        lambda view: [view.trace, *view.eigh[0][:count]], estimate, least=0.0
+    )
+    (effective,) = jackknife(dimension, estimate, least=0.0, of_a_draw=True)
     sampling = None
     if len(estimate.matrices) > 1:
         (sampling,) = jackknife(lambda view: [_spread(estimate) / max(view.norm, TINY)], estimate)
-    values = estimate.views[0].eigh[0]
-    return Spectrum(trace, tuple(largest), dimension, _density(values), sampling)
+    density = _density(estimate.whole.eigh[0])
+    return Spectrum(trace, tuple(largest), effective, density, sampling)
 
 
 def _spread(estimate: Estimate) -> float:
     """The root mean square of |A_k - A| over draws A_k (Frobenius)."""
-    off = estimate.matrices - estimate.views[0].matrix
+    off = estimate.matrices - estimate.whole.matrix
     return float(np.sqrt(np.sum(off**2) / (len(off) - 1)))
 
 
@@ -181,16 +242,18 @@ def pair(one: Estimate, other: Estimate, damping: float, top: int, *, directions
 
     count = min(top, one.rank, other.rank)
 
-    def angles(a: View, b: View) -> list[float]:
-        found = np.linalg.svd(a.eigh[1][:, :count].T @ b.eigh[1][:, :count], compute_uv=False)
-        return np.degrees(np.arccos(np.clip(found, 0, 1))).tolist()
+    def angles(a: View, b: View) -> np.ndarray:
+        overlap = a.eigh[1][:, :count].T @ b.eigh[1][:, :count]
+        found = np.linalg.svd(overlap, compute_uv=False)
+        return np.degrees(np.arccos(np.clip(found, 0, 1)))
 
     trace_ratio, frobenius, spectral = jackknife(sizes, one, other, least=0.0)
     (cos,) = jackknife(cosine, one, other, least=-1.0, most=1.0)
+    found = jackknife(angles, one, other, least=0.0, most=90.0)
     return Pair(
         trace_ratio,
         cos,
-        tuple(jackknife(angles, one, other, least=0.0, most=90.0)),
+        tuple(Figure(v, e and _WIDER * e) for v, e in sorted(found, key=lambda f: f.value)),
         frobenius,
         spectral,
         _directions(one, other, damping) if directions else None,
@@ -215,8 +278,8 @@ def _directions(one: Estimate, other: Estimate, damping: float) -> Directions:
             agreement(a, b, max(one.resolution, other.resolution)),
         ]
 
-    (cos,) = jackknife(cosine, one, other, least=-1.0, most=1.0)
-    length, decrease, best, agree = jackknife(numbers, one, other)
+    (cos,) = jackknife(cosine, one, other, least=-1.0, most=1.0, of_a_draw=True)
+    length, decrease, best, agree = jackknife(numbers, one, other, of_a_draw=True)
     agree = agree._replace(value=max(agree.value, 0.0))
     return Directions(cos, length, decrease, best, agree)
 

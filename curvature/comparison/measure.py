@@ -27,6 +27,7 @@ from curvature.registry import Layer, Registry
 from curvature.registry.registry import Analysis
 
 PyTree = Any
+_FEW = 20  # large layers; with more of them, eigendecompositions would take most of the time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,7 +65,9 @@ class Plan:
         """The map of every layer of a block."""
         layers = [x for x in self.layers if x.name in (self.whole if block == WHOLE else (block,))]
         total = sum(layer.size for layer in layers)
-        width = projection.width(total, self.limit)
+        few = sum(layer.size > self.limit for layer in self.layers) <= _FEW
+        dim = self.limit if few or block == WHOLE else self.limit // 2
+        width = projection.width(total, self.limit, dim)
         starts = np.cumsum([0, *(layer.size for layer in layers)]).tolist()
         return {
             layer.name: Projection(start, layer.size, total, width)

@@ -91,14 +91,14 @@ def _folded(x: jax.Array, signs: jax.Array, offset: int) -> jax.Array:
     return jnp.roll(total, offset, axis=1)
 
 
-def width(total: int, limit: int) -> int | None:
-    """The number of buckets with which `total` coordinates become at most `limit`.
+def width(total: int, limit: int, dim: int) -> int | None:
+    """The number of buckets with which `total` coordinates become at most `dim`.
 
-    None where they are no more than that.
+    None where they are no more than `limit`.
     """
     if total <= limit:
         return None
-    return next(n for n in range(max(limit // PARTS, 2), 1, -1) if _prime(n))
+    return next(n for n in range(max(dim // PARTS, 2), 1, -1) if _prime(n))
 
 
 def _prime(n: int) -> bool:

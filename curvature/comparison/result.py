@@ -36,7 +36,8 @@ class Spectrum:
     Attributes:
       trace: their sum.
       largest: the largest ones, descending.
-      effective_dimension: sum of value / (value + damping).
+      effective_dimension: sum of value / (value + damping). Where targets are sampled, that of
+        as many samples as the kind asks for.
       density: how many there are: pairs of log10 of a bin's middle and a count, ascending.
       sampling_error: |A_k - A| / |A| (Frobenius) of the k samples that the kind asks for, as a
         training step would draw them; None where nothing is sampled.
@@ -52,6 +53,8 @@ class Spectrum:
 @dataclasses.dataclass(frozen=True)
 class Directions:
     """Natural-gradient directions x = -(curvature + damping I)^-1 gradient of two kinds.
+
+    Where targets are sampled, those of as many samples as the kind asks for.
 
     Attributes:
       cosine: of the angle between them.

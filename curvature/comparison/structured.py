@@ -105,18 +105,16 @@ class Approximations:
         bases, values = self._bases("kronecker"), self._diagonals("kronecker", 0)
         return estimator.operator({n: bases[n] | {"values": values[n]} for n in bases}).blocks
 
-    def moments(self, name: str, blocks: Mapping[str, Block]) -> dict[str, Moments]:
-        """Some blocks of one approximation in their eigenbases."""
+    def moments(self, name: str, layer: str, block: Block) -> Moments:
+        """A block of one approximation in its eigenbasis."""
         basis = "kronecker" if name == "ekfac" else name
-        draws = [self._diagonals(basis, draw) for draw in self._draws]
-        found = {}
-        for layer, block in blocks.items():
-            values = self._eigenvalues(name, layer, block)
-            each = [np.asarray(diagonals[layer], np.float64) for diagonals in draws]
-            found[layer] = Moments(
-                np.asarray(values, np.float64), each, self._sizes[layer] // values.size
-            )
-        return found
+        values = self._eigenvalues(name, layer, block)
+        draws = (self._diagonals(basis, draw)[layer] for draw in self._draws)
+        return Moments(
+            np.asarray(values, np.float64),
+            [np.asarray(diagonal, np.float64) for diagonal in draws],
+            self._sizes[layer] // values.size,
+        )
 
     def _eigenvalues(self, name: str, layer: str, block: Block) -> jax.Array:
         """Those of a block, in the order of `_diagonals`."""
@@ -254,7 +252,7 @@ def beside_moments(estimate: Estimate, moments: Moments) -> Structured:
     ratio = moments.trace / max(trace.value, TINY)
     trace_ratio = Figure(ratio, trace.error and ratio * trace.error / max(trace.value, TINY))
     # The moments' error is independent of the projection's; to first order it enters like this.
-    size = estimate.views[0].norm
+    size = estimate.whole.norm
     of_cosine = (inner.error or 0.0) / max(norm * size, TINY)
     of_distance = of_cosine * norm / max(size * distance.value, TINY)
     return Structured(
