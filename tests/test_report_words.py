@@ -261,8 +261,10 @@ def test_kinds_keep_the_names_they_were_given():
     assert [topic for topic, _ in paragraphs(made)][1] == "mine"
 
 
-def state(loss, entropy, ratio=0.3, wrong=None, **changes):
-    model = ModelState(examples=1, loss=loss, wrong=wrong, entropy=entropy)
+def state(nll, entropy, ratio=0.3, wrong=None, loss=None, **changes):
+    """The summary of a model whose loss is its negative log-likelihood, or another one."""
+    loss = nll if loss is None else loss
+    model = ModelState(examples=1, loss=loss, wrong=wrong, nll=nll, entropy=entropy)
     made = comparison(
         [block(WHOLE, 9, {EF: pair(ratio, **changes)}, structured=False)], state=model
     )
@@ -273,27 +275,31 @@ def test_the_model():
     assert "Over 1 example the mean loss is 0.100." in state(0.1, None)
     said = state(0.1, 0.2, wrong=0.0)
     assert (
-        "Over 1 example the mean loss is 0.100, in 0 % of cases the likeliest target is not the "
-        "given one, and the predicted distribution has a mean entropy of 0.200 nats."
+        "Over 1 example the mean loss is 0.100, in 0 % of predictions the likeliest target is not "
+        "the given one, and the predicted distribution has a mean entropy of 0.200 nats."
     ) in said
     assert not state(math.nan, None).startswith("Over 1 example")
+    said = state(0.1, 0.2, wrong=0.0, loss=78.4)
+    assert "mean loss is 78.4, in 0 % of" in said
+    assert "the given one has a mean negative log-likelihood of 0.100 nats, and" in said
 
 
 def test_why_the_empirical_fisher_differs():
     start = "The empirical Fisher approaches the true one as the model becomes calibrated"
-    given = "(mean loss 0.100 against mean entropy 0.200 nats)"
+    given = "(mean negative log-likelihood 0.100 against mean entropy 0.200 nats)"
     said = state(0.1, 0.2)
-    assert start in said
+    assert start in said and given in state(0.1, 0.2, loss=78.4)
     assert f"surprise it less {given}: it fits them better than it claims, which goes with" in said
     assert "does not explain why the empirical Fisher is too large" in state(0.1, 0.2, ratio=3.0)
-    assert "than it claims. (This" in state(0.1, 0.2, ratio=1.0, error=0.5)
+    assert "than it claims." in state(0.1, 0.2, ratio=1.0, error=0.5)
     assert "surer than it should be, which goes with" in state(0.2, 0.1, ratio=3.0)
     assert "which does not explain why the empirical Fisher is too small" in state(0.2, 0.1)
     assert "do not explain the difference in scale" in state(0.2, 0.2)
     assert "and so are the traces" in state(0.2, 0.2, ratio=1.0, error=0.01)
-    assert "nats). (This takes" in state(0.2, 0.2, ratio=1.0, error=0.5)
+    assert "entropy 0.200 nats)." in state(0.2, 0.2, ratio=1.0, error=0.5)
     assert "holds no entropy" in state(0.2, None)
     assert "holds no entropy" in state(math.nan, 0.2)
+    assert "holds no entropy" in state(None, None, loss=0.1)
     assert start not in layered(pair(0.5), key=GN)
     said = layered(pair(0.5))  # without the whole network nothing is said of its scale
     assert start in said and "which goes with" not in said

@@ -160,6 +160,31 @@ STRUCTURED = {
     ),
 }
 
+STATE = {
+    "examples": Explained("examples", "How many the comparison saw."),
+    "loss": Explained("loss", "Its mean over the examples."),
+    "wrong": Explained(
+        "wrong",
+        "The share of predictions whose likeliest target is not the given one. An example may hold "
+        "many predictions (tokens, pixels); those with a weight in the loss count alike.",
+    ),
+    "nll": Explained(
+        "negative log-likelihood",
+        "Of the given target of a prediction, the mean in nats: how much the targets surprise the "
+        "model.",
+        _math(f"{_o('−')}<mi>log</mi>{_i('q')}<mo>(</mo>{_i('t')}<mo>)</mo>"),
+    ),
+    "entropy": Explained(
+        "entropy",
+        "Of a predicted distribution, the mean in nats: how much targets drawn from the model "
+        "itself would surprise it. The two are equal where the model is calibrated.",
+        _math(
+            f"{_o('−')}<munder><mo>∑</mo>{_i('t')}</munder>{_i('q')}<mo>(</mo>{_i('t')}<mo>)</mo>"
+            f"<mi>log</mi>{_i('q')}<mo>(</mo>{_i('t')}<mo>)</mo>"
+        ),
+    ),
+}
+
 ANGLES = Explained(
     "principal angles",
     "Between the space of A's largest eigenvectors and that of B's: all near 0° where the two see "

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from curvature.comparison.report import charts, sections, svg
+from curvature.comparison.report.explain import STATE
 from curvature.comparison.report.labels import about, labels, layers, pairs, styles
-from curvature.comparison.report.markup import name, number, prose
+from curvature.comparison.report.markup import explained, name, number, prose
 from curvature.comparison.report.scale import same_matrix
 from curvature.comparison.report.words import paragraphs
 from curvature.comparison.report.writing import angle, plural
@@ -160,7 +161,7 @@ def _settings(comparison: Comparison) -> str:
         elif setting != "damping":
             groups[""].append((str(setting), value))
     state = dataclasses.asdict(comparison.state)
-    groups["model state"] = [(key, value) for key, value in state.items() if value is not None]
+    groups["model"] = [(STATE[k].head, f"{v:.6g}") for k, v in state.items() if v is not None]
     html = ""
     for group, entries in groups.items():
         items = "".join(
@@ -169,7 +170,7 @@ def _settings(comparison: Comparison) -> str:
         )
         heading = f"<h3>{name(group)}</h3>" if group else ""
         html += f"<div>{heading}<dl>{items}</dl></div>"
-    return f'<div class="settings">{html}</div>'
+    return f'<div class="settings">{html}</div>{explained(list(STATE.values()))}'
 
 
 def _plain(value: Any) -> str:

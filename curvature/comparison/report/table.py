@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 
+from curvature.comparison.report import reasons
 from curvature.comparison.report.labels import pairs, with_pair
 from curvature.comparison.report.writing import MISSING, angle, printable, text
 from curvature.comparison.result import Block, Comparison, Figure, Pair
@@ -16,7 +17,7 @@ _HEAD = ("block", "entries", "trace ratio", "cosine", "angle", "length", "at bes
 
 
 def table(comparison: Comparison) -> str:
-    """A line for each block and pair, under a heading for each pair; then the notes.
+    """A line for each block and pair, under a heading for each pair; then model and notes.
 
     The columns are those of the report: scale and shape of B against A, then the angle between
     their natural-gradient steps, how much longer B's is, and what it takes off A's quadratic model
@@ -28,8 +29,10 @@ def table(comparison: Comparison) -> str:
     ]
     if not parts:
         parts = ["no two kinds of curvature could be compared"]
-    if comparison.notes:
-        parts.append("\n".join(_wrapped(printable(note)) for note in comparison.notes))
+    notes = [_wrapped("model", sentence) for sentence in reasons.state(comparison)]
+    notes += [_wrapped("note", printable(note)) for note in comparison.notes]
+    if notes:
+        parts.append("\n".join(notes))
     return "\n\n".join(parts)
 
 
@@ -86,5 +89,5 @@ def _short(name: str, width: int) -> str:
     return f"{name[: width - 1 - end]}…{name[len(name) - end :]}"
 
 
-def _wrapped(note: str) -> str:
-    return textwrap.fill(note, WIDTH, initial_indent="note: ", subsequent_indent="      ")
+def _wrapped(what: str, told: str) -> str:
+    return textwrap.fill(f"{what}: {told}", WIDTH, subsequent_indent=" " * (len(what) + 2))
