@@ -16,7 +16,7 @@ class Reader(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.words, self.ids = [], [], [], set()
+        self.open, self.tags, self.words, self.unfolded = [], [], [], []
         self.feed(text)
         self.close()
         assert not self.open, self.open
@@ -37,6 +37,8 @@ class Reader(html.parser.HTMLParser):
     def handle_data(self, data):
         if self.open and self.open[-1] not in ("style", "script"):
             self.words.append(data)
+            if "details" not in self.open:
+                self.unfolded.append(data)
 
     @property
     def text(self):
@@ -100,6 +102,20 @@ def test_every_summary_sentence_is_there(tmp_path):
     for paragraph in summary(made):
         plain = re.sub(r"e-(\d+)", r" × 10−\1", paragraph).replace("`", "")
         assert plain in text
+
+
+def test_pairs_without_the_reference_are_folded_away(tmp_path):
+    other = ("empirical Fisher", "Gauss-Newton")
+    pairs = {EF: pair(0.25), ("Fisher", "Gauss-Newton"): pair(2.0), other: pair(8.0)}
+    text = page(comparison([block(WHOLE, 90, pairs), block("a", 9, pairs)]), tmp_path)
+    shown = "".join(Reader(text).unfolded)
+    for told in ("Empirical Fisher against true Fisher", "Gauss-Newton matrix against true Fisher"):
+        assert told in shown
+    assert "against empirical Fisher" not in shown and "8.0 times" not in shown
+    folds = re.findall(r"<details[^>]*><summary>(.*?)</summary>", text)
+    told = [fold for fold in folds if Reader(fold).text.endswith("against empirical Fisher")]
+    assert len(told) == 4  # the summary, the matrices, directions, angles
+    assert "8.0 times larger than the empirical Fisher" in Reader(text).text
 
 
 def test_names_are_escaped(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from comparisons import EF, KINDS, NAN, block, comparison, pair, realistic, same, spectrum
 
 from curvature.comparison.report.scale import Side, away, factor, side, times
-from curvature.comparison.report.words import paragraphs, summary
+from curvature.comparison.report.words import others, paragraphs, summary
 from curvature.comparison.report.writing import plural, rounded, text
 from curvature.comparison.result import WHOLE, Figure, ModelState, Structured
 
@@ -122,7 +122,7 @@ def test_the_whole_network():
     assert (
         "Taken in full it would raise the quadratic model of the true Fisher; at its best" in said
     )
-    assert "agree (cosine 0.99 or more) only from damping 0.08 on" in said
+    assert "agree (cosine 0.99 or more) only from damping 0.080 on" in said
     assert "nan" not in said and "None" not in said
 
 
@@ -241,11 +241,32 @@ def test_a_kind_that_is_compared_twice_says_with_what():
     sampled = "Fisher (2 samples)"
     pairs = {GN: pair(2.0), ("Fisher", sampled): pair(), ("Gauss-Newton", sampled): pair()}
     made = comparison([block(WHOLE, 9, pairs, structured=False)], kinds=kinds)
-    assert [topic for topic, _ in paragraphs(made)][1:4] == [
+    assert [topic for topic, _ in paragraphs(made)][1:3] == [
         "Gauss-Newton matrix",
         "True Fisher from 2 samples against true Fisher",
-        "True Fisher from 2 samples against Gauss-Newton matrix",
     ]
+    ((topic, said),) = others(made)
+    assert topic == "True Fisher from 2 samples against Gauss-Newton matrix"
+    assert summary(made)[-1] == said
+
+
+def test_without_a_pair_of_the_reference_nothing_is_put_last():
+    made = comparison([block(WHOLE, 9, {("empirical Fisher", "Gauss-Newton"): pair(2.0)})])
+    assert others(made) == []
+    assert "Gauss-Newton matrix is 2.0 times larger than the empirical Fisher" in told(made)
+
+
+def test_sampled_kinds_have_names():
+    probes = "GaussNewton(probes=2, metric=None)"
+    kinds = {"Fisher (1 sample)": "", probes: ""}
+    key = ("Fisher (1 sample)", probes)
+    said = told(
+        comparison([block("a", 9, {key: pair(2.0)}), block("b", 9, {key: pair(3.0)})], kinds=kinds)
+    )
+    assert (
+        "The Gauss-Newton matrix from 2 probes is larger than the true Fisher from 1 sample in "
+        "both layers (about 2.0 to 3.0 times)."
+    ) in said
 
 
 def test_only_the_empirical_fisher_is_too_small():

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from curvature.comparison.report import reasons
 from curvature.comparison.report.labels import pairs, with_pair
-from curvature.comparison.report.writing import MISSING, angle, printable, text
+from curvature.comparison.report.scale import same_matrix
+from curvature.comparison.report.writing import MISSING, angle, every, printable, text
 from curvature.comparison.result import Block, Comparison, Figure, Pair
 
 WIDTH = 100
@@ -23,10 +24,7 @@ def table(comparison: Comparison) -> str:
     their natural-gradient steps, how much longer B's is, and what it takes off A's quadratic model
     at its best length, as a share of what A's own step does.
     """
-    parts = [
-        _pair(key, [_row(*found) for found in with_pair(comparison.blocks, key)])
-        for key in pairs(comparison)
-    ]
+    parts = [_pair(key, list(with_pair(comparison.blocks, key))) for key in pairs(comparison)]
     if not parts:
         parts = ["no two kinds of curvature could be compared"]
     notes = [_wrapped("model", sentence) for sentence in reasons.state(comparison)]
@@ -36,8 +34,11 @@ def table(comparison: Comparison) -> str:
     return "\n\n".join(parts)
 
 
-def _pair(key: tuple[str, str], rows: Sequence[tuple[str, ...]]) -> str:
+def _pair(key: tuple[str, str], found: Sequence[tuple[Block, Pair]]) -> str:
     a, b = (_short(printable(kind), 40) for kind in key)
+    if len(found) > 1 and all(same_matrix(pair) for _, pair in found):
+        return f"{b} against {a}\n\nthe same up to rounding in {every(len(found), 'block')}"
+    rows = [_row(*x) for x in found]
     columns = len(_HEAD)
     widths: list[int] = []
     names = {row[0] for row in rows}
