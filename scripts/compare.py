@@ -237,9 +237,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise  # of the user's code: the traceback is what helps
         command.exit(2, f"compare.py: error: {error}\n")
     paths = write(found, args.out)
-    print("\n" + "\n\n".join(textwrap.fill(paragraph, 100) for paragraph in summary(found)))
+    print("\n" + "\n\n".join(map(_wrapped, summary(found))))
     print(f"\n{found.table()}\n\nwritten   {', '.join(map(str, paths))}")
     return 0 if len(paths) == 3 else 1
+
+
+def _wrapped(paragraph: str) -> str:
+    """In lines, of which none ends between a number and its error."""
+    return textwrap.fill(paragraph.replace(" ± ", "\u00a0±\u00a0"), 100).replace("\u00a0", " ")
 
 
 def _ours(error: BaseException) -> bool:
