@@ -24,7 +24,7 @@ def test_a_plot_has_labels_and_error_bars():
         "cosine",
         "cosine of steps",
         "length of steps",
-        "decrease",
+        "decrease at best length",
         "largest eigenvalues, whole network",
         "principal angles",
     ]

@@ -151,7 +151,7 @@ def _state(axes: Any, records: _Records, names: Sequence[str]) -> None:
     drawn = [axes, axes.twinx()][: len(names)]
     labels = {
         "wrong": "share of wrong predictions",
-        "entropy": "entropy; dashed: negative log-likelihood (nats)",
+        "entropy": "entropy (dashed: −log likelihood), nats",
     }
     colours = {"wrong": _WRONG, "entropy": _ENTROPY}
     for ax, name in zip(drawn, names, strict=True):
