@@ -2,7 +2,7 @@
 
 The model is a function of your own, a checkpoint of train.py, or a built-in example. Prints what
 was found, and writes a report (comparison.html), a plot (comparison.png) and every number
-(comparison.json).
+(comparison.json). How to read them is in docs/compare.md.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         type=options.seed,
         default=0,
         metavar="N",
-        help="sampled targets and random projections, and an --example's start (default: 0)",
+        help="of sampled targets, of projections, of an --example's start (default: 0)",
     )
 
 

@@ -6,6 +6,7 @@ import re
 import pytest
 from comparisons import EF, NAN, NASTY, PARTIAL, block, comparison, missing, nasty, pair, realistic
 
+from curvature.comparison.report.markup import prose
 from curvature.comparison.result import WHOLE
 
 VOID = {"meta", "link", "br", "wbr"}
@@ -116,6 +117,12 @@ def test_pairs_without_the_reference_are_folded_away(tmp_path):
     told = [fold for fold in folds if Reader(fold).text.endswith("against empirical Fisher")]
     assert len(told) == 4  # the summary, the matrices, directions, angles
     assert "8.0 times larger than the empirical Fisher" in Reader(text).text
+
+
+def test_a_sentence_is_typeset():
+    assert prose("off -5 ± 10 % (-2.0e-05) by `a-1`") == (
+        "off −5\u00a0±\u00a010\u00a0% (−2.0\u00a0×\u00a010<sup>−5</sup>) by <code>a-1</code>"
+    )
 
 
 def test_names_are_escaped(tmp_path):

@@ -169,6 +169,8 @@ def test_what_it_does_to_training():
     assert "model of the true Fisher." in decrease(decrease=Figure(-2.0), best_decrease=NAN)
     said = decrease(decrease=Figure(0.2, 0.9), best_decrease=best)
     assert "cannot be told (share 0.2 ± 0.9); at its best length" in said
+    said = decrease(decrease=Figure(-5.0, 10.0), best_decrease=Figure(-0.1, 0.4))
+    assert "(share -5 ± 10); how much it takes off at its best length cannot be told (share" in said
     said = decrease(decrease=NAN, best_decrease=best)
     assert f"At its best length it takes off 81 ± 2 % {own}." in said
     assert "quadratic" not in decrease(decrease=NAN, best_decrease=NAN)
@@ -349,6 +351,8 @@ def test_approximations():
         "As approximations of the true Fisher, by relative Frobenius distance: `kron` is 0.38 away "
         "(median of 2 layers), at most 0.50 (`b`); `diag` is 0.25 away in `b`."
     ) in said
+    twice = dataclasses.replace(blocks[0], structured={"Fisher": {"kron": one, "reduced": one}})
+    assert "`kron` and `reduced` are 0.25 away in `a`." in told(comparison([twice]))
 
 
 def test_sampling():

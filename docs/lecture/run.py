@@ -2,9 +2,9 @@
 
     python docs/lecture/run.py [PAGE.md ...] [--out DIR]
 
-These are the pages of the lecture, `docs/empirical-fisher.md` and `docs/compare.md`. The code blocks of
-a page are one program, with assertions for every number the text states. `tests/test_lecture.py` runs
-them all.
+These are the pages of the lecture, `docs/empirical-fisher.md` and `docs/compare.md`. The code
+blocks of a page are one program, with assertions for every number the text states.
+`tests/test_lecture.py` runs them all.
 """
 
 import argparse

@@ -103,16 +103,19 @@ def approximations(comparison: Comparison) -> list[str]:
             distance = structured.frobenius_distance.value
             if math.isfinite(distance):
                 found.setdefault(name, {})[block.name] = distance
+    same: dict[tuple[tuple[str, float], ...], list[str]] = {}
+    for name, distances in found.items():  # two may be one: expand and reduce without positions
+        same.setdefault(tuple(distances.items()), []).append(f"`{name}`")
     parts = []
-    for name, distances in found.items():
-        worst = max(distances, key=lambda layer: distances[layer])
-        if len(distances) == 1:
-            parts.append(f"`{name}` is {rounded(distances[worst])} away in `{worst}`")
+    for of_layers, names in same.items():
+        worst, most = max(of_layers, key=lambda layer: layer[1])
+        told = f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} "
+        if len(of_layers) == 1:
+            parts.append(f"{told}{rounded(most)} away in `{worst}`")
             continue
-        median = rounded(statistics.median(distances.values()))
-        most = rounded(distances[worst])
-        count = plural(len(distances), "layer")
-        parts.append(f"`{name}` is {median} away (median of {count}), at most {most} (`{worst}`)")
+        told += f"{rounded(statistics.median(distance for _, distance in of_layers))} away "
+        told += f"(median of {plural(len(of_layers), 'layer')})"
+        parts.append(f"{told}, at most {rounded(most)} (`{worst}`)")
     if not parts:
         return []
     told = "; ".join(parts)

@@ -14,6 +14,7 @@ from curvature.comparison.result import Block, Comparison, Figure, Pair
 
 WIDTH = 100
 _NAME = 16  # columns that the block's name keeps at least
+_STEPS = "at best length: what B's takes off the quadratic model of A, as a share of what A's does"
 _HEAD = ("block", "entries", "trace ratio", "cosine", "angle", "length", "at best length")
 
 
@@ -22,12 +23,14 @@ def table(comparison: Comparison) -> str:
 
     The columns are those of the report: scale and shape of B against A, then the angle between
     their natural-gradient steps, how much longer B's is, and what it takes off A's quadratic model
-    at its best length, as a share of what A's own step does.
+    at its best length.
     """
     parts = [_pair(key, list(with_pair(comparison.blocks, key))) for key in pairs(comparison)]
     if not parts:
         parts = ["no two kinds of curvature could be compared"]
     notes = [_wrapped("model", sentence) for sentence in reasons.state(comparison)]
+    if any(pair.directions for block in comparison.blocks for pair in block.pairs.values()):
+        notes.insert(0, _wrapped("steps", f"at damping {comparison.damping:.3g}; {_STEPS}"))
     notes += [_wrapped("note", printable(note)) for note in comparison.notes]
     if notes:
         parts.append("\n".join(notes))

@@ -174,6 +174,8 @@ def _decrease(directions: Directions, names: _Names) -> str:
     own = f"of what the step of {names.a} takes off its own quadratic model"
     known = math.isfinite(best.value)
     then = f"at its best length it takes off {_percent(best)} {own}" if known else ""
+    if known and interval(best)[0] <= 0 and best.error is not None:
+        then = f"how much it takes off at its best length cannot be told (share {text(best, 2)})"
     if not math.isfinite(full.value):
         return f"{_up(then)}." if known else ""
     if low > 0:
