@@ -115,10 +115,15 @@ def _points(figures: Sequence[Figure]) -> list[tuple[float, Figure]]:
     return [(i + 1.0, figure) for i, figure in enumerate(figures)]
 
 
+def _size(block: Block) -> str:
+    projected = f", projected to {block.projected:,}" if block.projected else ""
+    return f"n = {block.size:,}{projected}"
+
+
 def _grid(blocks: Sequence[Block], draw: Callable[[Block], str]) -> str:
     """A drawing for every block that has one."""
     drawn = [
-        f"<figure><figcaption>{name(block.name)} <span>n = {block.size:,}</span></figcaption>"
+        f"<figure><figcaption>{name(block.name)} <span>{_size(block)}</span></figcaption>"
         f"{picture}</figure>"
         for block in blocks
         if (picture := draw(block))
