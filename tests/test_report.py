@@ -119,6 +119,12 @@ def test_pairs_without_the_reference_are_folded_away(tmp_path):
     assert "8.0 times larger than the empirical Fisher" in Reader(text).text
 
 
+def test_nothing_is_said_of_samples_where_none_are_drawn(tmp_path):
+    assert "sampling error" in Reader(page(realistic(2), tmp_path)).text
+    made = comparison([block(WHOLE, 9, {EF: pair()}, kinds=["empirical Fisher"])])
+    assert "sampling error" not in Reader(page(made, tmp_path)).text
+
+
 def test_a_sentence_is_typeset():
     assert prose("off -5 ± 10 % (-2.0e-05) by `a-1`") == (
         "off −5\u00a0±\u00a010\u00a0% (−2.0\u00a0×\u00a010<sup>−5</sup>) by <code>a-1</code>"

@@ -31,9 +31,8 @@ class History:
     The names of the scalars: `compare/loss`, `compare/wrong` (the share of wrong predictions),
     `compare/nll` and `compare/entropy` (see `ModelState`); and for each block and each kind against
     the first one `compare/trace_ratio/KIND/BLOCK`, `compare/cosine/...` and
-    `compare/direction_cosine/...` (of natural-gradient steps). Where a figure is
-    estimated, `compare/trace_ratio_error/KIND/BLOCK` and so on are half the widths of the 95 %
-    intervals.
+    `compare/direction_cosine/...` (of natural-gradient steps). Where a figure is estimated,
+    `compare/trace_ratio_error/KIND/BLOCK` and so on are half the widths of the 95 % intervals.
 
     Args:
       registry: what is in the model, from `curvature.register`. A model with dropout or batch norm

@@ -48,14 +48,13 @@ def run(page, out):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [pathlib.Path(name) for name in pictures(page)]
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        for name in names:
+        for name in map(pathlib.Path, pictures(page)):
             name.parent.mkdir(parents=True, exist_ok=True)
         exec(program(page), {"__name__": page.stem})
-        for name in names:
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(name, out / name)
+        for picture in pathlib.Path().rglob("*.png"):
+            (out / picture).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(picture, out / picture)
     plt.close("all")
 
 
