@@ -11,9 +11,10 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import curvature
-from curvature.comparison import Figure, compare
+from curvature.comparison import Figure, asked, compare, structured
 from curvature.comparison.projection import PARTS, Projection, folded, width
 from curvature.comparison.result import WHOLE
+from curvature.dataset import shares
 
 RNG = np.random.default_rng(0)
 X, Y = jnp.asarray(RNG.normal(size=(30, 5))), jnp.asarray(RNG.integers(0, 3, 30))
@@ -168,18 +169,23 @@ def test_structured_approximations_are_compared_with_the_exact_block(name):
             np.testing.assert_allclose(got, want, rtol=1e-8)
 
 
-def test_examples_that_have_all_of_the_curvature_are_not_missed():
-    """A large block's columns are sampled, and 2 of 60 examples have nearly all of the matrix."""
-    x, y = jnp.tile(X, (2, 1)) * jnp.where(jnp.arange(60) < 2, 1, 1e-2)[:, None], jnp.tile(Y, 2)
-    options = OPTIONS | {"approximations": ("ekfac",), "blocks": "w", "directions": False}
-    exact, projected = (
-        curvature.compare(REGISTRY, PARAMS, [(x, y)], limit=limit, **options).blocks[0]
-        for limit in (100, 30)
+@pytest.mark.parametrize("name", structured.NAMES)
+@pytest.mark.parametrize("kind", ["F", "E"])
+def test_inner_products_with_approximations_need_no_matrix(name, kind):
+    plan, _ = asked.planned(REGISTRY, PARAMS, BATCHES[0], KINDS, None, 10, 1e9)
+    found = structured.Approximations(
+        plan, kind, PARAMS, lambda: shares(BATCHES, None, averaged=True), KEY
     )
-    assert exact.projected is None and projected.projected is not None
-    for kind in KINDS:
-        wanted, found = (b.structured[kind]["ekfac"] for b in (exact, projected))
-        assert abs(found.cosine.value - wanted.cosine.value) < 1.5 * found.cosine.error < 0.75
+    exact = dict(zip("FE", dense()[:2], strict=True))[kind]
+    blocks_ = found.blocks(name)
+    assert blocks_.keys() == {"v", "w"}
+    for layer, moments in found.moments(name, blocks_).items():
+        a = exact[np.ix_(blocks()[layer], blocks()[layer])]
+        k = np.asarray(blocks_[layer].to_dense())
+        want = [np.trace(k), np.linalg.norm(k), np.sum(a * k), np.trace(a)]
+        got = [moments.trace, moments.norm, moments.inner.value, moments.trace_of_block.value]
+        np.testing.assert_allclose(got, want, rtol=1e-8)
+        assert moments.inner.error is None
 
 
 def test_statistics_of_approximations_are_averaged_over_batches():

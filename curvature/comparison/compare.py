@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
-import math
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvature.comparison import figures, structured
+from curvature.comparison import asked, figures, structured
 from curvature.comparison.figures import Estimate
 from curvature.comparison.measure import Measurement, Plan
 from curvature.comparison.projection import PARTS
@@ -26,16 +24,12 @@ from curvature.comparison.result import (
 )
 from curvature.comparison.state import Prediction
 from curvature.dataset import first_batch, shares
-from curvature.estimator import EmpiricalFisher, Fisher, GaussNewton
 from curvature.estimator.kinds import Kind
-from curvature.registry import Layer, LossTag, Registry
-from curvature.registry.layers import EXCLUDED
+from curvature.registry import Registry
 
 PyTree = Any
-_COLUMNS = 32  # of an example's output, up to which the Fisher is exact unless asked otherwise
-_SAMPLES = 4
 _ROUGH = 0.1  # of a matrix's norm
-STRUCTURED = ("kronecker", "kronecker_reduce", "ekfac", "diagonal")
+_STRUCTURED = ("kronecker", "kronecker_reduce", "ekfac", "diagonal")
 
 
 def compare(
@@ -47,7 +41,7 @@ def compare(
     kinds: Mapping[str, Kind] | Sequence[Kind] | None = None,
     blocks: str | Sequence[str] | None = None,
     directions: bool = True,
-    approximations: Sequence[str] = STRUCTURED,
+    approximations: Sequence[str] = _STRUCTURED,
     damping: float = 1e-3,
     top: int = 5,
     limit: int = 1000,
@@ -105,9 +99,9 @@ def compare(
     4
     """
     args = first_batch(batches)
-    _check(params, damping, top, limit)
-    by_name, notes = named(registry, kinds)
-    plan, left_out = _plan(registry, params, args, by_name, blocks, limit, memory)
+    asked.check(params, approximations, damping, top, limit)
+    by_name, notes = asked.named(registry, kinds)
+    plan, left_out = asked.planned(registry, params, args, by_name, blocks, limit, memory)
     notes = [*notes, *left_out]
     bar = _bar(progress)
 
@@ -159,132 +153,10 @@ def compare(
     )
 
 
-# What is asked for --------------------------------------------------------------------------------
-
-
-def _check(params: PyTree, damping: float, top: int, limit: int) -> None:
-    if not (damping > 0 and math.isfinite(damping)) or top < 1 or limit < 10:
-        raise ValueError(
-            f"Expected damping > 0, top >= 1 and limit >= 10, found {damping=}, {top=}, {limit=}."
-        )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not bool(jnp.all(jnp.isfinite(leaf))):
-            raise ValueError(
-                f"params{jax.tree_util.keystr(path)} has entries that are not finite: there is no "
-                "curvature there. Go back to the last parameters that were."
-            )
-
-
 def _typed(key: jax.Array) -> jax.Array:
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
     return jax.random.wrap_key_data(key)  # a key of jax.random.PRNGKey
-
-
-def named(
-    registry: Registry, kinds: Mapping[str, Kind] | Sequence[Kind] | None
-) -> tuple[dict[str, Kind], list[str]]:
-    """The kinds by name, and what there is to say about a choice of ours."""
-    if isinstance(kinds, Mapping):
-        found = dict(kinds)
-    elif kinds is not None:
-        found = {_name(kind): kind for kind in kinds}
-        if len(found) < len(kinds):
-            raise ValueError(f"Two kinds are the same: found {list(kinds)}.")
-    else:
-        return _default(registry.losses)
-    for name, kind in found.items():
-        if isinstance(kind, type) or not hasattr(kind, "cotangent"):
-            raise TypeError(
-                f"kinds has {kind!r} ({name}), expected instances such as curvature.Fisher()."
-            )
-    if not found:
-        raise ValueError("kinds is empty: expected at least one kind of curvature.")
-    return found, []
-
-
-def _default(losses: Sequence[LossTag]) -> tuple[dict[str, Kind], list[str]]:
-    columns = sum(math.prod(tag.lead) * tag.columns for tag in losses)
-    exact, notes = columns <= _COLUMNS, []
-    if not exact:
-        notes.append(
-            f"An example has {columns} outputs: the Fisher is estimated from {_SAMPLES} samples, "
-            "five times. kinds=[curvature.Fisher(samples=None), ...] makes it exact."
-        )
-    fisher = Fisher(samples=None if exact else _SAMPLES)
-    kinds: dict[str, Kind] = {"Fisher": fisher, "empirical Fisher": EmpiricalFisher()}
-    if all(tag.loss.fisher_is_hessian for tag in losses):
-        notes.append("The Gauss-Newton matrix of these losses is the Fisher.")
-    else:
-        kinds["Gauss-Newton"] = GaussNewton(probes=None if exact else _SAMPLES)
-    return kinds, notes
-
-
-def _name(kind: Kind) -> str:
-    match kind:
-        case Fisher(samples=None):
-            return "Fisher"
-        case Fisher(samples=k):
-            return f"Fisher ({k} sample{'s' if k != 1 else ''})"
-        case EmpiricalFisher():
-            return "empirical Fisher"
-        case GaussNewton(probes=None, metric=None):
-            return "Gauss-Newton"
-    return repr(kind)
-
-
-def _plan(
-    registry: Registry,
-    params: PyTree,
-    args: tuple[PyTree, ...],
-    kinds: dict[str, Kind],
-    blocks: str | Sequence[str] | None,
-    limit: int,
-    memory: float,
-) -> tuple[Plan, list[str]]:
-    """What to measure, and notes on what is left out."""
-    layers = registry.analyse(params, args).layers
-    patterns = [blocks] if isinstance(blocks, str) else blocks
-    if patterns is not None:
-        layers = tuple(x for x in layers if any(_matches(x, p) for p in patterns))
-    obstacles = {x.name: _obstacle(x) for x in layers}
-    kept = tuple(x for x in layers if obstacles[x.name] is None)
-    if not kept:
-        names = ", ".join(layer.name for layer in registry.layers)
-        why = "; ".join(f"{name}: {reason}" for name, reason in obstacles.items())
-        raise ValueError(
-            f"No layer can be compared (blocks={blocks!r}; {why or 'none matches'}). "
-            f"The layers are: {names}."
-        )
-    notes = [f"{name} is left out: {reason}." for name, reason in obstacles.items() if reason]
-    whole: tuple[str, ...] = ()
-    if patterns is None:
-        examples = registry.analyse(params, args).losses[0].examples
-        whole = tuple(x.name for x in kept if x.examples == examples)
-        others = [x.name for x in kept if x.examples != examples]
-        if others:
-            notes.append(
-                f"{', '.join(others)} left out of the whole network: their examples are others "
-                "than the loss's."
-            )
-    return Plan(registry, kinds, kept, whole, limit, int(memory)), notes
-
-
-def _matches(layer: Layer, pattern: str) -> bool:
-    return any(fnmatch.fnmatchcase(layer.name, p) for p in (pattern, f"*/{pattern}"))
-
-
-def _obstacle(layer: Layer) -> str | None:
-    """Why a layer cannot be compared."""
-    if layer.block == EXCLUDED:
-        return "the registry excludes it"
-    if layer.uses == 0:
-        return "the loss does not depend on it"
-    if not layer.structured or layer.unbatched or layer.examples == 1:
-        return "its examples cannot be told apart" + (
-            f" ({layer.reason})" if not layer.structured else ""
-        )
-    return None
 
 
 def _bar(progress: bool | None) -> Callable[..., Any]:
@@ -397,26 +269,18 @@ def _approximated(
     names: Sequence[str],
 ) -> dict[str, dict[str, Structured]]:
     """The figures of approximations of one kind, by layer and name."""
-    blocks = {
-        name: structured.approximations(plan, kind_name, name, params, batches, key)
-        for name in names
-    }
+    approximations = structured.Approximations(plan, kind_name, params, batches, key)
     estimates = {x.name: _estimate(plan, measured, kind_name, x.name) for x in plan.layers}
-    large = {
-        name: {n: b for n, b in of_layers.items() if estimates[n].projected}
-        for name, of_layers in blocks.items()
-    }
-    samples: dict[tuple[str, str], Any] = {}
-    if any(large.values()):
-        samples = structured.sampled(plan, kind_name, params, batches, large, key)
     result: dict[str, dict[str, Structured]] = {}
-    for name, of_layers in blocks.items():
-        for layer, block in of_layers.items():
-            estimate = estimates[layer]
+    for name in names:
+        blocks = approximations.blocks(name)
+        large = {layer: b for layer, b in blocks.items() if estimates[layer].projected}
+        moments = approximations.moments(name, large) if large else {}
+        for layer, block in blocks.items():
             result.setdefault(layer, {})[name] = (
-                structured.beside_columns(estimate, block, samples[name, layer])
-                if estimate.projected
-                else structured.beside(estimate, block)
+                structured.beside_moments(estimates[layer], moments[layer])
+                if layer in moments
+                else structured.beside(estimates[layer], block)
             )
     return result
 

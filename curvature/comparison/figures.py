@@ -24,6 +24,7 @@ _STUDENT = 3.182
 _AGREE = 0.99
 _DECADES = 8  # of the spectrum, below its largest eigenvalue
 _BINS = 4  # of a decade
+TINY = float(np.finfo(np.float64).tiny)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,7 +142,7 @@ def spectrum(estimate: Estimate, damping: float, top: int) -> Spectrum:
     trace, dimension, *largest = jackknife(numbers, estimate, least=0.0)
     sampling = None
     if len(estimate.matrices) > 1:
-        (sampling,) = jackknife(lambda view: [_spread(estimate) / max(view.norm, _TINY)], estimate)
+        (sampling,) = jackknife(lambda view: [_spread(estimate) / max(view.norm, TINY)], estimate)
     values = estimate.views[0].eigh[0]
     return Spectrum(trace, tuple(largest), dimension, _density(values), sampling)
 
@@ -150,9 +151,6 @@ def _spread(estimate: Estimate) -> float:
     """The root mean square of |A_k - A| over draws A_k (Frobenius)."""
     off = estimate.matrices - estimate.views[0].matrix
     return float(np.sqrt(np.sum(off**2) / (len(off) - 1)))
-
-
-_TINY = float(np.finfo(np.float64).tiny)
 
 
 def _density(values: np.ndarray) -> tuple[tuple[float, float], ...]:
@@ -170,16 +168,16 @@ def pair(one: Estimate, other: Estimate, damping: float, top: int, *, directions
     """The figures of two kinds, the first the reference."""
 
     def sizes(a: View, b: View) -> list[float]:
-        norm = max(a.norm, _TINY)
+        norm = max(a.norm, TINY)
         off = b.matrix - a.matrix
         return [
-            b.trace / max(a.trace, _TINY),
+            b.trace / max(a.trace, TINY),
             float(np.linalg.norm(off)) / norm,
-            float(np.abs(np.linalg.eigvalsh(off)).max()) / max(a.eigh[0][0], _TINY),
+            float(np.abs(np.linalg.eigvalsh(off)).max()) / max(a.eigh[0][0], TINY),
         ]
 
     def cosine(a: View, b: View) -> list[float]:
-        return [float(np.sum(a.matrix * b.matrix)) / max(a.norm * b.norm, _TINY)]
+        return [float(np.sum(a.matrix * b.matrix)) / max(a.norm * b.norm, TINY)]
 
     count = min(top, one.rank, other.rank)
 
@@ -211,9 +209,9 @@ def _directions(one: Estimate, other: Estimate, damping: float) -> Directions:
         slope = float(a.gradient @ y)
         bend = float(y @ a.matrix @ y + damping * y @ y)
         return [
-            float(np.linalg.norm(y) / max(float(np.linalg.norm(x)), _TINY)),
+            float(np.linalg.norm(y) / max(float(np.linalg.norm(x)), TINY)),
             _model(a, y, damping) / _negative(best),
-            -0.5 * slope**2 / max(bend, _TINY) / _negative(best),
+            -0.5 * slope**2 / max(bend, TINY) / _negative(best),
             agreement(a, b, max(one.resolution, other.resolution)),
         ]
 
@@ -229,11 +227,11 @@ def _model(a: View, x: np.ndarray, damping: float) -> float:
 
 
 def _negative(x: float) -> float:
-    return min(x, -_TINY)
+    return min(x, -TINY)
 
 
 def _cosine(x: np.ndarray, y: np.ndarray) -> float:
-    return float(x @ y / max(float(np.linalg.norm(x) * np.linalg.norm(y)), _TINY))
+    return float(x @ y / max(float(np.linalg.norm(x) * np.linalg.norm(y)), TINY))
 
 
 def agreement(a: View, b: View, resolution: float) -> float:

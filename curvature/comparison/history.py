@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from curvature.comparison.compare import compare, named
+from curvature.comparison.asked import named
+from curvature.comparison.compare import compare
 from curvature.comparison.result import Comparison, Figure, Pair
 from curvature.estimator.kinds import Kind
 from curvature.registry import Registry

@@ -1,78 +1,211 @@
 """Structured approximations (K-FAC, EKFAC, the diagonal) beside the blocks they approximate.
 
 Their statistics are averaged over the batches, as an optimizer would with an infinite memory; the
-corrections of EKFAC in the eigenbases of the averaged factors. For a block whose matrix was not
-made, <A, K> = sum of s'K s over columns s of A, from a sample of them: with probability |s|^2,
-because a few examples may have nearly all of the curvature: those that a model is still unsure of.
+corrections of EKFAC in the eigenbases of the averaged factors.
+
+A block too large for its matrix A to be made is compared all the same: an approximation K is
+diagonal in a basis Q that is known, so <A, K> needs the diagonal of A in that basis and no more.
+With k the eigenvalues of K, <A, K> = <k, m>, where m = sum_n (Q' s_n)^2 over the columns s_n of A
+are the corrections that EKFAC makes (George et al. 2018): a few backward passes, and exact.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvature.blocks import Block, Kronecker
-from curvature.comparison.figures import Estimate, View, jackknife
-from curvature.comparison.measure import Plan
+from curvature.blocks import Block, Diagonal, EigenKronecker, Identity, Kronecker
+from curvature.comparison.figures import TINY, Estimate, View, jackknife
+from curvature.comparison.measure import Plan, estimates
 from curvature.comparison.result import Figure, Structured
 from curvature.estimator import Estimator
-from curvature.estimator.columns import columns
-from curvature.registry.layers import BLOCKS, EXCLUDED
+from curvature.estimator.bases import BASES
+from curvature.estimator.factors import Statistics
+from curvature.linalg import eigh
+from curvature.precision import HIGHEST
+from curvature.registry.layers import BLOCKS, EXCLUDED, FACTORED
 
 PyTree = Any
-Batches = Any  # a function that gives (args, share) of every batch, again and again
-_PASSES, _EXAMPLES = 32, 8  # whose columns are sampled where a block's matrix is not made
-_STUDENT = 2.04  # the 97.5 % quantile of Student's t with _PASSES - 1 degrees of freedom
-_TINY = float(np.finfo(np.float64).tiny)
-_SMALL = 1e-30  # the same on the device
+T = TypeVar("T")
+Batches = Callable[[], Iterator[tuple[int, tuple[PyTree, ...], float]]]  # number, args, share
+NAMES = (*FACTORED, "diagonal", "identity")
+_STUDENT = 2.776  # the 97.5 % quantile of Student's t with one degree of freedom less than draws
 
 
-def approximations(
-    plan: Plan, kind_name: str, block: str, params: PyTree, batches: Batches, key: jax.Array
-) -> dict[str, Block]:
-    """The blocks of all layers that can have this one, at the mean of the statistics."""
-    estimator = _estimator(plan, kind_name, block)
-    if not estimator.layers:
-        return {}
-    bases = None
-    if block == "ekfac":
-        factors = _mean(_estimator(plan, kind_name, "kronecker"), params, batches, key, None)
-        start = {name: zeros | factors[name] for name, zeros in estimator.zeros().items()}
-        bases = estimator.rebased(start, restart=True)
-    return estimator.operator(_mean(estimator, params, batches, key, bases)).blocks
+class Moments(NamedTuple):
+    """An approximation K in its eigenbasis, and what is on the diagonal of the block A there.
+
+    Attributes:
+      eigenvalues: of K.
+      draws: the diagonal of A, once if it is exact, else from each of several draws.
+      multiplicity: how often each eigenvalue occurs.
+    """
+
+    eigenvalues: np.ndarray
+    draws: list[np.ndarray]
+    multiplicity: int
+
+    @property
+    def trace(self) -> float:
+        """The trace of K."""
+        return self.multiplicity * float(self.eigenvalues.sum())
+
+    @property
+    def norm(self) -> float:
+        """The Frobenius norm of K."""
+        return math.sqrt(self.multiplicity) * float(np.linalg.norm(self.eigenvalues))
+
+    @property
+    def inner(self) -> Figure:
+        """<A, K>."""
+        return self._mean([self.multiplicity * np.vdot(self.eigenvalues, m) for m in self.draws])
+
+    @property
+    def trace_of_block(self) -> Figure:
+        """The trace of A."""
+        return self._mean([self.multiplicity * m.sum() for m in self.draws])
+
+    @staticmethod
+    def _mean(found: list[float]) -> Figure:
+        if len(found) == 1:
+            return Figure(float(found[0]))
+        off = np.std(found, ddof=1) / math.sqrt(len(found))
+        return Figure(float(np.mean(found)), _STUDENT * float(off))
+
+
+class Approximations:
+    """The approximations of one kind of curvature, of all layers that can have them.
+
+    They are those of draw 0 of the kind's targets; others are independent of it.
+    """
+
+    def __init__(
+        self, plan: Plan, kind_name: str, params: PyTree, batches: Batches, key: jax.Array
+    ) -> None:
+        self._plan, self._kind_name = plan, kind_name
+        self._params, self._batches, self._key = params, batches, key
+        self._sizes = {layer.name: layer.size for layer in plan.layers}
+        count = estimates(plan.kinds[kind_name])
+        self._draws = range(1, 1 + count) if count > 1 else range(1)
+        self._made: dict[tuple[Any, ...], Any] = {}  # what several approximations need
+
+    def blocks(self, name: str) -> dict[str, Block]:
+        """The blocks of one approximation, by layer."""
+        estimator = self._estimator(name)
+        if not estimator.layers:
+            return {}
+        if name != "ekfac":
+            return estimator.operator(self._statistics(name, 0)).blocks
+        bases, values = self._bases("kronecker"), self._diagonals("kronecker", 0)
+        return estimator.operator({n: bases[n] | {"values": values[n]} for n in bases}).blocks
+
+    def moments(self, name: str, blocks: Mapping[str, Block]) -> dict[str, Moments]:
+        """Some blocks of one approximation in their eigenbases."""
+        basis = "kronecker" if name == "ekfac" else name
+        draws = [self._diagonals(basis, draw) for draw in self._draws]
+        found = {}
+        for layer, block in blocks.items():
+            values = self._eigenvalues(name, layer, block)
+            each = [np.asarray(diagonals[layer], np.float64) for diagonals in draws]
+            found[layer] = Moments(
+                np.asarray(values, np.float64), each, self._sizes[layer] // values.size
+            )
+        return found
+
+    def _eigenvalues(self, name: str, layer: str, block: Block) -> jax.Array:
+        """Those of a block, in the order of `_diagonals`."""
+        if isinstance(block, Kronecker):
+            first, second = (self._bases(name)[layer][basis] for basis in BASES)
+            a = _diagonal_in(first, block.input, block.stack_ndim)
+            b = _diagonal_in(second, block.output, block.stack_ndim)
+            return a[..., :, None] * b[..., None, :]
+        assert isinstance(block, EigenKronecker | Diagonal | Identity)
+        return block.values
+
+    def _diagonals(self, name: str, draw: int) -> dict[str, jax.Array]:
+        """What is on the diagonals of the exact blocks, in the eigenbasis of an approximation."""
+
+        def make() -> dict[str, jax.Array]:
+            if name in FACTORED:
+                found = self._mean("ekfac", draw, self._bases(name))
+            else:
+                found = self._statistics(name, draw)
+            return {layer: statistics["values"] for layer, statistics in found.items()}
+
+        return self._once(("diagonals", name, draw), make)
+
+    def _bases(self, name: str) -> dict[str, Statistics]:
+        """The eigenbases of an approximation's Kronecker factors, in the shapes of EKFAC's."""
+
+        def make() -> dict[str, Statistics]:
+            factors, zeros = self._statistics(name, 0), self._estimator("ekfac").zeros()
+            return {layer: _eigenbases(factors[layer], zeros[layer]) for layer in zeros}
+
+        return self._once(("bases", name), make)
+
+    def _statistics(self, name: str, draw: int) -> dict[str, Statistics]:
+        return self._once((name, draw), lambda: self._mean(name, draw, None))
+
+    def _once(self, what: tuple[Any, ...], make: Callable[[], T]) -> T:
+        if what not in self._made:
+            self._made[what] = make()
+        found: T = self._made[what]
+        return found
+
+    def _estimator(self, name: str) -> Estimator:
+        return _estimator(self._plan, self._kind_name, name)
+
+    def _mean(
+        self, name: str, draw: int, bases: Mapping[str, Statistics] | None
+    ) -> dict[str, Statistics]:
+        """The mean of statistics over the data."""
+        total, mass = None, 0.0
+        estimator, key = self._estimator(name), jax.random.fold_in(self._key, draw)
+        for i, args, share in self._batches():
+            found = _statistics(estimator, self._params, args, jax.random.fold_in(key, i), bases)
+            found = jax.tree.map(lambda x, share=share: share * x, found)
+            total = found if total is None else jax.tree.map(jnp.add, total, found)
+            mass += share
+        mean: dict[str, Statistics] = jax.tree.map(lambda x: x / mass, total)
+        return mean
 
 
 @functools.lru_cache(maxsize=64)  # what has been compiled goes with it
-def _estimator(plan: Plan, kind_name: str, block: str) -> Estimator:
+def _estimator(plan: Plan, kind_name: str, name: str) -> Estimator:
     """The estimator of the layers that can have a block; the others are excluded."""
-    names = {layer.name for layer in plan.layers if block in BLOCKS[layer.kind]}
-    registry = plan.registry.with_blocks(lambda x: block if x.name in names else EXCLUDED)
+    names = {layer.name for layer in plan.layers if name in BLOCKS[layer.kind]}
+    registry = plan.registry.with_blocks(lambda x: name if x.name in names else EXCLUDED)
     return Estimator(registry, plan.kinds[kind_name])
-
-
-def _mean(
-    estimator: Estimator, params: PyTree, batches: Batches, key: jax.Array, bases: PyTree
-) -> PyTree:
-    """The mean of statistics over the data."""
-    total, mass = None, 0.0
-    for i, args, share in batches():
-        found = _statistics(estimator, params, args, jax.random.fold_in(key, i), bases)
-        found = jax.tree.map(lambda x, share=share: share * x, found)
-        total = found if total is None else jax.tree.map(jnp.add, total, found)
-        mass += share
-    return jax.tree.map(lambda x: x / mass, total)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _statistics(
     estimator: Estimator, params: PyTree, args: tuple[PyTree, ...], key: jax.Array, bases: PyTree
-) -> PyTree:
+) -> dict[str, Statistics]:
     return estimator.statistics(params, *args, key=key, bases=bases)
+
+
+def _eigenbases(factors: Statistics, zeros: Statistics) -> Statistics:
+    """The eigenvectors of both factors; the coordinates, as `zeros` has them, of diagonal ones."""
+    full = zeros["values"].ndim
+    sides = {basis: factors[side] for side, basis in zip(("input", "output"), BASES, strict=True)}
+    return {
+        basis: eigh(factor)[1] if factor.ndim == full else zeros[basis]
+        for basis, factor in sides.items()
+    }
+
+
+def _diagonal_in(basis: jax.Array, factor: jax.Array, stack_ndim: int) -> jax.Array:
+    """What is on the diagonal of a factor in its basis; a diagonal factor is that itself."""
+    if factor.ndim == stack_ndim + 1:
+        return factor
+    return jnp.sum(jnp.matmul(factor, basis, precision=HIGHEST) * basis, axis=-2)
 
 
 def dense(block: Block) -> np.ndarray:
@@ -93,9 +226,9 @@ def beside(estimate: Estimate, block: Block) -> Structured:
 
     def numbers(view: View) -> list[float]:
         return [
-            size / max(view.trace, _TINY),
-            float(np.sum(matrix * view.matrix)) / max(norm * view.norm, _TINY),
-            float(np.linalg.norm(matrix - view.matrix)) / max(view.norm, _TINY),
+            size / max(view.trace, TINY),
+            float(np.sum(matrix * view.matrix)) / max(norm * view.norm, TINY),
+            float(np.linalg.norm(matrix - view.matrix)) / max(view.norm, TINY),
         ]
 
     trace, cosine, distance = jackknife(numbers, estimate)
@@ -106,132 +239,28 @@ def _within(cosine: Figure) -> Figure:
     return cosine._replace(value=min(max(cosine.value, -1.0), 1.0))
 
 
-def beside_columns(estimate: Estimate, block: Block, samples: np.ndarray) -> Structured:
-    """The same where the block's matrix was not made.
-
-    Args:
-      estimate: of the projected matrix: its trace and norm.
-      block: the approximation.
-      samples: for several passes drawn at random, estimates of the sums of s'K s and of |s|^2 over
-        the columns s of all passes, shape `(passes, 2)`.
-    """
-    size, norm = float(block.trace()), float(np.sqrt(_squared_norm(block)))
-    inner, off = _ratio_estimate(samples[:, 0], samples[:, 1], estimate.views[0].trace)
+def beside_moments(estimate: Estimate, moments: Moments) -> Structured:
+    """The same where the matrix was not made: `estimate` is of its projection."""
+    norm, inner, trace = moments.norm, moments.inner, moments.trace_of_block
 
     def numbers(view: View) -> list[float]:
-        squared = view.norm**2 - 2 * inner + norm**2
+        squared = view.norm**2 - 2 * inner.value + norm**2
         return [
-            size / max(view.trace, _TINY),
-            inner / max(norm * view.norm, _TINY),
-            max(squared, 0.0) ** 0.5 / max(view.norm, _TINY),
+            inner.value / max(norm * view.norm, TINY),
+            max(squared, 0.0) ** 0.5 / max(view.norm, TINY),
         ]
 
-    trace, cosine, distance = jackknife(numbers, estimate, least=0.0)
-    # The columns' error is independent of the projection's; to first order it enters like this.
-    view = estimate.views[0]
-    of_cosine = _STUDENT * off / max(norm * view.norm, _TINY)
-    of_distance = of_cosine * norm / max(view.norm * distance.value, _TINY)
+    cosine, distance = jackknife(numbers, estimate, least=0.0)
+    ratio = moments.trace / max(trace.value, TINY)
+    trace_ratio = Figure(ratio, trace.error and ratio * trace.error / max(trace.value, TINY))
+    # The moments' error is independent of the projection's; to first order it enters like this.
+    size = estimate.views[0].norm
+    of_cosine = (inner.error or 0.0) / max(norm * size, TINY)
+    of_distance = of_cosine * norm / max(size * distance.value, TINY)
     return Structured(
-        trace,
-        _within(_wider(cosine, of_cosine)),
-        _wider(distance, of_distance),
+        trace_ratio, _within(_wider(cosine, of_cosine)), _wider(distance, of_distance)
     )
-
-
-def _ratio_estimate(values: np.ndarray, traces: np.ndarray, trace: float) -> tuple[float, float]:
-    """The mean of the values and its standard error, given that traces are `trace` in the mean.
-
-    Passes with a large trace have large values; what they share is no error.
-    """
-    rate = values.sum() / max(traces.sum(), _TINY)
-    samples = values + rate * (trace - traces)
-    return float(samples.mean()), float(samples.std(ddof=1) / len(samples) ** 0.5)
 
 
 def _wider(figure: Figure, error: float) -> Figure:
     return figure._replace(error=float(np.hypot(figure.error or 0.0, error)))
-
-
-@jax.jit
-def _squared_norm(block: Block) -> jax.Array:
-    """|K|^2 in the Frobenius norm, without an eigendecomposition."""
-    if isinstance(block, Kronecker):
-        axes = tuple(range(block.stack_ndim, block.input.ndim))
-        one = jnp.sum(block.input**2, axis=axes)
-        axes = tuple(range(block.stack_ndim, block.output.ndim))
-        return jnp.sum(one * jnp.sum(block.output**2, axis=axes))
-    return jnp.sum(block.eigenvalues() ** 2)
-
-
-def sampled(
-    plan: Plan,
-    kind_name: str,
-    params: PyTree,
-    batches: Batches,
-    blocks: Mapping[str, Mapping[str, Block]],
-    key: jax.Array,
-) -> dict[tuple[str, str], np.ndarray]:
-    """By approximation and layer, what `beside_columns` takes as `samples`.
-
-    Args:
-      plan: what is measured.
-      kind_name: the kind whose columns they are.
-      params: the parameters.
-      batches: the data.
-      blocks: approximations by name, then layer.
-      key: random key.
-    """
-    weights = [share for _, _, share in batches()]
-    count, mass = len(weights), sum(weights)
-    each = -(-_PASSES // count)
-    choosing, drawing = jax.random.split(key)
-    chosen = set(jax.random.permutation(choosing, count)[:_PASSES].tolist())
-    names = tuple(sorted({name for of_layers in blocks.values() for name in of_layers}))
-    found: dict[tuple[str, str], list[np.ndarray]] = {}
-    for i, args, share in batches():
-        if i not in chosen:
-            continue
-        for pass_key in jax.random.split(jax.random.fold_in(drawing, i), each):
-            some = _columns(plan, kind_name, names, params, args, pass_key)
-            for approximation, of_layers in blocks.items():
-                for name, block in of_layers.items():
-                    units, trace = some[name]
-                    sums = np.array([float(_mean_product(block, units)), 1.0]) * float(trace)
-                    found.setdefault((approximation, name), []).append(sums * share * count / mass)
-    return {where: np.array(values) for where, values in found.items()}
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _columns(
-    plan: Plan,
-    kind_name: str,
-    names: tuple[str, ...],
-    params: PyTree,
-    args: tuple[PyTree, ...],
-    key: jax.Array,
-) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """By layer, a few columns s of one pass, drawn with probability |s|^2, as unit vectors.
-
-    And the sum of |s|^2 over all columns of the pass, times the number of passes.
-    """
-    kind, analysis = plan.kinds[kind_name], plan.registry.analyse(params, args)
-    drawing, first, second = jax.random.split(key, 3)
-    draws = kind.draw(analysis.losses, drawing if kind.needs_key(pooled=False) else None)
-    passes = jax.tree.leaves(draws)[0].shape[0]
-    which = jax.random.randint(first, (), 0, passes)
-    draw = jax.tree.map(lambda d: d[which], draws)
-
-    def few(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        squares = jnp.sum(x**2, axis=tuple(range(1, x.ndim)), keepdims=True)
-        chosen = jax.random.categorical(second, jnp.log(squares.ravel()), shape=(_EXAMPLES,))
-        units = x[chosen] / jnp.sqrt(jnp.maximum(squares[chosen], _SMALL))
-        return units, jnp.sum(squares) * (1 if kind.averaged else passes)
-
-    found = columns(analysis, kind, params, args, draw, names)
-    return {name: few(x) for name, x in found.items()}
-
-
-@jax.jit
-def _mean_product(block: Block, columns: jax.Array) -> jax.Array:
-    """The mean of s'K s over columns s."""
-    return jnp.mean(jax.vmap(lambda s: jnp.sum(s * (block @ s)))(columns))
