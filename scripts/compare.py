@@ -2,7 +2,7 @@
 
 The model is a function of your own, a checkpoint of train.py, or a built-in example. Prints what
 was found, and writes a report (comparison.html), a plot (comparison.png) and every number
-(comparison.json).
+(comparison.json). How to read them is in docs/compare.md.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         type=options.seed,
         default=0,
         metavar="N",
-        help="sampled targets and random projections, and an --example's start (default: 0)",
+        help="of sampled targets, of projections, of an --example's start (default: 0)",
     )
 
 
@@ -237,9 +237,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise  # of the user's code: the traceback is what helps
         command.exit(2, f"compare.py: error: {error}\n")
     paths = write(found, args.out)
-    print("\n" + "\n\n".join(textwrap.fill(paragraph, 100) for paragraph in summary(found)))
+    print("\n" + "\n\n".join(map(_wrapped, summary(found))))
     print(f"\n{found.table()}\n\nwritten   {', '.join(map(str, paths))}")
     return 0 if len(paths) == 3 else 1
+
+
+def _wrapped(paragraph: str) -> str:
+    """In lines, of which none ends between a number and its error."""
+    return textwrap.fill(paragraph.replace(" ± ", "\u00a0±\u00a0"), 100).replace("\u00a0", " ")
 
 
 def _ours(error: BaseException) -> bool:

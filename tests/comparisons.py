@@ -166,7 +166,7 @@ def comparison(blocks, state=None, **changes):
     """A comparison of these blocks."""
     made = Comparison(
         kinds=KINDS,
-        state=state or ModelState(examples=2048, loss=0.113, wrong=0.0244, entropy=0.258),
+        state=state or ModelState(2048, loss=0.113, wrong=0.0244, nll=0.113, entropy=0.258),
         blocks=tuple(blocks),
         damping=1e-3,
         settings={
@@ -234,7 +234,7 @@ def missing():
         )
         for name in (WHOLE, "a")
     ]
-    return comparison(blocks, state=ModelState(8, math.nan, math.nan, math.nan))
+    return comparison(blocks, state=ModelState(8, *[math.nan] * 4))
 
 
 def odd():
@@ -274,7 +274,7 @@ PARTIAL = {
     "nasty": nasty,
     "missing": missing,
     "odd": odd,
-    "nothing": lambda: Comparison({}, ModelState(0, math.nan, None, None), (), 0.0),
+    "nothing": lambda: Comparison({}, ModelState(0, math.nan, None, None, None), (), 0.0),
     "notes only": lambda: comparison([], notes=("The first batch failed.",)),
     "no pairs": lambda: comparison([block("a", 9, {})]),
     "no whole network": lambda: comparison([block("a", 9, {EF: pair()}), block("b", 9, {})]),

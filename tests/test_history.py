@@ -50,6 +50,7 @@ def test_the_scalars_are_those_of_the_comparison(history):
     assert record["step"] == 6
     assert record["compare/wrong"] == whole.state.wrong
     assert record["compare/entropy"] == whole.state.entropy
+    assert record["compare/nll"] == whole.state.nll
     for block in whole.blocks:
         pair = block.pairs["Fisher", "empirical Fisher"]
         for name, figure in (

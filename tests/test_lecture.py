@@ -24,6 +24,7 @@ def load_runner():
 
 runner = load_runner()
 PAGES = runner.pages()
+*LESSONS, GUIDE = PAGES
 pictures = runner.pictures
 
 
@@ -31,30 +32,33 @@ def files(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [*LESSONS, pytest.param(GUIDE, marks=pytest.mark.slow)], ids=lambda page: page.stem
+)
 def test_page_runs_and_draws_its_pictures(page, tmp_path):
     with jax.numpy_dtype_promotion("standard"):  # as its readers have it
         runner.run(page, tmp_path)
     assert files(tmp_path) == pictures(page)
     for name in pictures(page):
         assert 0 < (page.parent / name).stat().st_size < LIMIT
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", LESSONS, ids=lambda page: page.stem)
 def test_page_is_listed_and_has_the_parts_of_a_page(page):
     link = pathlib.Path(os.path.relpath(page, LECTURE)).as_posix()
     assert f"({link})" in (LECTURE / "README.md").read_text(encoding="utf-8")
     text = page.read_text(encoding="utf-8")
     for part in ("## What to learn", "## The formula", "## The code", "## What it shows", "assert"):
         assert part in text
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (page.parent / target).exists()
 
 
 def test_there_are_pages_and_no_stray_pictures():
-    assert len(PAGES) == 6
+    assert len(PAGES) == 7
     shown = {page.parent / name for page in PAGES for name in pictures(page)}
-    assert {*LECTURE.glob("*.png"), *(LECTURE.parent / "empirical-fisher").iterdir()} == shown
+    folders = (LECTURE.parent / page.stem for page in PAGES if page.parent != LECTURE)
+    assert {*LECTURE.glob("*.png"), *(path for f in folders for path in f.iterdir())} == shown
 
 
 def test_a_control_a_wrong_number_in_a_page_is_an_error(tmp_path):

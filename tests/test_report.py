@@ -6,6 +6,7 @@ import re
 import pytest
 from comparisons import EF, NAN, NASTY, PARTIAL, block, comparison, missing, nasty, pair, realistic
 
+from curvature.comparison.report.markup import prose
 from curvature.comparison.result import WHOLE
 
 VOID = {"meta", "link", "br", "wbr"}
@@ -16,7 +17,7 @@ class Reader(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.words, self.ids = [], [], [], set()
+        self.open, self.tags, self.words, self.unfolded = [], [], [], []
         self.feed(text)
         self.close()
         assert not self.open, self.open
@@ -37,6 +38,8 @@ class Reader(html.parser.HTMLParser):
     def handle_data(self, data):
         if self.open and self.open[-1] not in ("style", "script"):
             self.words.append(data)
+            if "details" not in self.open:
+                self.unfolded.append(data)
 
     @property
     def text(self):
@@ -100,6 +103,32 @@ def test_every_summary_sentence_is_there(tmp_path):
     for paragraph in summary(made):
         plain = re.sub(r"e-(\d+)", r" × 10−\1", paragraph).replace("`", "")
         assert plain in text
+
+
+def test_pairs_without_the_reference_are_folded_away(tmp_path):
+    other = ("empirical Fisher", "Gauss-Newton")
+    pairs = {EF: pair(0.25), ("Fisher", "Gauss-Newton"): pair(2.0), other: pair(8.0)}
+    text = page(comparison([block(WHOLE, 90, pairs), block("a", 9, pairs)]), tmp_path)
+    shown = "".join(Reader(text).unfolded)
+    for told in ("Empirical Fisher against true Fisher", "Gauss-Newton matrix against true Fisher"):
+        assert told in shown
+    assert "against empirical Fisher" not in shown and "8.0 times" not in shown
+    folds = re.findall(r"<details[^>]*><summary>(.*?)</summary>", text)
+    told = [fold for fold in folds if Reader(fold).text.endswith("against empirical Fisher")]
+    assert len(told) == 4  # the summary, the matrices, directions, angles
+    assert "8.0 times larger than the empirical Fisher" in Reader(text).text
+
+
+def test_nothing_is_said_of_samples_where_none_are_drawn(tmp_path):
+    assert "sampling error" in Reader(page(realistic(2), tmp_path)).text
+    made = comparison([block(WHOLE, 9, {EF: pair()}, kinds=["empirical Fisher"])])
+    assert "sampling error" not in Reader(page(made, tmp_path)).text
+
+
+def test_a_sentence_is_typeset():
+    assert prose("off -5 ± 10 % (-2.0e-05) by `a-1`") == (
+        "off −5\u00a0±\u00a010\u00a0% (−2.0\u00a0×\u00a010<sup>−5</sup>) by <code>a-1</code>"
+    )
 
 
 def test_names_are_escaped(tmp_path):

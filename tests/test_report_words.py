@@ -7,7 +7,7 @@ import pytest
 from comparisons import EF, KINDS, NAN, block, comparison, pair, realistic, same, spectrum
 
 from curvature.comparison.report.scale import Side, away, factor, side, times
-from curvature.comparison.report.words import paragraphs, summary
+from curvature.comparison.report.words import others, paragraphs, summary
 from curvature.comparison.report.writing import plural, rounded, text
 from curvature.comparison.result import WHOLE, Figure, ModelState, Structured
 
@@ -122,7 +122,7 @@ def test_the_whole_network():
     assert (
         "Taken in full it would raise the quadratic model of the true Fisher; at its best" in said
     )
-    assert "agree (cosine 0.99 or more) only from damping 0.08 on" in said
+    assert "agree (cosine 0.99 or more) only from damping 0.080 on" in said
     assert "nan" not in said and "None" not in said
 
 
@@ -169,6 +169,8 @@ def test_what_it_does_to_training():
     assert "model of the true Fisher." in decrease(decrease=Figure(-2.0), best_decrease=NAN)
     said = decrease(decrease=Figure(0.2, 0.9), best_decrease=best)
     assert "cannot be told (share 0.2 ± 0.9); at its best length" in said
+    said = decrease(decrease=Figure(-5.0, 10.0), best_decrease=Figure(-0.1, 0.4))
+    assert "(share -5 ± 10); how much it takes off at its best length cannot be told (share" in said
     said = decrease(decrease=NAN, best_decrease=best)
     assert f"At its best length it takes off 81 ± 2 % {own}." in said
     assert "quadratic" not in decrease(decrease=NAN, best_decrease=NAN)
@@ -241,11 +243,32 @@ def test_a_kind_that_is_compared_twice_says_with_what():
     sampled = "Fisher (2 samples)"
     pairs = {GN: pair(2.0), ("Fisher", sampled): pair(), ("Gauss-Newton", sampled): pair()}
     made = comparison([block(WHOLE, 9, pairs, structured=False)], kinds=kinds)
-    assert [topic for topic, _ in paragraphs(made)][1:4] == [
+    assert [topic for topic, _ in paragraphs(made)][1:3] == [
         "Gauss-Newton matrix",
         "True Fisher from 2 samples against true Fisher",
-        "True Fisher from 2 samples against Gauss-Newton matrix",
     ]
+    ((topic, said),) = others(made)
+    assert topic == "True Fisher from 2 samples against Gauss-Newton matrix"
+    assert summary(made)[-1] == said
+
+
+def test_without_a_pair_of_the_reference_nothing_is_put_last():
+    made = comparison([block(WHOLE, 9, {("empirical Fisher", "Gauss-Newton"): pair(2.0)})])
+    assert others(made) == []
+    assert "Gauss-Newton matrix is 2.0 times larger than the empirical Fisher" in told(made)
+
+
+def test_sampled_kinds_have_names():
+    probes = "GaussNewton(probes=2, metric=None)"
+    kinds = {"Fisher (1 sample)": "", probes: ""}
+    key = ("Fisher (1 sample)", probes)
+    said = told(
+        comparison([block("a", 9, {key: pair(2.0)}), block("b", 9, {key: pair(3.0)})], kinds=kinds)
+    )
+    assert (
+        "The Gauss-Newton matrix from 2 probes is larger than the true Fisher from 1 sample in "
+        "both layers (about 2.0 to 3.0 times)."
+    ) in said
 
 
 def test_only_the_empirical_fisher_is_too_small():
@@ -261,8 +284,10 @@ def test_kinds_keep_the_names_they_were_given():
     assert [topic for topic, _ in paragraphs(made)][1] == "mine"
 
 
-def state(loss, entropy, ratio=0.3, wrong=None, **changes):
-    model = ModelState(examples=1, loss=loss, wrong=wrong, entropy=entropy)
+def state(nll, entropy, ratio=0.3, wrong=None, loss=None, **changes):
+    """The summary of a model whose loss is its negative log-likelihood, or another one."""
+    loss = nll if loss is None else loss
+    model = ModelState(examples=1, loss=loss, wrong=wrong, nll=nll, entropy=entropy)
     made = comparison(
         [block(WHOLE, 9, {EF: pair(ratio, **changes)}, structured=False)], state=model
     )
@@ -273,27 +298,31 @@ def test_the_model():
     assert "Over 1 example the mean loss is 0.100." in state(0.1, None)
     said = state(0.1, 0.2, wrong=0.0)
     assert (
-        "Over 1 example the mean loss is 0.100, in 0 % of cases the likeliest target is not the "
-        "given one, and the predicted distribution has a mean entropy of 0.200 nats."
+        "Over 1 example the mean loss is 0.100, in 0 % of predictions the likeliest target is not "
+        "the given one, and the predicted distribution has a mean entropy of 0.200 nats."
     ) in said
     assert not state(math.nan, None).startswith("Over 1 example")
+    said = state(0.1, 0.2, wrong=0.0, loss=78.4)
+    assert "mean loss is 78.4, in 0 % of" in said
+    assert "the given one has a mean negative log-likelihood of 0.100 nats, and" in said
 
 
 def test_why_the_empirical_fisher_differs():
     start = "The empirical Fisher approaches the true one as the model becomes calibrated"
-    given = "(mean loss 0.100 against mean entropy 0.200 nats)"
+    given = "(mean negative log-likelihood 0.100 against mean entropy 0.200 nats)"
     said = state(0.1, 0.2)
-    assert start in said
+    assert start in said and given in state(0.1, 0.2, loss=78.4)
     assert f"surprise it less {given}: it fits them better than it claims, which goes with" in said
     assert "does not explain why the empirical Fisher is too large" in state(0.1, 0.2, ratio=3.0)
-    assert "than it claims. (This" in state(0.1, 0.2, ratio=1.0, error=0.5)
+    assert "than it claims." in state(0.1, 0.2, ratio=1.0, error=0.5)
     assert "surer than it should be, which goes with" in state(0.2, 0.1, ratio=3.0)
     assert "which does not explain why the empirical Fisher is too small" in state(0.2, 0.1)
     assert "do not explain the difference in scale" in state(0.2, 0.2)
     assert "and so are the traces" in state(0.2, 0.2, ratio=1.0, error=0.01)
-    assert "nats). (This takes" in state(0.2, 0.2, ratio=1.0, error=0.5)
+    assert "entropy 0.200 nats)." in state(0.2, 0.2, ratio=1.0, error=0.5)
     assert "holds no entropy" in state(0.2, None)
     assert "holds no entropy" in state(math.nan, 0.2)
+    assert "holds no entropy" in state(None, None, loss=0.1)
     assert start not in layered(pair(0.5), key=GN)
     said = layered(pair(0.5))  # without the whole network nothing is said of its scale
     assert start in said and "which goes with" not in said
@@ -322,6 +351,8 @@ def test_approximations():
         "As approximations of the true Fisher, by relative Frobenius distance: `kron` is 0.38 away "
         "(median of 2 layers), at most 0.50 (`b`); `diag` is 0.25 away in `b`."
     ) in said
+    twice = dataclasses.replace(blocks[0], structured={"Fisher": {"kron": one, "reduced": one}})
+    assert "`kron` and `reduced` are 0.25 away in `a`." in told(comparison([twice]))
 
 
 def test_sampling():

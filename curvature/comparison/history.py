@@ -29,11 +29,11 @@ class History:
     and what was compiled for the first, so that a later one costs its arithmetic alone. Figures are
     those of `curvature.compare`, without structured approximations.
 
-    The names of the scalars: `compare/loss`, `compare/wrong` (the share of wrong predictions) and
-    `compare/entropy`; and for each block and each kind against the first one
-    `compare/trace_ratio/KIND/BLOCK`, `compare/cosine/...` and `compare/direction_cosine/...` (of
-    natural-gradient steps). Where a figure is estimated, `compare/trace_ratio_error/KIND/BLOCK` and
-    so on are half the widths of the 95 % intervals.
+    The names of the scalars: `compare/loss`, `compare/wrong` (the share of wrong predictions),
+    `compare/nll` and `compare/entropy` (see `ModelState`); and for each block and each kind against
+    the first one `compare/trace_ratio/KIND/BLOCK`, `compare/cosine/...` and
+    `compare/direction_cosine/...` (of natural-gradient steps). Where a figure is estimated,
+    `compare/trace_ratio_error/KIND/BLOCK` and so on are half the widths of the 95 % intervals.
 
     Args:
       registry: what is in the model, from `curvature.register`. A model with dropout or batch norm
@@ -188,7 +188,7 @@ class History:
 def scalars(comparison: Comparison) -> dict[str, float]:
     """The main figures of a comparison by name, see `History`."""
     state = comparison.state
-    found = {"loss": state.loss, "wrong": state.wrong, "entropy": state.entropy}
+    found = {name: getattr(state, name) for name in ("loss", "wrong", "nll", "entropy")}
     result = {PREFIX + name: value for name, value in found.items() if value is not None}
     reference = next(iter(comparison.kinds))
     for block in comparison.blocks:

@@ -141,13 +141,18 @@ class ModelState:
       examples: number of examples seen.
       loss: the mean loss.
       wrong: the share of units whose likeliest target is not the given one; None for losses
-        without classes.
-      entropy: the mean entropy of the predicted distribution, in nats; None for others.
+        without classes. A unit is one prediction: an example may have many (tokens, pixels), and
+        every one with a weight in the loss counts alike.
+      nll: the mean negative log-likelihood of a unit's given target, in nats; None as above. It is
+        the loss where that is the mean over units.
+      entropy: the mean entropy of a unit's predicted distribution, in nats; None as above. It is
+        what `nll` would be if the targets came from the model.
     """
 
     examples: int
     loss: float
     wrong: float | None
+    nll: float | None
     entropy: float | None
 
 

@@ -43,31 +43,31 @@ class Categorical(OutputLoss):
 
     def score(self, z: jax.Array, targets: Targets) -> jax.Array:
         """See `OutputLoss`."""
-        mass = self._mass(z, targets)
+        mass = self.mass(z, targets)
         return mass * _probabilities(z, targets) - self._labels(z, targets)
 
     def sampled_score(self, key: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
         """See `OutputLoss`."""
         drawn = jax.random.categorical(key, _masked(z, targets, -jnp.inf))
         one_hot = jax.nn.one_hot(drawn, z.shape[-1], dtype=z.dtype)
-        mass = self._mass(z, targets)
+        mass = self.mass(z, targets)
         return jnp.sqrt(mass) * _masked(_probabilities(z, targets) - one_hot, targets)
 
     def hessian_mvp(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
         """See `OutputLoss`."""
         q = _probabilities(z, targets)
         scaled = q * vector
-        return self._mass(z, targets) * (scaled - q * scaled.sum(-1, keepdims=True))
+        return self.mass(z, targets) * (scaled - q * scaled.sum(-1, keepdims=True))
 
     def root(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
         """See `OutputLoss`."""
         # S = sqrt(m) (diag(sqrt q) - q sqrt(q)'):  S S' = m (diag q - q q')  because sum(q) = 1.
         q = _probabilities(z, targets)
         scaled = jnp.sqrt(q) * vector
-        mass = self._mass(z, targets)
+        mass = self.mass(z, targets)
         return jnp.sqrt(mass) * (scaled - q * scaled.sum(-1, keepdims=True))
 
-    def _mass(self, z: jax.Array, targets: Targets) -> jax.Array:
+    def mass(self, z: jax.Array, targets: Targets) -> jax.Array:
         """The total mass m of the target, with a trailing axis of one."""
         if len(targets) > 1:  # a unit with no class left has loss zero
             return jnp.any(targets[1], axis=-1, keepdims=True).astype(z.dtype)
@@ -76,7 +76,7 @@ class Categorical(OutputLoss):
     def _labels(self, z: jax.Array, targets: Targets) -> jax.Array:
         """The target's distribution over classes, times m."""
         one_hot = jax.nn.one_hot(targets[0], z.shape[-1], dtype=z.dtype)
-        return one_hot * self._mass(z, targets)
+        return one_hot * self.mass(z, targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,8 @@ class SoftCategorical(Categorical):
         labels, *where = targets
         return optax.losses.softmax_cross_entropy(z, labels, where=where[0] if where else None)
 
-    def _mass(self, z: jax.Array, targets: Targets) -> jax.Array:
+    def mass(self, z: jax.Array, targets: Targets) -> jax.Array:
+        """See `Categorical`."""
         return self._labels(z, targets).sum(-1, keepdims=True)
 
     def _labels(self, z: jax.Array, targets: Targets) -> jax.Array:

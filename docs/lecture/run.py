@@ -2,14 +2,17 @@
 
     python docs/lecture/run.py [PAGE.md ...] [--out DIR]
 
-These are the pages of the lecture and `docs/empirical-fisher.md`. The code blocks of a page are one
-program, with assertions for every number the text states. `tests/test_lecture.py` runs them all.
+These are the pages of the lecture, `docs/empirical-fisher.md` and `docs/compare.md`. The code
+blocks of a page are one program, with assertions for every number the text states.
+`tests/test_lecture.py` runs them all.
 """
 
 import argparse
 import contextlib
 import pathlib
 import re
+import shutil
+import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -17,9 +20,9 @@ PICTURE = re.compile(r"!\[[^\]]+\]\(([^)]+)\)")
 
 
 def pages():
-    """The lecture's pages in alphabetical order, then the others."""
+    """The lecture's pages in alphabetical order, then the others; the last is a user's guide."""
     lecture = sorted(page for page in HERE.glob("*.md") if page.name != "README.md")
-    return [*lecture, HERE.parent / "empirical-fisher.md"]
+    return [*lecture, HERE.parent / "empirical-fisher.md", HERE.parent / "compare.md"]
 
 
 def pictures(page):
@@ -39,19 +42,20 @@ def program(page):
 
 
 def run(page, out):
-    """Runs a page; its pictures go to the folder `out`. Returns the names it has defined."""
+    """Runs a page; its pictures go to the folder `out`, and nothing else that it writes."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    for name in pictures(page):
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-    scope = {"__name__": page.stem}
-    with contextlib.chdir(out):
-        exec(program(page), scope)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        for name in map(pathlib.Path, pictures(page)):
+            name.parent.mkdir(parents=True, exist_ok=True)
+        exec(program(page), {"__name__": page.stem})
+        for picture in pathlib.Path().rglob("*.png"):
+            (out / picture).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(picture, out / picture)
     plt.close("all")
-    return scope
 
 
 def main():

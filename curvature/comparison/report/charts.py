@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from curvature.comparison.report import explain, svg
-from curvature.comparison.report.labels import labels, pairs, styles
+from curvature.comparison.report.labels import labels, main_pairs, other_pairs, styles
 from curvature.comparison.report.markup import name
-from curvature.comparison.report.sections import pair_name, values_table
+from curvature.comparison.report.sections import folded, pair_name, values_table
 from curvature.comparison.report.svg import Series
 from curvature.comparison.report.writing import plural
 from curvature.comparison.result import Block, Comparison, Figure
@@ -46,17 +46,22 @@ def spectra(comparison: Comparison) -> str:
             ],
         )
     if spread:
-        html += (
-            "<details class='more'><summary>How many eigenvalues there are, by size</summary>"
-            f"{legend(comparison)}{spread}</details>"
-        )
+        html += folded("How many eigenvalues there are, by size", f"{legend(comparison)}{spread}")
     return html
 
 
 def angles(comparison: Comparison) -> str:
     """Principal angles of every pair on every block."""
-    keys, style = pairs(comparison), styles(comparison)
-    names = labels(comparison)
+    html = _angles(comparison, main_pairs(comparison))
+    keys = other_pairs(comparison)
+    others = _angles(comparison, keys)
+    html += others and folded(pair_name(comparison, *keys), others)
+    return html and f'<p class="lead">{escape(explain.ANGLES.words)}</p>{html}'
+
+
+def _angles(comparison: Comparison, keys: Sequence[tuple[str, str]]) -> str:
+    """Those of some pairs."""
+    names, style = labels(comparison), styles(comparison)
     drawn_keys = [
         k for k in keys if any(k in b.pairs and b.pairs[k].angles for b in comparison.blocks)
     ]
@@ -91,7 +96,7 @@ def angles(comparison: Comparison) -> str:
         if key in block.pairs
     ]
     return (
-        f'<p class="lead">{escape(explain.ANGLES.words)}</p><ul class="legend">{items}</ul>'
+        f'<ul class="legend">{items}</ul>'
         + _grid(comparison.blocks, draw)
         + values_table(explain.ANGLES.head, rows)
     )
@@ -110,10 +115,15 @@ def _points(figures: Sequence[Figure]) -> list[tuple[float, Figure]]:
     return [(i + 1.0, figure) for i, figure in enumerate(figures)]
 
 
+def _size(block: Block) -> str:
+    projected = f", projected to {block.projected:,}" if block.projected else ""
+    return f"n = {block.size:,}{projected}"
+
+
 def _grid(blocks: Sequence[Block], draw: Callable[[Block], str]) -> str:
     """A drawing for every block that has one."""
     drawn = [
-        f"<figure><figcaption>{name(block.name)} <span>n = {block.size:,}</span></figcaption>"
+        f"<figure><figcaption>{name(block.name)} <span>{_size(block)}</span></figcaption>"
         f"{picture}</figure>"
         for block in blocks
         if (picture := draw(block))
@@ -124,8 +134,5 @@ def _grid(blocks: Sequence[Block], draw: Callable[[Block], str]) -> str:
     html = f'<div class="grid">{"".join(drawn[:first])}</div>'
     if drawn[first:]:
         more = plural(len(drawn) - first, "more block")
-        html += (
-            f'<details class="more"><summary>{more}</summary>'
-            f'<div class="grid">{"".join(drawn[first:])}</div></details>'
-        )
+        html += folded(more, f'<div class="grid">{"".join(drawn[first:])}</div>')
     return html

@@ -19,6 +19,9 @@ class Explained(NamedTuple):
     formula: str = ""
 
 
+_SPACE = '<mspace width="0.15em"></mspace>'
+
+
 def _i(name: str) -> str:
     """A variable; upper case ones are matrices."""
     return f"<mi>{name}</mi>"
@@ -46,7 +49,7 @@ def _math(inner: str) -> str:
 
 
 def _trace(name: str) -> str:
-    return f'<mi>tr</mi><mspace width="0.15em"></mspace>{_i(name)}'
+    return f"<mi>tr</mi>{_SPACE}{_i(name)}"
 
 
 def _distance(other: str, index: str = "F") -> str:
@@ -64,6 +67,8 @@ def _model(step: str) -> str:
 
 
 _X_A, _X_B, _LAMBDA = _sub("x", "A"), _sub("x", "B"), "<mi>λ</mi>"
+_Q = f"{_i('q')}<mo>(</mo>{_i('t')}<mo>)</mo>"
+_LOG_Q = f"<mi>log</mi>{_SPACE}{_Q}"
 _ROOT = f"<msub>{_LAMBDA}{_i('i')}</msub>"
 
 SIZE = Explained(
@@ -157,6 +162,28 @@ STRUCTURED = {
         "distance (Frobenius)",
         "How far K is from A, relative to the size of A: 0 where it is exact.",
         _distance("K"),
+    ),
+}
+
+STATE = {
+    "examples": Explained("examples", "How many the comparison saw."),
+    "loss": Explained("loss", "Its mean over the examples."),
+    "wrong": Explained(
+        "wrong",
+        "The share of predictions whose likeliest target is not the given one. An example may hold "
+        "many predictions (tokens, pixels); those with a weight in the loss count alike.",
+    ),
+    "nll": Explained(
+        "negative log-likelihood",
+        "Of the given target of a prediction, the mean in nats: how much the targets surprise the "
+        "model.",
+        _math(_o("−") + _LOG_Q),
+    ),
+    "entropy": Explained(
+        "entropy",
+        "Of a predicted distribution, the mean in nats: how much targets drawn from the model "
+        "itself would surprise it. The two are equal where the model is calibrated.",
+        _math(f"{_o('−')}<munder><mo>∑</mo>{_i('t')}</munder>{_Q}{_SPACE}{_LOG_Q}"),
     ),
 }
 

@@ -147,13 +147,18 @@ def _logarithmic(axes: Any) -> None:
 
 
 def _state(axes: Any, records: _Records, names: Sequence[str]) -> None:
-    """Wrong predictions and entropy: two axes, because their units differ."""
+    """Wrong predictions; entropy and likelihood, which calibration makes equal, on another axis."""
     drawn = [axes, axes.twinx()][: len(names)]
-    labels = {"wrong": "share of wrong predictions", "entropy": "entropy (nats)"}
+    labels = {
+        "wrong": "share of wrong predictions",
+        "entropy": "entropy (dashed: −log likelihood), nats",
+    }
     colours = {"wrong": _WRONG, "entropy": _ENTROPY}
     for ax, name in zip(drawn, names, strict=True):
-        line = [(r["step"], r[PREFIX + name]) for r in records if PREFIX + name in r]
-        ax.plot(*zip(*line, strict=True), color=colours[name], marker="o", markersize=2.5)
+        for what, line in ((name, "o-"), ("nll", "--"))[: 1 + (name == "entropy")]:
+            found = [(r["step"], r[PREFIX + what]) for r in records if PREFIX + what in r]
+            if found:
+                ax.plot(*zip(*found, strict=True), line, color=colours[name], markersize=2.5)
         ax.set_ylabel(labels[name], color=colours[name], fontsize=8)
         ax.set_ylim(bottom=0)
         ax.tick_params(axis="y", colors=colours[name], labelsize=8)

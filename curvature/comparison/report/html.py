@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from curvature.comparison.report import charts, sections, svg
-from curvature.comparison.report.labels import about, labels, layers, pairs, styles
-from curvature.comparison.report.markup import name, number, prose
+from curvature.comparison.report.explain import STATE
+from curvature.comparison.report.labels import (
+    about,
+    labels,
+    layers,
+    main_pairs,
+    other_pairs,
+    styles,
+)
+from curvature.comparison.report.markup import explained, name, number, prose
 from curvature.comparison.report.scale import same_matrix
-from curvature.comparison.report.words import paragraphs
+from curvature.comparison.report.words import others, paragraphs
 from curvature.comparison.report.writing import angle, plural
 from curvature.comparison.result import WHOLE, Comparison, Figure, Pair
 
@@ -102,22 +110,32 @@ def _header(comparison: Comparison) -> str:
 
 
 def _summary(comparison: Comparison) -> str:
-    words = "".join(
-        f"<div><dt>{prose(topic)}</dt><dd>{prose(paragraph)}</dd></div>"
-        for topic, paragraph in paragraphs(comparison)
-    )
-    whole = comparison.whole
-    tiles = ""
-    for key in pairs(comparison):
+    html = _told(comparison, main_pairs(comparison), paragraphs(comparison))
+    if keys := other_pairs(comparison):
+        named = sections.pair_name(comparison, *keys)
+        html += sections.folded(named, _told(comparison, keys, others(comparison)))
+    notes = "".join(f"<li>{prose(note)}</li>" for note in comparison.notes)
+    if notes:
+        notes = f'<aside class="notes" aria-label="Notes"><h3>Notes</h3><ul>{notes}</ul></aside>'
+    return html + notes
+
+
+def _told(
+    comparison: Comparison, keys: Iterable[tuple[str, str]], said: Iterable[tuple[str, str]]
+) -> str:
+    """Pairs in numbers, over the whole network, and in words."""
+    tiles, whole = "", comparison.whole
+    for key in keys:
         pair = None if whole is None else whole.pairs.get(key)
         if pair is not None and not same_matrix(pair):  # the words say all there is to that
             where = f'<span class="aside">· {WHOLE}</span>'
             tiles += f"<h3>{sections.pair_name(comparison, key)} {where}</h3>"
             tiles += f'<div class="tiles">{_tiles(pair)}</div>'
-    notes = "".join(f"<li>{prose(note)}</li>" for note in comparison.notes)
-    if notes:
-        notes = f'<aside class="notes" aria-label="Notes"><h3>Notes</h3><ul>{notes}</ul></aside>'
-    return f'{tiles}<dl class="words">{words}</dl>{notes}'
+    words = "".join(
+        f"<div><dt>{prose(topic)}</dt><dd>{prose(paragraph)}</dd></div>"
+        for topic, paragraph in said
+    )
+    return f'{tiles}<dl class="words">{words}</dl>'
 
 
 def _tiles(pair: Pair) -> str:
@@ -160,7 +178,7 @@ def _settings(comparison: Comparison) -> str:
         elif setting != "damping":
             groups[""].append((str(setting), value))
     state = dataclasses.asdict(comparison.state)
-    groups["model state"] = [(key, value) for key, value in state.items() if value is not None]
+    groups["model"] = [(STATE[k].head, f"{v:.6g}") for k, v in state.items() if v is not None]
     html = ""
     for group, entries in groups.items():
         items = "".join(
@@ -169,7 +187,7 @@ def _settings(comparison: Comparison) -> str:
         )
         heading = f"<h3>{name(group)}</h3>" if group else ""
         html += f"<div>{heading}<dl>{items}</dl></div>"
-    return f'<div class="settings">{html}</div>'
+    return f'<div class="settings">{html}</div>{explained(list(STATE.values()))}'
 
 
 def _plain(value: Any) -> str:

@@ -16,6 +16,10 @@ _KNOWN = {
     "gaussnewton": "Gauss-Newton matrix",
     "ggn": "Gauss-Newton matrix",
 }
+_SAMPLED = (
+    (r"Fisher \((\d+) samples?\)", "true Fisher", "sample"),
+    (r"GaussNewton\(probes=(\d+), metric=None\)", "Gauss-Newton matrix", "probe"),
+)
 _ABOUT = {
     "true Fisher": "Gradients at targets drawn from the model.",
     "empirical Fisher": "Gradients at the given targets.",
@@ -42,7 +46,8 @@ def topic(comparison: Comparison, kind: str) -> str:
 
 def about(comparison: Comparison, kind: str) -> str:
     """What a well-known kind is; nothing for others."""
-    return _ABOUT.get(_known(comparison).get(kind) or "", "")
+    known = _known(comparison).get(kind) or ""
+    return _ABOUT.get(known.partition(" from ")[0], "")
 
 
 def _known(comparison: Comparison) -> dict[str, str | None]:
@@ -53,8 +58,9 @@ def _known(comparison: Comparison) -> dict[str, str | None]:
 
 
 def _recognised(name: str) -> str | None:
-    if sampled := re.fullmatch(r"Fisher \((\d+) samples?\)", name):
-        return "true Fisher from " + plural(int(sampled[1]), "sample")
+    for pattern, what, draw in _SAMPLED:
+        if sampled := re.fullmatch(pattern, name):
+            return f"{what} from {plural(int(sampled[1]), draw)}"
     return _KNOWN.get(_letters(name))
 
 
@@ -95,6 +101,18 @@ def pairs(comparison: Comparison) -> list[tuple[str, str]]:
         return first, second, key
 
     return sorted(found, key=place)
+
+
+def main_pairs(comparison: Comparison) -> list[tuple[str, str]]:
+    """The pairs with the reference; a report folds the others away, as these imply most of them."""
+    keys, reference = pairs(comparison), next(iter(comparison.kinds), None)
+    return [key for key in keys if key[0] == reference] or keys
+
+
+def other_pairs(comparison: Comparison) -> list[tuple[str, str]]:
+    """The pairs without the reference."""
+    main = main_pairs(comparison)
+    return [key for key in pairs(comparison) if key not in main]
 
 
 def layers(comparison: Comparison) -> list[Block]:

@@ -55,13 +55,14 @@ def prose(text: str) -> str:
 
 
 def _said(text: str) -> str:
-    """Words: no line ends between a number and its error, and powers of ten are written as such."""
+    """Words: no line ends between a number and its error; signs and powers of ten are typeset."""
     text = text.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")
 
     def power(found: re.Match[str]) -> str:
         return f"\u00a0×\u00a010<sup>{str(int(found[1])).replace('-', '−')}</sup>"
 
-    return re.sub(r"(?<=[\d)])e([+-]\d+)\b", power, escape(text))
+    text = re.sub(r"(?<![^\s(])-(?=\d)", "−", escape(text))
+    return re.sub(r"(?<=[\d)])e([+-]\d+)\b", power, text)
 
 
 def cell(figure: Figure | None, extra: str = "", digits: int = 4) -> Cell:

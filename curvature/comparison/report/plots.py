@@ -38,7 +38,7 @@ _MATRICES = (
 _STEPS = (
     _Panel("cosine of steps", "cosine", False, (1.0,)),
     _Panel("length of steps", "length_ratio", True, (1.0,)),
-    _Panel("decrease", "decrease", False, (0.0, 1.0)),
+    _Panel("decrease at best length", "best_decrease", False, (0.0, 1.0)),
 )
 
 

@@ -10,7 +10,7 @@ from curvature.comparison.report.scale import Side, same_matrix, side
 from curvature.comparison.report.writing import plural, rounded, text
 from curvature.comparison.result import Comparison, Figure
 
-_CLOSE = 0.1  # mean loss and entropy this close, relatively, are called about as large
+_CLOSE = 0.1  # likelihood and entropy this close, relatively, are called about as large
 _WIDE = 0.5  # relative error of a trace ratio that deserves a warning
 
 
@@ -22,7 +22,11 @@ def state(comparison: Comparison) -> list[str]:
         parts.append(f"the mean loss is {rounded(model.loss, 3)}")
     if model.wrong is not None and math.isfinite(model.wrong):
         likeliest = "the likeliest target is not the given one"
-        parts.append(f"in {rounded(100 * model.wrong)} % of cases {likeliest}")
+        parts.append(f"in {rounded(100 * model.wrong)} % of predictions {likeliest}")
+    said = model.nll is not None and math.isclose(model.nll, model.loss, rel_tol=1e-3)
+    if model.nll is not None and math.isfinite(model.nll) and not said:
+        nll = rounded(model.nll, 3)
+        parts.append(f"the given one has a mean negative log-likelihood of {nll} nats")
     if model.entropy is not None and math.isfinite(model.entropy):
         entropy = rounded(model.entropy, 3)
         parts.append(f"the predicted distribution has a mean entropy of {entropy} nats")
@@ -42,17 +46,16 @@ def calibration(comparison: Comparison) -> list[str]:
         "The empirical Fisher approaches the true one as the model becomes calibrated: as the "
         "given targets surprise it no more and no less than targets drawn from itself."
     ]
-    loss, entropy = comparison.state.loss, comparison.state.entropy
-    if entropy is None or not (math.isfinite(entropy) and math.isfinite(loss)):
+    nll, entropy = comparison.state.nll, comparison.state.entropy
+    if nll is None or entropy is None or not (math.isfinite(nll) and math.isfinite(entropy)):
         return [*sentences, "The model's state holds no entropy to judge that by."]
-    given = f"mean loss {rounded(loss, 3)} against mean entropy {rounded(entropy, 3)} nats"
+    given = f"mean negative log-likelihood {rounded(nll, 3)} against mean entropy "
+    given += f"{rounded(entropy, 3)} nats"
     block = comparison.whole
     where = side(block.pairs[key].trace_ratio) if block and key in block.pairs else Side.UNCLEAR
     if is_empirical(comparison, key[0]):  # then the ratio is that of the true one to it
         where = {Side.SMALL: Side.LARGE, Side.LARGE: Side.SMALL}.get(where, where)
-    sentences.append(_surprise(loss, entropy, given, where))
-    sentences.append("(This takes the loss for the mean negative log-likelihood and nothing else.)")
-    return sentences
+    return [*sentences, _surprise(nll, entropy, given, where)]
 
 
 def _stands_in(comparison: Comparison, key: tuple[str, str]) -> bool:
@@ -63,16 +66,16 @@ def _stands_in(comparison: Comparison, key: tuple[str, str]) -> bool:
     )
 
 
-def _surprise(loss: float, entropy: float, given: str, where: Side) -> str:
+def _surprise(nll: float, entropy: float, given: str, where: Side) -> str:
     """Whether the targets surprise the model, and whether that is what the scale shows."""
-    if abs(loss - entropy) <= _CLOSE * max(abs(loss), abs(entropy)):
+    if abs(nll - entropy) <= _CLOSE * max(nll, entropy):
         told = f"Here the two are about equal ({given})"
         if where is Side.SAME:
             return f"{told}, and so are the traces."
         if where in (Side.SMALL, Side.LARGE):
             return f"{told}, so that the means do not explain the difference in scale."
         return f"{told}."
-    if loss < entropy:
+    if nll < entropy:
         told = f"Here they surprise it less ({given}): it fits them better than it claims"
         expected, size = Side.SMALL, "small"
     else:
@@ -100,16 +103,19 @@ def approximations(comparison: Comparison) -> list[str]:
             distance = structured.frobenius_distance.value
             if math.isfinite(distance):
                 found.setdefault(name, {})[block.name] = distance
+    same: dict[tuple[tuple[str, float], ...], list[str]] = {}
+    for name, distances in found.items():  # two may be one: expand and reduce without positions
+        same.setdefault(tuple(distances.items()), []).append(f"`{name}`")
     parts = []
-    for name, distances in found.items():
-        worst = max(distances, key=lambda layer: distances[layer])
-        if len(distances) == 1:
-            parts.append(f"`{name}` is {rounded(distances[worst])} away in `{worst}`")
+    for of_layers, names in same.items():
+        worst, most = max(of_layers, key=lambda layer: layer[1])
+        told = f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} "
+        if len(of_layers) == 1:
+            parts.append(f"{told}{rounded(most)} away in `{worst}`")
             continue
-        median = rounded(statistics.median(distances.values()))
-        most = rounded(distances[worst])
-        count = plural(len(distances), "layer")
-        parts.append(f"`{name}` is {median} away (median of {count}), at most {most} (`{worst}`)")
+        told += f"{rounded(statistics.median(distance for _, distance in of_layers))} away "
+        told += f"(median of {plural(len(of_layers), 'layer')})"
+        parts.append(f"{told}, at most {rounded(most)} (`{worst}`)")
     if not parts:
         return []
     told = "; ".join(parts)

@@ -8,7 +8,7 @@ from html import escape
 
 from curvature.comparison.report import explain, svg
 from curvature.comparison.report.explain import Explained
-from curvature.comparison.report.labels import labels, pairs, styles, topic, with_pair
+from curvature.comparison.report.labels import labels, other_pairs, pairs, styles, topic, with_pair
 from curvature.comparison.report.markup import Cell, cell, explained, name, number, table
 from curvature.comparison.report.scale import same_matrix
 from curvature.comparison.report.writing import angle, every
@@ -80,6 +80,8 @@ def direction_tables(comparison: Comparison) -> str:
 def spectra_table(comparison: Comparison) -> str:
     """Traces and effective dimensions by block and kind."""
     names, style = labels(comparison), styles(comparison)
+    sampled = any(s.sampling_error for block in comparison.blocks for s in block.spectra.values())
+    columns = [e for name, e in explain.SPECTRA.items() if sampled or name != "sampling_error"]
     rows = []
     for block in comparison.blocks:
         for kind, spectrum in block.spectra.items():
@@ -93,19 +95,17 @@ def spectra_table(comparison: Comparison) -> str:
                     cell(spectrum.largest[0] if spectrum.largest else None),
                     cell(spectrum.effective_dimension),
                     cell(spectrum.sampling_error),
-                ]
+                ][: 2 + len(columns)]
             )
     if not rows:
         return ""
     kind_head = Explained("kind", "The kind of curvature.")
-    heads = [_BLOCK, kind_head, *explain.SPECTRA.values()]
-    return table("Spectra by block and kind", heads, rows, 2) + explained(
-        list(explain.SPECTRA.values())
-    )
+    heads = [_BLOCK, kind_head, *columns]
+    return table("Spectra by block and kind", heads, rows, 2) + explained(columns)
 
 
 def structured_tables(comparison: Comparison) -> str:
-    """Structured approximations beside the blocks, a table for each kind."""
+    """Structured approximations beside the blocks, a table for each kind; one of them open."""
     html, names = "", labels(comparison)
     head = Explained("approximation", "The structure of the block.")
     for kind in comparison.kinds:
@@ -122,8 +122,11 @@ def structured_tables(comparison: Comparison) -> str:
         ]
         if rows:
             heads = [_BLOCK, head, *explain.STRUCTURED.values()]
-            html += f"<h3>{name(topic(comparison, kind))}</h3>"
-            html += table(f"Approximations of {names[kind]}", heads, rows, 2)
+            inside = table(f"Approximations of {names[kind]}", heads, rows, 2)
+            if not html:
+                html = f"<h3>{name(topic(comparison, kind))}</h3>{inside}"
+            else:
+                html += folded(name(topic(comparison, kind)), inside)
     return html and html + explained(list(explain.STRUCTURED.values()))
 
 
@@ -144,27 +147,32 @@ def values_table(what: str, rows: Iterable[tuple[Block, str, tuple[Figure, ...]]
         for block, label, figures in kept
     ]
     inside = table(f"The {what} in numbers", heads, cells, 2)
-    told = f"The {escape(what)} in numbers"
-    return f'<details class="more"><summary>{told}</summary>{inside}</details>'
+    return folded(f"The {escape(what)} in numbers", inside)
 
 
-def pair_name(comparison: Comparison, key: tuple[str, str]) -> str:
-    """B against A, as HTML."""
-    a = labels(comparison).get(key[0], key[0])
-    against = f'<span class="against">against {name(a)}</span>'
-    return f"{name(topic(comparison, key[1]))} {against}"
+def pair_name(comparison: Comparison, *keys: tuple[str, str]) -> str:
+    """B against A, as HTML; with commas between pairs."""
+    named = []
+    for a, b in keys:
+        against = f'<span class="against">against {name(labels(comparison).get(a, a))}</span>'
+        named.append(f"{name(topic(comparison, b))} {against}")
+    return ", ".join(named)
 
 
 def _titled(comparison: Comparison, key: tuple[str, str], inside: str) -> str:
-    """A pair's table under its name; folded where the two are one matrix everywhere."""
-    found = [pair for _, pair in with_pair(comparison.blocks, key)]
+    """A pair's table under its name; folded where another pair, or a word, says as much."""
+    named, found = pair_name(comparison, key), [p for _, p in with_pair(comparison.blocks, key)]
     if len(comparison.blocks) > 1 and all(map(same_matrix, found)):
-        told = f"the same matrix up to rounding in {every(len(found), 'block')}"
-        return (
-            f'<details class="more"><summary>{pair_name(comparison, key)}: {told}</summary>'
-            f"{inside}</details>"
-        )
-    return f"<h3>{pair_name(comparison, key)}</h3>{inside}"
+        told = f"{named}: the same matrix up to rounding in {every(len(found), 'block')}"
+        return folded(told, inside)
+    if key in other_pairs(comparison):
+        return folded(named, inside)
+    return f"<h3>{named}</h3>{inside}"
+
+
+def folded(told: str, inside: str) -> str:
+    """Something to be opened; both are HTML."""
+    return f'<details class="more"><summary>{told}</summary>{inside}</details>'
 
 
 def _named(block: Block) -> Cell:

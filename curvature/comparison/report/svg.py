@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from curvature.comparison.report.writing import drawable, interval, rounded
+from curvature.comparison.report.writing import drawable, interval
 from curvature.comparison.result import Figure
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -206,7 +206,7 @@ def steps(densities: Sequence[tuple[int, Sequence[tuple[float, float]]]], label:
     x = Axis(first, last, _LEFT, _WIDTH - _RIGHT)
     y = Axis(0.0, 1.05 * most if most > 1e-6 else 1.0, _HEIGHT - _BOTTOM, _TOP)
     x_ticks = [(v, decade(10.0**v)) for v in x.ticks() if v == int(v)]
-    y_ticks = [(v, rounded(v, 3) if v < 10 else f"{v:,.0f}") for v in y.ticks()]
+    y_ticks = [(v, f"{v:,g}") for v in y.ticks()]
     inside = _frame(x, y, x_ticks, y_ticks, "eigenvalue")
     for style, bins in known:
         path, right = "", -math.inf

@@ -6,35 +6,42 @@ import math
 import textwrap
 from collections.abc import Sequence
 
+from curvature.comparison.report import reasons
 from curvature.comparison.report.labels import pairs, with_pair
-from curvature.comparison.report.writing import MISSING, angle, printable, text
+from curvature.comparison.report.scale import same_matrix
+from curvature.comparison.report.writing import MISSING, angle, every, printable, text
 from curvature.comparison.result import Block, Comparison, Figure, Pair
 
 WIDTH = 100
 _NAME = 16  # columns that the block's name keeps at least
+_STEPS = "at best length: what B's takes off the quadratic model of A, as a share of what A's does"
 _HEAD = ("block", "entries", "trace ratio", "cosine", "angle", "length", "at best length")
 
 
 def table(comparison: Comparison) -> str:
-    """A line for each block and pair, under a heading for each pair; then the notes.
+    """A line for each block and pair, under a heading for each pair; then model and notes.
 
     The columns are those of the report: scale and shape of B against A, then the angle between
     their natural-gradient steps, how much longer B's is, and what it takes off A's quadratic model
-    at its best length, as a share of what A's own step does.
+    at its best length.
     """
-    parts = [
-        _pair(key, [_row(*found) for found in with_pair(comparison.blocks, key)])
-        for key in pairs(comparison)
-    ]
+    parts = [_pair(key, list(with_pair(comparison.blocks, key))) for key in pairs(comparison)]
     if not parts:
         parts = ["no two kinds of curvature could be compared"]
-    if comparison.notes:
-        parts.append("\n".join(_wrapped(printable(note)) for note in comparison.notes))
+    notes = [_wrapped("model", sentence) for sentence in reasons.state(comparison)]
+    if any(pair.directions for block in comparison.blocks for pair in block.pairs.values()):
+        notes.insert(0, _wrapped("steps", f"at damping {comparison.damping:.3g}; {_STEPS}"))
+    notes += [_wrapped("note", printable(note)) for note in comparison.notes]
+    if notes:
+        parts.append("\n".join(notes))
     return "\n\n".join(parts)
 
 
-def _pair(key: tuple[str, str], rows: Sequence[tuple[str, ...]]) -> str:
+def _pair(key: tuple[str, str], found: Sequence[tuple[Block, Pair]]) -> str:
     a, b = (_short(printable(kind), 40) for kind in key)
+    if len(found) > 1 and all(same_matrix(pair) for _, pair in found):
+        return f"{b} against {a}\n\nthe same up to rounding in {every(len(found), 'block')}"
+    rows = [_row(*x) for x in found]
     columns = len(_HEAD)
     widths: list[int] = []
     names = {row[0] for row in rows}
@@ -86,5 +93,5 @@ def _short(name: str, width: int) -> str:
     return f"{name[: width - 1 - end]}…{name[len(name) - end :]}"
 
 
-def _wrapped(note: str) -> str:
-    return textwrap.fill(note, WIDTH, initial_indent="note: ", subsequent_indent="      ")
+def _wrapped(what: str, told: str) -> str:
+    return textwrap.fill(f"{what}: {told}", WIDTH, subsequent_indent=" " * (len(what) + 2))

@@ -7,20 +7,22 @@ number with its error, or says that it cannot be told.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from curvature.comparison.report import reasons
 from curvature.comparison.report.labels import (
     is_empirical,
     labels,
     layers,
+    main_pairs,
+    other_pairs,
     pairs,
     spoken,
     topic,
     with_pair,
 )
 from curvature.comparison.report.scale import ALIKE, Side, away, factor, same_matrix, side, times
-from curvature.comparison.report.writing import angle, every, interval, plural, text
+from curvature.comparison.report.writing import angle, every, interval, plural, rounded, text
 from curvature.comparison.result import Comparison, Directions, Figure, Pair
 
 _WIDE_COSINE = 0.15
@@ -35,13 +37,18 @@ def summary(comparison: Comparison) -> list[str]:
     Returns:
       Sentences in plain text; names of layers stand between backticks.
     """
-    return [paragraph for _, paragraph in paragraphs(comparison)]
+    return [said for _, said in [*paragraphs(comparison), *others(comparison)]]
+
+
+def others(comparison: Comparison) -> list[tuple[str, str]]:
+    """What there is to say, topic by topic, about the pairs without the reference."""
+    return _joined([said for key in other_pairs(comparison) for said in _pair(comparison, key)])
 
 
 def paragraphs(comparison: Comparison) -> list[tuple[str, str]]:
-    """The same with the topic of every paragraph."""
+    """What there is to say, topic by topic, about everything else."""
     found = [("Model", reasons.state(comparison))]
-    keys = pairs(comparison)
+    keys = main_pairs(comparison)
     if not keys:
         found.append(("Pairs", ["No two kinds of curvature could be compared."]))
     for key in keys:
@@ -50,6 +57,10 @@ def paragraphs(comparison: Comparison) -> list[tuple[str, str]]:
     found.append(("Approximations", reasons.approximations(comparison)))
     found.append(("Sampling", reasons.sampling(comparison)))
     found.append(("Certainty", reasons.caution(comparison)))
+    return _joined(found)
+
+
+def _joined(found: Iterable[tuple[str, list[str]]]) -> list[tuple[str, str]]:
     return [(topic, " ".join(sentences)) for topic, sentences in found if sentences]
 
 
@@ -58,14 +69,14 @@ def _pair(comparison: Comparison, key: tuple[str, str]) -> list[tuple[str, list[
     names = _Names(comparison, key)
     found = [pair for _, pair in with_pair(comparison.blocks, key)]
     if all(map(same_matrix, found)):
-        most = max((pair.frobenius_distance for pair in found), key=lambda figure: figure.value)
+        most = max(interval(pair.frobenius_distance)[1] for pair in found)
         where = every(len(found), "block") if len(found) > 1 else "the one block compared"
         return [
             (
                 names.topic,
                 [
                     f"In {where} {names.b} and {names.a} are the same matrix up to rounding "
-                    f"(relative distance {'at most ' if len(found) > 1 else ''}{text(most, 2)})."
+                    f"(relative distance {'at most ' if len(found) > 1 else ''}{rounded(most)})."
                 ],
             )
         ]
@@ -92,7 +103,7 @@ def _whole(comparison: Comparison, key: tuple[str, str]) -> list[str]:
         return []
     pair, names = block.pairs[key], _Names(comparison, key)
     if same_matrix(pair):
-        distance = text(pair.frobenius_distance, 2)
+        distance = rounded(interval(pair.frobenius_distance)[1])
         return [
             f"Over the whole network {names.b} and {names.a} are the same matrix up to rounding "
             f"(relative distance {distance})."
@@ -151,7 +162,7 @@ def _training(directions: Directions, names: _Names, damping: float) -> list[str
     found.append(_decrease(directions, names))
     low, high = interval(directions.agreement)
     if low > damping and math.isfinite(high):
-        value = f"{directions.agreement.value:.2g}"
+        value = rounded(directions.agreement.value)
         found.append(f"The directions agree (cosine 0.99 or more) only from damping {value} on.")
     return found
 
@@ -163,6 +174,8 @@ def _decrease(directions: Directions, names: _Names) -> str:
     own = f"of what the step of {names.a} takes off its own quadratic model"
     known = math.isfinite(best.value)
     then = f"at its best length it takes off {_percent(best)} {own}" if known else ""
+    if known and interval(best)[0] <= 0 and best.error is not None:
+        then = f"how much it takes off at its best length cannot be told (share {text(best, 2)})"
     if not math.isfinite(full.value):
         return f"{_up(then)}." if known else ""
     if low > 0:
@@ -203,10 +216,11 @@ def _counts(ratios: list[Figure], names: _Names) -> str:
             return every(len(found), "layer")
         return f"{len(found)}{first}"
 
-    sized = []
+    sized: list[str] = []
     for where, word in zip((Side.SMALL, Side.LARGE), names.sizes, strict=True):
         if found := by_side[where]:
-            sized.append(f"{word} in {within(found)} ({_range(found)})")
+            than = "" if sized else names.than
+            sized.append(f"{word}{than} in {within(found)} ({_range(found)})")
     told = [f"{names.b} is {' and '.join(sized)}"] if sized else []
     for where, words in (
         (Side.SAME, "the two have the same scale"),
