@@ -259,7 +259,7 @@ def test_without_a_pair_of_the_reference_nothing_is_put_last():
 
 
 def test_sampled_kinds_have_names():
-    probes = "GaussNewton(probes=2, metric=None)"
+    probes = "Gauss-Newton (2 probes)"
     kinds = {"Fisher (1 sample)": "", probes: ""}
     key = ("Fisher (1 sample)", probes)
     said = told(

@@ -90,6 +90,8 @@ def _name(kind: Kind) -> str:
             return "empirical Fisher"
         case GaussNewton(probes=None, metric=None):
             return "Gauss-Newton"
+        case GaussNewton(probes=k, metric=None):
+            return f"Gauss-Newton ({k} probe{'s' if k != 1 else ''})"
     return repr(kind)
 
 

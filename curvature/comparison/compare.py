@@ -135,11 +135,13 @@ def compare(
         ),
         bar,
     )
-    notes += [
-        f"{block.name}: {block.size:,} entries, projected to {block.projected} random directions."
-        for block in result
-        if block.projected
-    ]
+    if large := [block for block in result if block.projected]:
+        least = min(block.size for block in large)
+        dims = " or ".join(f"{dim:,}" for dim in sorted({block.projected or 0 for block in large}))
+        notes.append(
+            f"The {len(large)} blocks of {least:,} entries or more are projected to {dims} random "
+            "directions."
+        )
     if directions:
         notes += _rough(plan, result)
     return Comparison(

@@ -18,7 +18,7 @@ _KNOWN = {
 }
 _SAMPLED = (
     (r"Fisher \((\d+) samples?\)", "true Fisher", "sample"),
-    (r"GaussNewton\(probes=(\d+), metric=None\)", "Gauss-Newton matrix", "probe"),
+    (r"Gauss-Newton \((\d+) probes?\)", "Gauss-Newton matrix", "probe"),
 )
 _ABOUT = {
     "true Fisher": "Gradients at targets drawn from the model.",
