@@ -20,6 +20,7 @@ import jax
 import curvature
 from comparing import examples, kinds, source
 from curvature.comparison.compare import STRUCTURED
+from curvature.comparison.structured import NAMES
 from curvature.comparison.report.words import summary
 from digits import options, plots
 
@@ -130,7 +131,7 @@ def _add_comparison(group: argparse._ArgumentGroup) -> None:
         default=1000,
         metavar="N",
         help="largest matrix that is made; larger blocks are projected to so many random "
-        "directions, and figures have errors (default: 1000)",
+        "directions or half as many, and figures have errors (default: 1000)",
     )
     group.add_argument(
         "--no-directions", action="store_true", help="leave out natural-gradient steps"
@@ -138,11 +139,11 @@ def _add_comparison(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--approximations",
         nargs="*",
-        choices=STRUCTURED,
+        choices=NAMES,
         default=STRUCTURED,
         metavar="NAME",
-        help=f"to set beside the exact blocks: {', '.join(STRUCTURED)}, or nothing for none "
-        "(default: all)",
+        help=f"to set beside the exact blocks: some of {', '.join(NAMES)}, or nothing for none "
+        f"(default: {', '.join(STRUCTURED)})",
     )
 
 

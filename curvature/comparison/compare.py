@@ -28,7 +28,7 @@ from curvature.registry import Registry
 
 PyTree = Any
 _ROUGH = 0.1  # of a matrix's norm
-_STRUCTURED = ("kronecker", "kronecker_reduce", "ekfac", "diagonal")
+STRUCTURED = ("kronecker", "kronecker_reduce", "ekfac", "diagonal")
 
 
 def compare(
@@ -40,7 +40,7 @@ def compare(
     kinds: Mapping[str, Kind] | Sequence[Kind] | None = None,
     blocks: str | Sequence[str] | None = None,
     directions: bool = True,
-    approximations: Sequence[str] = _STRUCTURED,
+    approximations: Sequence[str] = STRUCTURED,
     damping: float = 1e-3,
     top: int = 5,
     limit: int = 1000,
