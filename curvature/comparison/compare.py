@@ -281,7 +281,8 @@ def _approximated(
             for name, block in of_layer.items()
         }
 
-    return {layer.name: figures_of(layer.name) for layer in plan.layers}
+    layers = (layer.name for layer in plan.layers)
+    return {layer: found for layer in layers if (found := figures_of(layer))}
 
 
 def _block(
