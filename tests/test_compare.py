@@ -189,6 +189,27 @@ def test_inner_products_with_approximations_need_no_matrix(name, kind):
         assert moments.inner.error is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kronecker", "diagonal"])
+def test_inner_products_from_samples_cover_that_with_the_exact_block(name):
+    """Also where the approximation is itself from samples, which are others."""
+    kinds = {"F": curvature.Fisher(samples=4)}
+    plan, _ = asked.planned(REGISTRY, PARAMS, BATCHES[0], kinds, None, 10, 1e9)
+    index = blocks()["w"]
+    exact = dense()[0][np.ix_(index, index)]
+    hits = []
+    for i in range(100):
+        found = structured.Approximations(
+            plan, "F", PARAMS, lambda: shares(BATCHES, None, averaged=True), jax.random.key(i)
+        )
+        block = found.blocks(name)["w"]
+        moments = found.moments(name, "w", block)
+        truths = np.sum(exact * structured.dense(block)), np.trace(exact)
+        figures = moments.inner, moments.trace_of_block
+        hits.append([abs(f.value - t) < f.error for f, t in zip(figures, truths, strict=True)])
+    assert (np.mean(hits, axis=0) >= 0.9).all()
+
+
 def test_statistics_of_approximations_are_averaged_over_batches():
     """EKFAC's diagonal in the basis of the averaged factors has the whole data's trace."""
     options = OPTIONS | {"approximations": ["ekfac", "diagonal", "kronecker_reduce"]}
