@@ -262,8 +262,15 @@ def to_plain(params):
     }
 
 
-@pytest.mark.parametrize("multi", [False, True], ids=["transform", "multi_transform"])
-@pytest.mark.parametrize("with_state", [False, True], ids=["", "with_state"])
+@pytest.mark.parametrize(
+    "with_state, multi",
+    [
+        (True, True),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        pytest.param(False, False, marks=pytest.mark.slow),
+    ],
+)
 def test_haiku(with_state, multi):
     loss = transformed(with_state, multi)
     params, states = loss.init(KEYS[0], batch(0)), ()

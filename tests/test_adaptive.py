@@ -330,6 +330,7 @@ def test_g_digits_are_learnt_in_21_iterations():
     assert errors[8] <= 0.05 and errors[20] == 0, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe, block", [("ekfac", "ekfac"), ("foof", "foof")])
 def test_recipes_are_kfac_with_other_blocks(recipe, block):
     tx = getattr(curvature, recipe)(REGISTRY, 0.1, damping=1e-2)

@@ -82,7 +82,7 @@ def through_disk(folder, tree, target):
         return checkpointer.restore(folder / "saved", target)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_restored_run_goes_on_to_the_last_bit(tmp_path, optimizer, dtype):
     training, half, whole, expected = uninterrupted(optimizer, dtype)

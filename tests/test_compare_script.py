@@ -91,6 +91,7 @@ def test_a_function_is_compared_and_everything_is_written(folder, capsys):
     assert max(map(len, text.splitlines()[:-1])) <= 100
 
 
+@pytest.mark.slow
 def test_options_reach_the_comparison(folder):
     arguments = ["nets.py:with_aux", "--blocks", "second", "--damping", "0.5", "--limit", "10"]
     kinds = ["--kinds", "empirical", "fisher:3", "gauss-newton"]
@@ -213,6 +214,7 @@ def few(monkeypatch):
     monkeypatch.setattr(watch.curvature, "compare", cheaper(watch.curvature.compare))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_the_network_that_was_trained(tmp_path, capsys, few):
     """Whose loss on the compared images a comparison while training has logged."""
     place = tmp_path / "run"
@@ -254,6 +256,7 @@ def test_a_folder_without_a_checkpoint_is_told_apart(tmp_path, capsys):
 # While training -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_resumed_run_compares_as_if_never_stopped(tmp_path, capsys, few):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = [*SGD, "--record-every", "4", "--compare-every", "3"]
@@ -285,6 +288,7 @@ def test_a_resumed_run_compares_as_if_never_stopped(tmp_path, capsys, few):
     assert "compare_every is 2, was 3" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_diverged_run_draws_what_it_has(tmp_path, capsys, few):
     options = ["--model", "mlp", "--learning-rate", "1e9", "--steps", "20", "--compare-every", "1"]
     assert train.main([*SGD, *options, "--out", str(tmp_path)]) == 1

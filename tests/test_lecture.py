@@ -32,8 +32,12 @@ def files(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+SLOW = ("compare", "empirical-fisher", "tanh_and_sigmoid", "true_and_empirical_fisher")
+
+
 @pytest.mark.parametrize(
-    "page", [*LESSONS, pytest.param(GUIDE, marks=pytest.mark.slow)], ids=lambda page: page.stem
+    "page",
+    [pytest.param(p, marks=[pytest.mark.slow] if p.stem in SLOW else [], id=p.stem) for p in PAGES],
 )
 def test_page_runs_and_draws_its_pictures(page, tmp_path):
     with jax.numpy_dtype_promotion("standard"):  # as its readers have it

@@ -4,7 +4,8 @@ A network is a list of drawn layers on arrays (examples, positions, features). E
 function `layer(p, x, tap)`; the model calls it with a tap that does nothing, the brute force with
 one that records inputs and perturbs outputs. Scans are unrolled in the brute force.
 
-`RANDOM_NETWORKS=500 pytest tests/test_random_networks.py` runs more examples than the default.
+`RANDOM_NETWORKS=500 pytest tests/test_random_networks.py` runs more examples than the default,
+which is 4 of them, and 20 among the slow tests.
 """
 
 import os
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from cases import same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,6 +24,7 @@ import curvature
 
 N, T, D = 3, 2, 3
 EXAMPLES = int(os.environ.get("RANDOM_NETWORKS", "20"))
+QUICK = 4
 
 
 def weight(key, *shape):
@@ -149,14 +152,23 @@ def grouped(expected):
     }
 
 
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+SETTINGS = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@settings(SETTINGS, max_examples=QUICK)
 @given(networks(), st.sampled_from(["l2", "softmax"]))
 def test_random_network(network, loss):
+    check(network, loss)
+
+
+@pytest.mark.slow
+@settings(SETTINGS, max_examples=EXAMPLES)
+@given(networks(), st.sampled_from(["l2", "softmax"]))
+def test_random_networks(network, loss):
+    check(network, loss)
+
+
+def check(network, loss):
     params, model, biased = network
     x = jax.random.normal(jax.random.key(1), (N, T, D))
     targets = jax.random.normal(jax.random.key(2), (N, T, D))

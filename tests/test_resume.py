@@ -78,6 +78,7 @@ def stats_of_kfac():
     return tx.init(registry.params).stats._fields
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(whole, "--steps", "7", "--record-every", "2")
