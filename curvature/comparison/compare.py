@@ -139,8 +139,7 @@ def compare(
         least = min(block.size for block in large)
         dims = " or ".join(f"{dim:,}" for dim in sorted({block.projected or 0 for block in large}))
         notes.append(
-            f"The {len(large)} blocks of {least:,} entries or more are projected to {dims} random "
-            "directions."
+            f"Blocks of {least:,} entries or more are projected to {dims} random directions."
         )
     if directions:
         notes += _rough(plan, result)
