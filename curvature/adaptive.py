@@ -20,17 +20,22 @@ class LevenbergMarquardt:
     the damping grows by `factor^-every`; above `high` it shrinks by `factor^every`. Where the model
     expects no decrease, as it may of a given rate and momentum, that counts as a ratio of zero.
 
+    A step whose rho is below -1 raises its own batch's loss by more than it was to lower it. It is
+    not taken, and the damping grows by sqrt(-rho), at most a hundredfold. A step more than twice as
+    long as the one before, as the first one is, is measured for this before it is taken.
+
     A small batch confirms its own model even of a step that is far too long for all others. So the
     step is also measured on the next batch, where rho is -1 on average if the gradient is nothing
     but noise: v then minimises the batch's own model, and costs others v'Gv / 2 = -M(v). A rho
     below -1 says that the damping does not cover what the batch did not see. Where the damping
     decides, a step's length is inversely proportional to it, and that excess to the length's
-    square: the damping grows by sqrt(-rho), at most a hundredfold.
+    square: the damping grows by sqrt(-rho) here as well. Where `QuadraticModel` chooses
+    the steps, that is looked at after each: one bad step undoes what hundreds have gained.
 
     Attributes:
       initial: the damping of the first step.
-      every: steps between measurements, each of which costs three evaluations of the loss, or two
-        with `value=` given to the update.
+      every: steps between measurements of rho, which cost two evaluations of the loss; the look at
+        the next batch costs another two. With `value=` given to the update, they cost one each.
       factor: change of the damping in one step, in (0, 1).
       low: ratio below which the damping grows.
       high: ratio above which it shrinks.
@@ -68,8 +73,12 @@ class LevenbergMarquardt:
         grown = jnp.where(ratio >= self.low, grown, damping / change)
         return jnp.clip(grown, self.minimum, self.maximum)
 
+    def is_leap(self, norm: jax.Array, previous: jax.Array) -> jax.Array:
+        """Whether a step is so much longer than the one before that it is measured at once."""
+        return norm > 2 * previous
+
     def checked(self, damping: jax.Array, ratio: jax.Array) -> jax.Array:
-        """The damping after the next batch, on which the step came to `ratio`.
+        """The damping after a step of this ratio: on the next batch, or on its own if not taken.
 
         Left alone where the ratio is -1 or more, or not a number.
         """

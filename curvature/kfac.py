@@ -39,9 +39,12 @@ class StepStats(NamedTuple):
       momentum: the coefficient of the step before.
       clipped: the factor by which `kl_clip` shortened it.
       reduction_ratio: the latest measured ratio of the loss's change to the predicted one.
-      predicted: the change that the quadratic model predicted there.
-      next_batch_ratio: the same ratio with the loss's change on the batch that came next.
+      predicted: the change that the quadratic model predicted: of the latest step where the model
+        chose it, else there.
+      next_batch_ratio: the latest ratio of a step's change of the next batch's loss to the
+        predicted one.
       update_norm: the length of the update.
+      rejected: steps that were not taken because of what they would have done to their own batch.
     """
 
     learning_rate: jax.Array
@@ -51,6 +54,7 @@ class StepStats(NamedTuple):
     predicted: jax.Array
     next_batch_ratio: jax.Array
     update_norm: jax.Array
+    rejected: jax.Array
 
 
 class KFACStats(NamedTuple):
@@ -67,6 +71,7 @@ class KFACStats(NamedTuple):
     predicted: jax.Array
     next_batch_ratio: jax.Array
     update_norm: jax.Array
+    rejected: jax.Array
 
 
 class KFACState(NamedTuple):
@@ -220,6 +225,7 @@ def kfac(
         zero = jnp.zeros_like(curvature.stats.damping)
         start = at(given, curvature.step, zero)
         latest = StepStats(*(zero for _ in StepStats._fields))
+        latest = latest._replace(rejected=jnp.zeros((), jnp.int32))
         return own(KFACState(curvature, jax.tree.map(jnp.zeros_like, params), start, latest))
 
     def update(
@@ -250,7 +256,8 @@ def kfac(
         problem = objective.at(params, args, gathered.gradient, lam, count)
         if adapts and damping is None:
             check = functools.partial(checked, problem, state, adapts, extra.get("value"))
-            lam, fresh = when((count > 0) & (count % adapts.every == 0), check, (lam, fresh))
+            due = (count > 0) & (by_model | (count % adapts.every == 0))
+            lam, fresh = when(due, check, (lam, fresh))
             problem = problem._replace(lam=lam)
         direction, curvature = preconditioner.direction(
             gathered._replace(gradient=problem.gradient),
@@ -263,12 +270,28 @@ def kfac(
         taken = (by_quadratic_model if by_model else at_rate)(problem, descent, state)
         norm = jnp.sqrt(quadratic.dot(taken.step, taken.step, lam.dtype))
         good = gathered.sound & jnp.isfinite(norm)
-        after, ratio, predicted = lam, state.latest.reduction_ratio, state.latest.predicted
+        after, ratio, bad = lam, state.latest.reduction_ratio, jnp.asarray(False)
+        predicted = taken.predicted if by_model else state.latest.predicted
         if adapts:
-            measure = functools.partial(measured, problem, taken, adapts, extra.get("value"))
-            due = good & ((count + 1) % adapts.every == 0)
-            after, ratio, predicted = when(due, measure, (after, ratio, predicted))
-        latest = StepStats(taken.rate, taken.momentum, taken.clipped, ratio, predicted, fresh, norm)
+            measure = functools.partial(measured, problem, taken, extra.get("value"))
+            regular = (count + 1) % adapts.every == 0
+            due = good & (regular | adapts.is_leap(norm, state.latest.update_norm))
+            ratio, predicted = when(due, measure, (ratio, predicted))
+            known = jnp.where(predicted < 0, jnp.where(jnp.isnan(ratio), -jnp.inf, ratio), 0)
+            bad = due & (known < -1)
+            after = jnp.where(due & regular, adapts.updated(lam, known), lam)
+            after = jnp.where(bad, adapts.checked(lam, known), after)
+            taken, norm = taken._replace(step=masked(~bad, taken.step)), jnp.where(bad, 0, norm)
+        latest = StepStats(
+            taken.rate,
+            taken.momentum,
+            taken.clipped,
+            ratio,
+            predicted,
+            fresh,
+            norm,
+            state.latest.rejected + bad.astype(jnp.int32),
+        )
         kept = KFACState(
             settled(good, curvature, state.curvature),
             *jax.tree.map(
@@ -277,15 +300,12 @@ def kfac(
         )
         return masked(good, decayed(taken, params, count)), kept
 
-    def measured(
-        problem: Problem, taken: _Step, adapts: LevenbergMarquardt, value: Any, _: Any
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The next damping, the reduction ratio that it follows from, and the predicted change."""
+    def measured(problem: Problem, taken: _Step, value: Any, _: Any) -> tuple[jax.Array, jax.Array]:
+        """The reduction ratio of a step on its own batch, and the predicted change."""
         lam, predicted = problem.lam, taken.predicted
         if not by_model:
             predicted = problem.model([taken.step])(jnp.ones(1, predicted.dtype)).astype(lam.dtype)
-        ratio = problem.change(taken.step, value) / predicted
-        return adapts.updated(lam, jnp.where(predicted < 0, ratio, 0)), ratio, predicted
+        return problem.change(taken.step, value) / predicted, predicted
 
     def checked(
         problem: Problem, state: KFACState, adapts: LevenbergMarquardt, value: Any, _: Any

@@ -119,7 +119,8 @@ def scale_by_curvature(
       registry: what is in the model, from `curvature.register`.
       kind: what is averaged: `Fisher`, `EmpiricalFisher` or `GaussNewton`.
       damping: added to the curvature; a number or a schedule of the step count. Exactly under
-        `Eigh` and `QR`, factored in Kronecker blocks otherwise (Martens and Grosse 2015).
+        `Eigh()` and `QR()`, factored otherwise in Kronecker blocks, corrected ones among them
+        (Martens and Grosse 2015).
       relative_damping: whether damping is a multiple of every block's mean eigenvalue.
       decay: weight of the past in the exponential average of the statistics, in [0, 1).
       burn_in: calls at the start that only average statistics: their updates are zero.

@@ -199,26 +199,33 @@ def test_levenberg_marquardt_refuses_what_makes_no_sense(wrong):
 
 
 @pytest.mark.parametrize("rate", [0.2, curvature.QuadraticModel()], ids=["rate", "model"])
-def test_the_damping_grows_by_what_the_step_does_to_the_next_batch(rate):
-    """On another batch, against the objective with the penalty; never after a good step."""
-    lm = LM(initial=1e-2, every=2, factor=0.9, low=-1e9, high=1e9)  # the own batch never counts
+def test_the_damping_grows_by_what_the_step_does_to_the_next_batch(rate, monkeypatch):
+    """On another batch, against the objective with the penalty; never after a good step.
+
+    After every step of the quadratic model, after every measured one of a given rate.
+    """
+    every = 1 if isinstance(rate, curvature.QuadraticModel) else 2
+    # The own batch never counts: no step is a leap, and no ratio low.
+    monkeypatch.setattr(LM, "is_leap", lambda *_: jnp.asarray(False))
+    lm = LM(initial=1e-2, every=2, factor=0.9, low=-1e9, high=1e9)
     tx = curvature.kfac(REGISTRY, rate, damping=lm, l2=1e-3, momentum=0.0)
     objective = lambda p, x, y: loss_fn(p, x, y) + 5e-4 * jnp.sum(flat(p) ** 2)  # noqa: E731
     before, params, state, damping, ratios = None, PARAMS, tx.init(PARAMS), 1e-2, []
     update = jax.jit(tx.update)
     for t in range(20):
         x, y = X[t % 4 :][:4], jax.random.randint(jax.random.key(t), (4,), 0, 4)
-        if t and t % 2 == 0:
+        if t and t % every == 0:
             change = objective(params, x, y) - objective(before, x, y)
-            ratio = change / state.stats.predicted
-            damping *= (
-                max(np.sqrt(-ratio), 0.9**-2) if ratio < -1 and state.stats.predicted < 0 else 1
-            )
-            ratios.append(ratio)
+            ratios.append(change / state.stats.predicted)
+            if ratios[-1] < -1 and state.stats.predicted < 0:
+                damping *= max(np.sqrt(-ratios[-1]), 0.9**-2)
         value, grads = jax.value_and_grad(loss_fn)(params, x, y)
         more = {"value": value} if t % 4 == 0 else {}
         key = jax.random.key(t)
+        rejected = state.stats.rejected
         updates, state = update(grads, state, params, loss_args=(x, y), key=key, **more)
+        if state.stats.rejected > rejected:
+            damping *= max(np.sqrt(-state.stats.reduction_ratio), 0.9**-2)
         np.testing.assert_allclose(state.next_damping, damping, rtol=1e-7)
         if ratios:
             np.testing.assert_allclose(state.stats.next_batch_ratio, ratios[-1], rtol=1e-7)
@@ -236,6 +243,42 @@ def test_damping_never_shrinks_after_the_next_batch(ratio, expected):
     one, large = jnp.asarray(1.0), jnp.asarray(999.0)
     np.testing.assert_allclose(lm.checked(one, jnp.asarray(ratio)), expected, rtol=1e-12)
     assert lm.checked(large, jnp.asarray(ratio)) <= 1e3
+
+
+def test_a_step_that_its_own_batch_forbids_is_not_taken():
+    """The first step is measured, and so is every leap: with rho below -1 it is a step of zero."""
+    params, lm = jax.tree.map(lambda p: 0.3 * p, PARAMS), LM(1e-8, every=99, factor=0.99)
+    key, grads = jax.random.key(0), jax.grad(loss_fn)(params, X, Y)
+
+    def step(damping, state=None):
+        tx = curvature.kfac(REGISTRY, curvature.QuadraticModel(), damping=damping)
+        state = tx.init(params) if state is None else state
+        return tx.update(grads, state, params, loss_args=(X, Y), key=key)
+
+    wanted, free = step(lm.initial)
+    change = loss_fn(optax.apply_updates(params, wanted), X, Y) - loss_fn(params, X, Y)
+    ratio = change / free.stats.predicted
+    assert ratio < -10
+    updates, state = step(lm)
+    assert not flat(updates).any() and not flat(state.previous).any()
+    np.testing.assert_allclose(state.stats.reduction_ratio, ratio, rtol=1e-8)
+    np.testing.assert_allclose(state.next_damping, lm.initial * np.sqrt(-ratio), rtol=1e-8)
+    assert state.stats.rejected == 1 and state.stats.update_norm == 0
+    for _ in range(20):  # until the damping is what the batch can bear
+        updates, state = step(lm, state)
+    assert flat(updates).any() and 1 < state.stats.rejected < 15
+    assert loss_fn(optax.apply_updates(params, updates), X, Y) < loss_fn(params, X, Y)
+
+
+@pytest.mark.parametrize("initial", [1e-6, 1e-3, 1.0])
+def test_a_first_damping_that_is_too_small_costs_time_and_no_more(initial):
+    """Undamped, the first steps of this net are so long that nothing comes back from them."""
+    tx = curvature.kfac(REGISTRY, curvature.QuadraticModel(), damping=LM(initial))
+    params = jax.tree.map(lambda p: 0.1 * p, PARAMS)
+    history = run(tx, 60, params)
+    losses = [float(loss_fn(p, X, Y)) for p, *_ in history]
+    assert max(losses) < 2 * float(loss_fn(params, X, Y)), losses
+    assert losses[-1] < 0.05, losses
 
 
 def test_a_perfect_fit_on_small_batches_is_kept():

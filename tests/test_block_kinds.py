@@ -452,7 +452,13 @@ def test_ekfac_trains_through_kfac():
     registry = curvature.register(loss_fn, params, x).with_blocks("ekfac")
     estimator = curvature.Estimator(registry, EXACT)
     tx = curvature.scale_by_curvature(
-        registry, EXACT, damping=damping, decay=decay, refresh_every=2, spread=False
+        registry,
+        EXACT,
+        damping=damping,
+        decay=decay,
+        refresh_every=2,
+        refresh=curvature.Eigh(),
+        spread=False,
     )
     update, run = jax.jit(tx.update), jax.jit(estimator.statistics)
     state, averages, weight = tx.init(params), estimator.zeros(), 0.0

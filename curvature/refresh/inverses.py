@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from curvature.blocks import BlockDiagonal, Dense, EigenKronecker, Kronecker, block_of
 from curvature.blocks.block import safe_power
 from curvature.estimator import Estimator
-from curvature.estimator.bases import BASES, carried_over, identity, products
+from curvature.estimator.bases import BASES, carried_over, identity, known, products
 from curvature.estimator.factors import Statistics
 from curvature.linalg import diagonal
 from curvature.refresh.batches import Job, Key, Solved, solved
@@ -165,11 +165,7 @@ class Inverses:
         for unit in group:
             layer, name, eigen = unit.layer, unit.layer.name, len(unit.sides) == 2
             statistics, kept = found[name], inverse[name] | _bases(found[name])
-            shifts = {}
-            if unit.sides and not eigen:
-                block = Kronecker(**statistics, stack_ndim=len(layer.stack))
-                pair = block.factored_damping(now.damping, relative=self.relative)
-                shifts = dict(zip(SIDES, pair, strict=True))
+            shifts = {} if eigen else self._shifts(unit, statistics, now.damping)
             for side in unit.sides:
                 factor, key = statistics[side], (name, side)
                 matrix = factor.ndim == len(layer.stack) + 2
@@ -199,10 +195,24 @@ class Inverses:
         bases = dict(zip(BASES, vectors, strict=True))
         if layer.block == "ekfac":
             moved = carried_over(found, bases, values, depth, now.restart)
-            block = block_of(layer, found | moved)
-            return moved, {"values": self._damped(block, depth, now.damping)}
-        block = EigenKronecker(vectors[0], vectors[1], products(*values), depth)
-        return {}, bases | {"values": self._damped(block, depth, now.damping)}
+            kept: Statistics = {}
+            block: Any = block_of(layer, found | moved)
+        else:
+            moved, kept = {}, bases
+            block = EigenKronecker(vectors[0], vectors[1], products(*values), depth)
+        if isinstance(self.method, Eigh | QR) and not self.method.factored:
+            return moved, kept | {"values": self._damped(block, depth, now.damping)}
+        shifts = self._shifts(unit, found, now.damping)
+        damping = _in_eigenbasis(values, tuple(shifts[side] for side in SIDES))
+        return moved, kept | {"values": block.damped_inverse(damping).values}
+
+    def _shifts(self, unit: Unit, found: Statistics, damping: jax.Array) -> Statistics:
+        """What factored damping adds to the diagonals of a unit's factors."""
+        if not unit.sides:
+            return {}
+        block = Kronecker(found["input"], found["output"], stack_ndim=len(unit.layer.stack))
+        pair = block.factored_damping(damping, relative=self.relative)
+        return dict(zip(SIDES, pair, strict=True))
 
     def _damped(self, block: Any, depth: int, damping: jax.Array) -> jax.Array:
         """The values of a block's damped inverse; all these blocks are linear in them."""
@@ -215,6 +225,13 @@ class Inverses:
         return (
             dataclasses.replace(block, values=values / scale).damped_inverse(damping).values / scale
         )
+
+
+def _in_eigenbasis(values: tuple[jax.Array, ...], shifts: tuple[jax.Array, ...]) -> jax.Array:
+    """What factored damping adds to the eigenvalues a b: (a + s) (b + t) - a b."""
+    a, b = (known(x) for x in values)
+    s, t = (x[..., None, None] for x in shifts)
+    return s * b[..., None, :] + t * (a[..., :, None] + s)
 
 
 def _fields(unit: Unit) -> tuple[str, ...]:

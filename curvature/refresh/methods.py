@@ -5,8 +5,8 @@ found for them and how stale that has become, and may start from it, or leave it
 enough still (`tolerance`).
 
 - `Cholesky` and `NewtonSchulz` invert damped factors: damping is factored with pi.
-- `Eigh` and `QR` find eigenbases, in which damping is exact. Layers with the block `"ekfac"` need a
-  basis: with the other two they get `Eigh`'s.
+- `Eigh` and `QR` find eigenbases, in which damping is exact, or factored as that of the other two.
+  Layers with the block `"ekfac"` need a basis: those two give them `Eigh(factored=True)`'s.
 """
 
 from __future__ import annotations
@@ -103,9 +103,12 @@ class Eigh:
 
     Attributes:
       tolerance: staleness up to which a basis is kept; 0 renews it always.
+      factored: whether factors are damped one by one, as by `Cholesky`: an eigenvalue a b of
+        A (x) B becomes (a + pi sqrt(damping)) (b + sqrt(damping) / pi), and not a b + damping.
     """
 
     tolerance: float = 0.0
+    factored: bool = False
 
     def __post_init__(self) -> None:
         _check_tolerance(self.tolerance)
@@ -131,13 +134,15 @@ class QR:
 
     One step of it, as in SOAP (Vyas et al. 2024), is three matrix products and a QR decomposition,
     for devices on which eigendecompositions are slow; on a CPU it is no faster than `Eigh`. The
-    first basis is `Eigh`'s. Staleness and tolerance are as there.
+    first basis is `Eigh`'s. Staleness, tolerance and damping are as there.
 
     Attributes:
       tolerance: staleness up to which a basis is kept; 0 renews it always.
+      factored: whether factors are damped one by one.
     """
 
     tolerance: float = 0.0
+    factored: bool = False
 
     def __post_init__(self) -> None:
         _check_tolerance(self.tolerance)
