@@ -73,6 +73,21 @@ class LevenbergMarquardt:
         grown = jnp.where(ratio >= self.low, grown, damping / change)
         return jnp.clip(grown, self.minimum, self.maximum)
 
+    def judged(
+        self, damping: jax.Array, ratio: jax.Array, regular: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The next damping after a step on its own batch, and whether the step is not to be taken.
+
+        Args:
+          damping: of the step.
+          ratio: the reduction ratio there; not a number after an overflow.
+          regular: whether it is time to move the damping also after a step that is taken.
+        """
+        rejected = ~(ratio >= -1)
+        grown = self.checked(damping, jnp.where(jnp.isnan(ratio), -jnp.inf, ratio))
+        moved = jnp.where(regular, self.updated(damping, ratio), damping)
+        return jnp.where(rejected, grown, moved), rejected
+
     def is_leap(self, norm: jax.Array, previous: jax.Array) -> jax.Array:
         """Whether a step is so much longer than the one before that it is measured at once."""
         return norm > 2 * previous

@@ -270,18 +270,15 @@ def kfac(
         taken = (by_quadratic_model if by_model else at_rate)(problem, descent, state)
         norm = jnp.sqrt(quadratic.dot(taken.step, taken.step, lam.dtype))
         good = gathered.sound & jnp.isfinite(norm)
-        after, ratio, bad = lam, state.latest.reduction_ratio, jnp.asarray(False)
+        after, ratio, rejected = lam, state.latest.reduction_ratio, jnp.asarray(False)
         predicted = taken.predicted if by_model else state.latest.predicted
         if adapts:
             measure = functools.partial(measured, problem, taken, extra.get("value"))
             regular = (count + 1) % adapts.every == 0
             due = good & (regular | adapts.is_leap(norm, state.latest.update_norm))
             ratio, predicted = when(due, measure, (ratio, predicted))
-            known = jnp.where(predicted < 0, jnp.where(jnp.isnan(ratio), -jnp.inf, ratio), 0)
-            bad = due & (known < -1)
-            after = jnp.where(due & regular, adapts.updated(lam, known), lam)
-            after = jnp.where(bad, adapts.checked(lam, known), after)
-            taken, norm = taken._replace(step=masked(~bad, taken.step)), jnp.where(bad, 0, norm)
+            known = jnp.where(due & (predicted < 0), ratio, 0)
+            after, rejected = adapts.judged(lam, known, regular)
         latest = StepStats(
             taken.rate,
             taken.momentum,
@@ -289,16 +286,17 @@ def kfac(
             ratio,
             predicted,
             fresh,
-            norm,
-            state.latest.rejected + bad.astype(jnp.int32),
+            update_norm=jnp.where(rejected, 0, norm),
+            rejected=state.latest.rejected + rejected.astype(jnp.int32),
         )
+        before = masked(~rejected, taken.step)
         kept = KFACState(
             settled(good, curvature, state.curvature),
             *jax.tree.map(
-                functools.partial(jnp.where, good), (taken.step, after, latest), tuple(state[1:])
+                functools.partial(jnp.where, good), (before, after, latest), tuple(state[1:])
             ),
         )
-        return masked(good, decayed(taken, params, count)), kept
+        return masked(good & ~rejected, decayed(taken, params, count)), kept
 
     def measured(problem: Problem, taken: _Step, value: Any, _: Any) -> tuple[jax.Array, jax.Array]:
         """The reduction ratio of a step on its own batch, and the predicted change."""

@@ -235,6 +235,27 @@ def test_the_damping_grows_by_what_the_step_does_to_the_next_batch(rate, monkeyp
 
 
 @pytest.mark.parametrize(
+    "ratio, regular, expected, rejected",
+    [
+        (0.9, True, 0.5, False),
+        (0.9, False, 1.0, False),
+        (0.1, False, 1.0, False),
+        (-1.0, True, 2.0, False),
+        (-1.1, True, 2.0, True),
+        (-1.1, False, 2.0, True),
+        (-100.0, False, 10.0, True),
+        (np.nan, False, 100.0, True),
+        (-np.inf, True, 100.0, True),
+    ],
+)
+def test_a_step_is_judged_by_its_own_batch(ratio, regular, expected, rejected):
+    lm = LM(initial=1.0, every=1, factor=0.5, maximum=1e3)
+    found = lm.judged(jnp.asarray(1.0), jnp.asarray(ratio), jnp.asarray(regular))
+    np.testing.assert_allclose(found[0], expected, rtol=1e-12)
+    assert found[1] == rejected
+
+
+@pytest.mark.parametrize(
     "ratio, expected",
     [(0.5, 1), (-1, 1), (np.nan, 1), (-1.1, 2), (-100, 10), (-1e9, 100), (-np.inf, 100)],
 )
@@ -250,8 +271,10 @@ def test_a_step_that_its_own_batch_forbids_is_not_taken():
     params, lm = jax.tree.map(lambda p: 0.3 * p, PARAMS), LM(1e-8, every=99, factor=0.99)
     key, grads = jax.random.key(0), jax.grad(loss_fn)(params, X, Y)
 
-    def step(damping, state=None):
-        tx = curvature.kfac(REGISTRY, curvature.QuadraticModel(), damping=damping)
+    def step(damping, state=None, weight_decay=0.0):
+        tx = curvature.kfac(
+            REGISTRY, curvature.QuadraticModel(), damping=damping, weight_decay=weight_decay
+        )
         state = tx.init(params) if state is None else state
         return tx.update(grads, state, params, loss_args=(X, Y), key=key)
 
@@ -259,7 +282,7 @@ def test_a_step_that_its_own_batch_forbids_is_not_taken():
     change = loss_fn(optax.apply_updates(params, wanted), X, Y) - loss_fn(params, X, Y)
     ratio = change / free.stats.predicted
     assert ratio < -10
-    updates, state = step(lm)
+    updates, state = step(lm, weight_decay=1.0)  # nothing is taken of it, no decay either
     assert not flat(updates).any() and not flat(state.previous).any()
     np.testing.assert_allclose(state.stats.reduction_ratio, ratio, rtol=1e-8)
     np.testing.assert_allclose(state.next_damping, lm.initial * np.sqrt(-ratio), rtol=1e-8)
