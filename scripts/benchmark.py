@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         "--steps",
         type=options.positive_int,
         metavar="N",
-        help="of a run (default: the problem's, ten times as many without curvature)",
+        help="of a run (default: the problem's, more without curvature)",
     )
     add(
         "--seconds",
