@@ -28,8 +28,8 @@ PyTree = Any
 class Problem:
     """What is trained; the same for all optimizers.
 
-    `steps` is how long optimizers with curvature train, `first_order_steps` the others: ten times as
-    many, or fewer where K-FAC was not at Adam's loss then and has time left of half of Adam's.
+    `steps` is how long optimizers with curvature train, `first_order_steps` the others: ten times
+    as many, or fewer where K-FAC was not at Adam's loss then and had time left of half of Adam's.
     `family` is the distribution of the targets given the logits: `bernoulli` (sum over pixels, mean
     over images) or `categorical` (mean over labels).
     """
