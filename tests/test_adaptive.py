@@ -271,24 +271,26 @@ def test_a_step_that_its_own_batch_forbids_is_not_taken():
     params, lm = jax.tree.map(lambda p: 0.3 * p, PARAMS), LM(1e-8, every=99, factor=0.99)
     key, grads = jax.random.key(0), jax.grad(loss_fn)(params, X, Y)
 
-    def step(damping, state=None, weight_decay=0.0):
+    def start(damping, weight_decay=0.0):
         tx = curvature.kfac(
             REGISTRY, curvature.QuadraticModel(), damping=damping, weight_decay=weight_decay
         )
-        state = tx.init(params) if state is None else state
-        return tx.update(grads, state, params, loss_args=(X, Y), key=key)
+        options = {"params": params, "loss_args": (X, Y), "key": key}
+        return jax.jit(lambda state: tx.update(grads, state, **options)), tx.init(params)
 
-    wanted, free = step(lm.initial)
+    step, state = start(lm.initial)
+    wanted, free = step(state)
     change = loss_fn(optax.apply_updates(params, wanted), X, Y) - loss_fn(params, X, Y)
     ratio = change / free.stats.predicted
     assert ratio < -10
-    updates, state = step(lm, weight_decay=1.0)  # nothing is taken of it, no decay either
+    step, state = start(lm, weight_decay=1.0)
+    updates, state = step(state)  # nothing is taken of it, no decay either
     assert not flat(updates).any() and not flat(state.previous).any()
     np.testing.assert_allclose(state.stats.reduction_ratio, ratio, rtol=1e-8)
     np.testing.assert_allclose(state.next_damping, lm.initial * np.sqrt(-ratio), rtol=1e-8)
     assert state.stats.rejected == 1 and state.stats.update_norm == 0
     for _ in range(20):  # until the damping is what the batch can bear
-        updates, state = step(lm, state)
+        updates, state = step(state)
     assert flat(updates).any() and 1 < state.stats.rejected < 15
     assert loss_fn(optax.apply_updates(params, updates), X, Y) < loss_fn(params, X, Y)
 
