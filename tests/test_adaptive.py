@@ -255,6 +255,12 @@ def test_a_step_is_judged_by_its_own_batch(ratio, regular, expected, rejected):
     assert found[1] == rejected
 
 
+def test_a_leap_is_more_than_twice_the_step_before():
+    lengths = jnp.asarray([0.0, 1.0, 2.0, 2.1, 1e9])
+    np.testing.assert_array_equal(LM().is_leap(lengths, 1.0), [False, False, False, True, True])
+    assert LM().is_leap(jnp.asarray(1e-9), 0.0)  # the first step
+
+
 @pytest.mark.parametrize(
     "ratio, expected",
     [(0.5, 1), (-1, 1), (np.nan, 1), (-1.1, 2), (-100, 10), (-1e9, 100), (-np.inf, 100)],
