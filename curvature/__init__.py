@@ -16,6 +16,7 @@ from curvature.comparison import Comparison, compare
 from curvature.estimator import EmpiricalFisher, Estimator, Fisher, GaussNewton
 from curvature.kfac import KFACState, KFACStats, ekfac, foof, kfac
 from curvature.preconditioner import CurvatureState, CurvatureStats, scale_by_curvature
+from curvature.progress import check_progress
 from curvature.refresh import QR, Cholesky, Eigh, NewtonSchulz
 from curvature.registry import Layer, LossTag, Registry, register
 from curvature.tags import tag_layer
@@ -46,6 +47,7 @@ __all__ = [
     "NewtonSchulz",
     "QuadraticModel",
     "Registry",
+    "check_progress",
     "compare",
     "ekfac",
     "factors",

@@ -19,6 +19,8 @@ class LevenbergMarquardt:
     is measured on the step's own batch. Where it is below `low`, the model is trusted too far and
     the damping grows by `factor^-every`; above `high` it shrinks by `factor^every`. Where the model
     expects no decrease, as it may of a given rate and momentum, that counts as a ratio of zero.
+    Where what it expects and what happened are both within the rounding of the loss, as they are of
+    a loss with a large part that cannot go down, it is trusted.
 
     A step whose rho is below -1 raises its own batch's loss by more than it was to lower it. It is
     not taken, and the damping grows by sqrt(-rho), at most a hundredfold. A step more than twice as
@@ -67,11 +69,11 @@ class LevenbergMarquardt:
             )
 
     def updated(self, damping: jax.Array, ratio: jax.Array) -> jax.Array:
-        """The next damping; a ratio that is not a number (a loss that overflowed) counts as low."""
+        """The next damping; a ratio that is not a number counts as low."""
         change = jnp.asarray(self.factor, damping.dtype) ** self.every
-        grown = jnp.where(ratio > self.high, damping * change, damping)
-        grown = jnp.where(ratio >= self.low, grown, damping / change)
-        return jnp.clip(grown, self.minimum, self.maximum)
+        moved = jnp.where(ratio > self.high, damping * change, damping)
+        moved = jnp.where(ratio >= self.low, moved, damping / change)
+        return jnp.clip(moved, self.minimum, self.maximum)
 
     def judged(
         self, damping: jax.Array, ratio: jax.Array, regular: jax.Array
@@ -80,7 +82,7 @@ class LevenbergMarquardt:
 
         Args:
           damping: of the step.
-          ratio: the reduction ratio there; not a number after an overflow.
+          ratio: the reduction ratio there, see `objective.Problem.ratio`.
           regular: whether it is time to move the damping also after a step that is taken.
         """
         rejected = ~(ratio >= -1)

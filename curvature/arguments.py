@@ -39,6 +39,16 @@ def check_update(params: PyTree | None, loss_args: Any) -> tuple[PyTree, ...]:
     return tuple(loss_args)
 
 
+def check_state(state: PyTree, kind: type) -> None:
+    """Raises for the state of another transformation."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"The optimizer's state is {type(state).__name__}, expected {kind.__name__}: it is "
+            "another optimizer's. Start from tx.init(params); curvature.with_factors takes the "
+            "statistics over."
+        )
+
+
 def own(state: PyTree) -> PyTree:
     """The state with a buffer of its own for each leaf: a shared one cannot be donated."""
     return jax.tree.map(jnp.copy, state)
@@ -69,10 +79,31 @@ def _masked(params: PyTree) -> list[str]:
 
 def check_range(name: str, value: Any, low: float, high: float) -> None:
     """Raises for a number outside [low, high); arrays under a trace are not looked at."""
+    check_instance(name, value)
     if callable(value) or isinstance(value, jax.core.Tracer):
         return
-    if not low <= float(np.asarray(value)) < high:
+    try:
+        number = float(np.asarray(value))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} is {value!r}, expected a number or a schedule.") from error
+    if not low <= number < high:
         raise ValueError(f"{name} is {value}, expected a number in [{low:g}, {high:g}).")
+
+
+def check_instance(name: str, value: Any) -> None:
+    """Raises for a class where an instance of it is meant."""
+    if isinstance(value, type):
+        raise TypeError(
+            f"{name} is the class {value.__name__}, expected an instance: {value.__name__}()."
+        )
+
+
+def check_transformation(name: str, value: Any) -> None:
+    """Raises for what is no optax transformation; None is none."""
+    if value is not None and not (hasattr(value, "init") and hasattr(value, "update")):
+        called = getattr(value, "__name__", None)
+        hint = f" Call it: {name}={called}(...)." if callable(value) and called else ""
+        raise TypeError(f"{name} is {value!r}, expected an optax transformation.{hint}")
 
 
 def check_period(name: str, value: int, smallest: int = 1) -> None:

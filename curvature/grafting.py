@@ -16,27 +16,32 @@ from curvature.registry import Layer
 PyTree = Any
 
 
-def grafted(layers: Sequence[Layer], direction: PyTree, like: PyTree) -> PyTree:
+def grafted(
+    layers: Sequence[Layer], gradient: PyTree, direction: PyTree, like: PyTree
+) -> tuple[PyTree, jax.Array]:
     """`direction` with every layer's part as long as that of `like`.
 
     Args:
       layers: the layers; each copy in a stack has its own length.
+      gradient: what `direction` is the preconditioned form of, P g.
       direction: a tree like the parameters.
       like: another.
 
     Returns:
-      The rescaled tree; zero outside the layers, and where the direction is.
+      The rescaled tree d, zero outside the layers and where the direction is; and d'P^-1 d.
     """
     leaves, structure = jax.tree.flatten(direction)
-    others = jax.tree.leaves(like)
+    others, gradients = jax.tree.leaves(like), jax.tree.leaves(gradient)
     out = [jnp.zeros_like(leaf) for leaf in leaves]
+    squared = jnp.zeros((), jnp.result_type(float))
     for layer in layers:
         part = layer.gather(leaves)
         axes = tuple(range(len(layer.stack), part.ndim))
         length, wanted = (
             jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True)) for x in (part, layer.gather(others))
         )
-        scaled = part * (wanted / jnp.where(length > 0, length, 1))
-        for leaf, x in layer.scatter(scaled).items():
+        scale = wanted / jnp.where(length > 0, length, 1)
+        squared += jnp.sum(scale**2 * part * layer.gather(gradients)).astype(squared.dtype)
+        for leaf, x in layer.scatter(part * scale).items():
             out[leaf] = out[leaf] + x.astype(out[leaf].dtype)
-    return jax.tree.unflatten(structure, out)
+    return jax.tree.unflatten(structure, out), squared

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,15 @@ import optax
 
 from curvature import quadratic
 from curvature.adaptive import LevenbergMarquardt, QuadraticModel
-from curvature.arguments import ScalarOrSchedule, at, check_range, check_update, own
+from curvature.arguments import (
+    ScalarOrSchedule,
+    at,
+    check_instance,
+    check_range,
+    check_state,
+    check_update,
+    own,
+)
 from curvature.estimator import Fisher, Kind
 from curvature.objective import Objective, Problem, combined, is_zero
 from curvature.preconditioner import (
@@ -29,6 +37,7 @@ from curvature.registry import Registry
 
 PyTree = Any
 _FISHER, _CHOLESKY = Fisher(), Cholesky()
+_KL_CLIP = 1e-3
 
 
 class StepStats(NamedTuple):
@@ -61,6 +70,7 @@ class KFACStats(NamedTuple):
     """What happened: the entries of `CurvatureStats` and of `StepStats`."""
 
     skipped: jax.Array
+    idle: jax.Array
     failed_refreshes: jax.Array
     damping: jax.Array
     staleness: jax.Array
@@ -115,13 +125,14 @@ def kfac(
     l2: ScalarOrSchedule = 0.0,
     weight_decay: ScalarOrSchedule = 0.0,
     weight_decay_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
-    kl_clip: float | None = None,
+    kl_clip: ScalarOrSchedule | Literal["auto"] | None = "auto",
     relative_damping: bool = False,
     decay: float = 0.95,
     burn_in: int = 0,
     accumulate: int = 1,
     statistics_every: int = 5,
     refresh_every: int = 10,
+    warmup_steps: int = 20,
     refresh: Method = _CHOLESKY,
     spread: bool = True,
     graft: optax.GradientTransformation | None = None,
@@ -150,8 +161,10 @@ def kfac(
         by the factor 1 - learning_rate * weight_decay. A number or a schedule.
       weight_decay_mask: which parameters that shrinks, as `optax.add_decayed_weights` takes it.
       kl_clip: bound on 1/2 v'Gv, the change of the model's predictions as a KL divergence: a longer
-        step is shortened. With a given learning rate it is taken of the part without momentum, and
-        as the blocks see it. None: no bound.
+        step is shortened (Osawa et al. 2023; Ba et al. 2017). With a given learning rate it is
+        taken of the part without momentum, and as the blocks see it. A number, a schedule, or None
+        for no bound. `"auto"` is 1e-3 with a given learning rate, without which a rate that is too
+        large loses the run, and None with `QuadraticModel()`, which chooses the length itself.
       relative_damping: as `scale_by_curvature` takes it, and all that follow; not with damping or
         rates by the quadratic model, which knows one damping for all.
       decay: weight of the past in the average of the statistics.
@@ -159,6 +172,7 @@ def kfac(
       accumulate: micro-batches for a step. The quadratic model looks at the last one alone.
       statistics_every: steps between statistics.
       refresh_every: steps in which every inverse is renewed once.
+      warmup_steps: steps at the start that all take statistics and renew every inverse.
       refresh: how inverses are renewed.
       spread: whether each of these steps renews a part of them.
       graft: whose update gives the lengths.
@@ -188,9 +202,12 @@ def kfac(
     check_range("momentum", momentum, 0.0, 1.0)
     check_range("l2", l2, 0.0, float("inf"))
     check_range("weight_decay", weight_decay, 0.0, float("inf"))
+    check_instance("learning_rate", learning_rate)
     by_model, adapts = isinstance(learning_rate, QuadraticModel), None
     if not by_model:
         check_range("learning_rate", learning_rate, 0.0, float("inf"))
+    if kl_clip == "auto":
+        kl_clip = None if by_model else _KL_CLIP
     if kl_clip is not None:
         check_range("kl_clip", kl_clip, 0.0, float("inf"))
     given: Any = damping
@@ -211,14 +228,16 @@ def kfac(
         accumulate=accumulate,
         statistics_every=statistics_every,
         refresh_every=refresh_every,
+        warmup_steps=warmup_steps,
         refresh=refresh,
         spread=spread,
         graft=graft,
         max_factor_dim=max_factor_dim,
         fallback=fallback,
     )
-    objective = Objective(registry, l2)
-    decays = optax.masked(optax.add_decayed_weights(1.0), weight_decay_mask or _everything)
+    objective = Objective(registry, kind, l2)
+    mask = _everything if weight_decay_mask is None else weight_decay_mask
+    decays = optax.masked(optax.add_decayed_weights(1.0), mask)
 
     def init(params: PyTree) -> KFACState:
         curvature = preconditioner.init(params)
@@ -232,6 +251,7 @@ def kfac(
         updates: PyTree, state: KFACState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, KFACState]:
         args = check_update(params, extra.pop("loss_args", None))
+        check_state(state, KFACState)
         key = extra.pop("key", None)
         lam = extra.pop("damping", None if adapts else given)
         gathered = preconditioner.gathered(updates, state.curvature, params, args, key)
@@ -259,7 +279,7 @@ def kfac(
             due = (count > 0) & (by_model | (count % adapts.every == 0))
             lam, fresh = when(due, check, (lam, fresh))
             problem = problem._replace(lam=lam)
-        direction, curvature = preconditioner.direction(
+        direction, squared, curvature = preconditioner.direction(
             gathered._replace(gradient=problem.gradient),
             state.curvature,
             params,
@@ -267,7 +287,7 @@ def kfac(
             extra,
         )
         descent = jax.tree.map(jnp.negative, direction)
-        taken = (by_quadratic_model if by_model else at_rate)(problem, descent, state)
+        taken = (by_quadratic_model if by_model else at_rate)(problem, descent, squared, state)
         norm = jnp.sqrt(quadratic.dot(taken.step, taken.step, lam.dtype))
         good = gathered.sound & jnp.isfinite(norm)
         after, ratio, rejected = lam, state.latest.reduction_ratio, jnp.asarray(False)
@@ -291,7 +311,7 @@ def kfac(
         )
         before = masked(~rejected, taken.step)
         kept = KFACState(
-            settled(good, curvature, state.curvature),
+            settled(good, curvature, state.curvature, ~rejected),
             *jax.tree.map(
                 functools.partial(jnp.where, good), (before, after, latest), tuple(state[1:])
             ),
@@ -303,7 +323,7 @@ def kfac(
         lam, predicted = problem.lam, taken.predicted
         if not by_model:
             predicted = problem.model([taken.step])(jnp.ones(1, predicted.dtype)).astype(lam.dtype)
-        return problem.change(taken.step, value) / predicted, predicted
+        return problem.ratio(taken.step, predicted, value), predicted
 
     def checked(
         problem: Problem, state: KFACState, adapts: LevenbergMarquardt, value: Any, _: Any
@@ -311,29 +331,31 @@ def kfac(
         """The damping after what the step before did to this batch, and that ratio."""
         back = jax.tree.map(jnp.negative, state.previous)
         predicted = state.latest.predicted
-        ratio = -problem.change(back, value) / predicted
+        ratio = problem.ratio(back, -predicted, value)
         return adapts.checked(problem.lam, jnp.where(predicted < 0, ratio, 0)), ratio
 
     def decayed(taken: _Step, params: PyTree, count: jax.Array) -> PyTree:
         """The step with decoupled weight decay."""
         if is_zero(weight_decay):
             return taken.step
-        scale = -taken.rate * at(weight_decay, count, taken.rate)
+        rate = taken.rate / taken.clipped  # the rate that was asked for
+        scale = -rate * at(weight_decay, count, rate)
         shrunk, _ = decays.update(jax.tree.map(jnp.zeros_like, params), decays.init(params), params)
         return combined((jnp.ones_like(scale), scale), (taken.step, shrunk))
 
-    def at_rate(problem: Problem, descent: PyTree, state: KFACState) -> _Step:
+    def at_rate(problem: Problem, descent: PyTree, squared: jax.Array, state: KFACState) -> _Step:
         """The step of a given learning rate and momentum."""
         lam, count = problem.lam, state.curvature.step
         rate, beta = at(learning_rate, count, lam), at(momentum, count, lam)
         clip = jnp.ones_like(lam)
         if kl_clip is not None:
-            # Of v = -rate (G + lam I)^-1 g, v'(G + lam I)v is rate^2 g'(G + lam I)^-1 g.
-            clip = _clip(kl_clip, -(rate**2) * quadratic.dot(problem.gradient, descent, lam.dtype))
+            clip = _clip(at(kl_clip, count, lam), rate**2 * squared)
         step = combined((rate * clip, beta), (descent, state.previous))
         return _Step(step, rate * clip, beta, clip, jnp.zeros_like(lam))
 
-    def by_quadratic_model(problem: Problem, descent: PyTree, state: KFACState) -> _Step:
+    def by_quadratic_model(
+        problem: Problem, descent: PyTree, squared: jax.Array, state: KFACState
+    ) -> _Step:
         """The step of the rate and momentum that the quadratic model likes best."""
         lam = problem.lam
         directions = [descent] if is_zero(momentum) else [descent, state.previous]
@@ -341,7 +363,8 @@ def kfac(
         best = found.minimiser()
         clip = jnp.ones_like(lam)
         if kl_clip is not None:
-            clip = _clip(kl_clip, found.length(best).astype(lam.dtype))
+            bound = at(kl_clip, state.curvature.step, lam)
+            clip = _clip(bound, found.length(best).astype(lam.dtype))
             best = best * clip.astype(best.dtype)
         rate, *others = best.astype(lam.dtype)
         beta = others[0] if others else jnp.zeros_like(rate)
@@ -392,7 +415,7 @@ def foof(
 ekfac.__signature__ = foof.__signature__ = inspect.signature(kfac)  # type: ignore[attr-defined]
 
 
-def _clip(bound: float, length: jax.Array) -> jax.Array:
+def _clip(bound: jax.Array, length: jax.Array) -> jax.Array:
     """What shortens a step v with v'Gv = length to 1/2 v'Gv <= bound."""
     return jnp.sqrt(2 * bound / jnp.maximum(length, 2 * bound))
 

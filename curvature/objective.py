@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from curvature import quadratic
 from curvature.arguments import ScalarOrSchedule, at
+from curvature.estimator import Kind
 from curvature.registry import Registry
 
 PyTree = Any
@@ -23,6 +25,7 @@ class Objective:
     """What is trained on: the loss, and 1/2 l2 |params|^2."""
 
     registry: Registry
+    kind: Kind
     l2: ScalarOrSchedule
 
     def at(
@@ -32,13 +35,14 @@ class Objective:
         l2 = at(self.l2, count, lam)
         if not is_zero(self.l2):
             gradient = combined((jnp.ones_like(l2), l2), (gradient, params))
-        return Problem(self.registry, params, args, gradient, lam, l2)
+        return Problem(self.registry, self.kind, params, args, gradient, lam, l2)
 
 
 class Problem(NamedTuple):
     """The objective at the parameters and the batch of one step; `gradient` is the objective's."""
 
     registry: Registry
+    kind: Kind
     params: PyTree
     args: tuple[PyTree, ...]
     gradient: PyTree
@@ -54,18 +58,38 @@ class Problem(NamedTuple):
         """The damped quadratic model along some directions."""
         loss_fn, has_aux = self.registry.loss_fn, self.registry.has_aux
         return quadratic.along(
-            loss_fn, has_aux, self.params, self.args, self.gradient, steps, self.damping
+            loss_fn,
+            has_aux,
+            self.params,
+            self.args,
+            self.gradient,
+            steps,
+            self.damping,
+            self.kind,
         )
 
-    def change(self, step: PyTree, value: jax.Array | None) -> jax.Array:
-        """What a step changes the objective by; `value` is the loss without it, if known."""
+    def ratio(self, step: PyTree, predicted: jax.Array, value: jax.Array | None) -> jax.Array:
+        """What a step changes the objective by, relative to what was predicted.
+
+        Both count with an allowance for the rounding of the loss, so that the model is trusted
+        where they are within it (Conn, Gould and Toint 2000, section 17.4.2). -inf where the loss
+        overflows.
+
+        Args:
+          step: a tree like the parameters.
+          predicted: the expected change.
+          value: the loss without the step, if known.
+        """
         before = self._loss(self.params) if value is None else value
         moved = optax.apply_updates(self.params, step)
         dtype = self.l2.dtype
         # 1/2 |w + v|^2 - 1/2 |w|^2 without the difference of large numbers.
         doubled = jax.tree.map(lambda w, v: 2 * w + v, self.params, step)
         penalty = self.l2 * quadratic.dot(doubled, step, dtype) / 2
-        return self._loss(moved).astype(dtype) - before.astype(dtype) + penalty
+        change = self._loss(moved).astype(dtype) - before.astype(dtype) + penalty
+        noise = 10 * float(np.finfo(before.dtype).eps) * jnp.abs(before).astype(dtype)
+        noise = jnp.where(predicted < 0, -noise, noise)
+        return jnp.where(jnp.isnan(change), -jnp.inf, (change + noise) / (predicted + noise))
 
     def _loss(self, params: PyTree) -> jax.Array:
         out = self.registry.loss_fn(params, *self.args)

@@ -20,15 +20,21 @@ from curvature.arguments import (
     check_not_masked,
     check_period,
     check_range,
+    check_state,
+    check_transformation,
     check_update,
     own,
 )
 from curvature.estimator import Estimator, Fisher, Kind
 from curvature.estimator.bases import BASES
 from curvature.grafting import grafted
+from curvature.precision import accumulator
+from curvature.quadratic import dot
 from curvature.refresh import Arrays, Cholesky, Inverses, Method, Now, Refreshed
 from curvature.refresh.control import finite, when
-from curvature.registry import Registry
+from curvature.registry import Layer, Registry
+from curvature.trees import difference, different_shape
+from curvature.uncovered import scaled, set_apart, typical
 
 PyTree = Any
 _FISHER, _CHOLESKY = Fisher(), Cholesky()
@@ -39,6 +45,8 @@ class CurvatureStats(NamedTuple):
 
     Attributes:
       skipped: steps skipped because the gradient, the statistics or the update was not finite.
+      idle: steps in a row, up to the latest, that were not taken: skipped, or rejected by `kfac`.
+        `curvature.check_progress` looks at it.
       failed_refreshes: refreshes in which some inverse was not finite, so that the previous one was
         kept.
       damping: the damping of the latest refresh.
@@ -47,6 +55,7 @@ class CurvatureStats(NamedTuple):
     """
 
     skipped: jax.Array
+    idle: jax.Array
     failed_refreshes: jax.Array
     damping: jax.Array
     staleness: jax.Array
@@ -92,6 +101,7 @@ def scale_by_curvature(
     accumulate: int = 1,
     statistics_every: int = 1,
     refresh_every: int = 1,
+    warmup_steps: int = 20,
     refresh: Method = _CHOLESKY,
     spread: bool = True,
     graft: optax.GradientTransformation | None = None,
@@ -118,9 +128,9 @@ def scale_by_curvature(
     Args:
       registry: what is in the model, from `curvature.register`.
       kind: what is averaged: `Fisher`, `EmpiricalFisher` or `GaussNewton`.
-      damping: added to the curvature; a number or a schedule of the step count. Exactly under
-        `Eigh()` and `QR()`, factored otherwise in Kronecker blocks, corrected ones among them
-        (Martens and Grosse 2015).
+      damping: added to the curvature; a number or a schedule of the step count. Factored in
+        Kronecker blocks, corrected ones among them (Martens and Grosse 2015), but exactly under
+        `Eigh(factored=False)` and `QR(factored=False)`.
       relative_damping: whether damping is a multiple of every block's mean eigenvalue.
       decay: weight of the past in the exponential average of the statistics, in [0, 1).
       burn_in: calls at the start that only average statistics: their updates are zero.
@@ -129,6 +139,8 @@ def scale_by_curvature(
         would leave the statistics to the last micro-batch.
       statistics_every: steps between statistics.
       refresh_every: steps in which every inverse is renewed once.
+      warmup_steps: steps at the start that all take statistics and renew every inverse: the
+        curvature of a new net may grow a thousandfold in ten steps.
       refresh: how: `Cholesky()`, `NewtonSchulz()`, `Eigh()` or `QR()`.
       spread: whether each of these steps renews a part of the inverses; else the first one all.
       graft: a transformation such as `optax.scale_by_adam()`, whose update gives the length of
@@ -155,6 +167,7 @@ def scale_by_curvature(
         accumulate=accumulate,
         statistics_every=statistics_every,
         refresh_every=refresh_every,
+        warmup_steps=warmup_steps,
         refresh=refresh,
         spread=spread,
         graft=graft,
@@ -173,12 +186,13 @@ def scale_by_curvature(
         **extra: Any,
     ) -> tuple[PyTree, CurvatureState]:
         args = check_update(params, loss_args)
+        check_state(state, CurvatureState)
         gathered = preconditioner.gathered(updates, state, params, args, key)
 
         def act(carry: tuple[PyTree, CurvatureState]) -> tuple[PyTree, CurvatureState]:
             _, state = carry
             lam = at(damping, state.step, state.stats.damping)
-            direction, new = preconditioner.direction(gathered, state, params, lam, extra)
+            direction, _, new = preconditioner.direction(gathered, state, params, lam, extra)
             good = gathered.sound & finite(direction)
             return masked(good, direction), settled(good, new, state)
 
@@ -215,9 +229,11 @@ class Preconditioner:
     accumulate: int
     statistics_every: int
     refresh_every: int
+    warmup_steps: int
     graft: optax.GradientTransformationExtraArgs | None
     rest: optax.GradientTransformationExtraArgs
     left: PyTree
+    uncovered: tuple[Layer, ...]
 
     @classmethod
     def create(cls, registry: Registry, kind: Kind, **options: Any) -> Preconditioner:
@@ -226,18 +242,24 @@ class Preconditioner:
         check_range("decay", options["decay"], 0.0, 1.0)
         for name in ("accumulate", "statistics_every", "refresh_every"):
             check_period(name, options[name])
-        check_period("burn_in", options["burn_in"], smallest=0)
+        for name in ("burn_in", "warmup_steps"):
+            check_period(name, options[name], smallest=0)
         refresh = options["refresh"]
         if not isinstance(refresh, Method):
             raise TypeError(
                 f"refresh is {refresh!r}, expected Cholesky(), NewtonSchulz(), Eigh() or QR()."
             )
         fallback, graft = options["fallback"], options["graft"]
+        check_transformation("fallback", fallback)
+        check_transformation("graft", graft)
+        excluded = registry.excluded
+        registry, uncovered = set_apart(registry)
         if fallback is not None:
             registry = registry.without_generic()
+            excluded = registry.excluded
         estimator = Estimator(registry, kind, options["max_factor_dim"])
         turns = options["refresh_every"] if options["spread"] else 1
-        left = jax.tree.unflatten(jax.tree.structure(registry.params), registry.excluded)
+        left = jax.tree.unflatten(jax.tree.structure(registry.params), excluded)
         return cls(
             estimator,
             Inverses(estimator, refresh, turns, options["relative_damping"]),
@@ -246,9 +268,11 @@ class Preconditioner:
             options["accumulate"],
             options["statistics_every"],
             options["refresh_every"],
+            options["warmup_steps"],
             None if graft is None else optax.with_extra_args_support(graft),
             optax.with_extra_args_support(optax.masked(fallback or optax.identity(), left)),
             left,
+            uncovered,
         )
 
     def init(self, params: PyTree) -> CurvatureState:
@@ -263,12 +287,28 @@ class Preconditioner:
             inverse=self.inverses.zeros(),
             refreshed=jnp.zeros((), bool),
             micro=zero,
-            gradient=jax.tree.map(jnp.zeros_like, params) if self.accumulate > 1 else (),
+            gradient=jax.tree.map(_wide_zeros, params) if self.accumulate > 1 else (),
             fallback=self.rest.init(params),
             graft=() if self.graft is None else self.graft.init(params),
-            stats=CurvatureStats(zero, zero, scalar, scalar),
+            stats=CurvatureStats(zero, zero, zero, scalar, scalar),
         )
         return own(state)
+
+    @functools.cached_property
+    def _expected(self) -> CurvatureState:
+        """The shapes of a state."""
+        return jax.eval_shape(self.init, self.estimator.registry.params)
+
+    def check(self, state: CurvatureState) -> None:
+        """Raises for a state of other blocks, another method of refresh, ..."""
+        differs = difference(state, self._expected) or different_shape(state, self._expected)
+        if differs is not None:
+            raise ValueError(
+                f"The optimizer's state is another configuration's: {differs}. Give the "
+                "transformation the blocks, refresh, accumulate, graft and fallback that the state "
+                "was made with, or start from tx.init(params); curvature.with_factors takes "
+                "statistics over."
+            )
 
     def gathered(
         self,
@@ -279,6 +319,7 @@ class Preconditioner:
         key: jax.Array | None,
     ) -> Gathered:
         """Averages statistics and gathers gradients, until there is a step to take."""
+        self.check(state)
         averages, weight, sound = self._averaged(finite(gradient), state, params, args, key)
         state = state._replace(statistics=averages, weight=weight)
         due: jax.Array | bool = True
@@ -287,12 +328,15 @@ class Preconditioner:
             state = state._replace(step=jnp.where(due, state.step, state.step + 1))
         if self.accumulate > 1:
             one, ready = 1 / self.accumulate, due
-            gradient = jax.tree.map(
-                lambda total, g: jnp.where(ready, total + g * one, total), state.gradient, gradient
+            summed = jax.tree.map(
+                lambda total, g: jnp.where(ready, total + g.astype(total.dtype) * one, total),
+                state.gradient,
+                gradient,
             )
             micro = jnp.where(ready, state.micro + 1, state.micro)
             due = micro == self.accumulate
-            left = jax.tree.map(lambda g: jnp.where(due, jnp.zeros_like(g), g), gradient)
+            left = jax.tree.map(lambda g: jnp.where(due, jnp.zeros_like(g), g), summed)
+            gradient = jax.tree.map(lambda total, g: total.astype(g.dtype), summed, gradient)
             state = state._replace(micro=jnp.where(due, 0, micro), gradient=left)
         return Gathered(state, gradient, due, sound)
 
@@ -303,18 +347,28 @@ class Preconditioner:
         params: PyTree,
         damping: jax.Array,
         extra: dict[str, Any],
-    ) -> tuple[PyTree, CurvatureState]:
-        """The preconditioned gradient, and the state after the step; neither may be finite."""
+    ) -> tuple[PyTree, jax.Array, CurvatureState]:
+        """The preconditioned gradient d, d'(G + damping I)d, and the state after the step.
+
+        The second is as the blocks see it, with 1 / `typical` in the place of G where there are
+        none. None of them need be finite.
+        """
         state = self._refreshed(state, damping, gathered.sound)
-        gradient = gathered.gradient
+        gradient, graft = gathered.gradient, state.graft
         direction = self.inverses.operator(state.statistics, state.inverse) @ gradient
-        others, fallback = self.rest.update(gradient, state.fallback, params, **extra)
-        graft = state.graft
-        if self.graft is not None:
+        squared = dot(gradient, direction, damping.dtype)
+        scale = typical(gradient, direction, squared)
+        if self.graft is None:
+            apart = scaled(self.uncovered, gradient, scale)
+        else:
             like, graft = self.graft.update(gradient, state.graft, params, **extra)
-            direction = grafted(self.estimator.layers, direction, like)
-        direction = jax.tree.map(lambda out, o, d: o if out else d, self.left, others, direction)
-        return direction, state._replace(step=state.step + 1, fallback=fallback, graft=graft)
+            direction, squared = grafted(self.estimator.layers, gradient, direction, like)
+            apart, _ = grafted(self.uncovered, gradient, gradient, like)
+        left, fallback = self.rest.update(gradient, state.fallback, params, **extra)
+        others = jax.tree.map(lambda out, x, y: x if out else y, self.left, left, apart)
+        squared = squared.astype(damping.dtype) + dot(others, others, damping.dtype) / scale
+        state = state._replace(step=state.step + 1, fallback=fallback, graft=graft)
+        return jax.tree.map(jnp.add, direction, others), squared, state
 
     def _averaged(
         self,
@@ -350,7 +404,7 @@ class Preconditioner:
 
         due: jax.Array | bool = True
         if self.statistics_every > 1:
-            due = (state.step % self.statistics_every == 0) | (state.step < 0)
+            due = (state.step % self.statistics_every == 0) | (state.step < self.warmup_steps)
         return when(due, sample, (state.statistics, state.weight, sound))
 
     def _refreshed(
@@ -358,6 +412,7 @@ class Preconditioner:
     ) -> CurvatureState:
         """Renews the inverses whose turn it is; all of them where there are none yet."""
         first = ~state.refreshed
+        early = first | (state.step < self.warmup_steps)
         now = Now(state.weight, damping, first, restart=first & (state.step <= 0))
         statistics, inverse = dict(state.statistics), dict(state.inverse)
         acted = failed = jnp.asarray(False)
@@ -365,7 +420,7 @@ class Preconditioner:
         for turn, group in enumerate(self.inverses.schedule):
             if not group:
                 continue
-            due = sound & (first | (state.step % self.refresh_every == turn))
+            due = sound & (early | (state.step % self.refresh_every == turn))
             old = Refreshed(*self.inverses.part(turn, statistics, inverse), failed, staleness)
             act = functools.partial(self.inverses.refresh, turn, state.statistics, now)
             moved, new, failed, staleness = when(due, act, old)
@@ -382,21 +437,36 @@ class Preconditioner:
         )
 
 
-def settled(good: jax.Array, new: CurvatureState, old: CurvatureState) -> CurvatureState:
-    """The state after a step, or after a skipped one: what depends on the gradient as before."""
+def settled(
+    good: jax.Array, new: CurvatureState, old: CurvatureState, taken: jax.Array | bool = True
+) -> CurvatureState:
+    """The state after a step, or after a skipped one: what depends on the gradient as before.
+
+    Args:
+      good: whether the step is not skipped.
+      new: the state with the step.
+      old: the state before it.
+      taken: whether a step that is not skipped is taken.
+    """
 
     def choose(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(good, new, old)
 
     skipped = old.stats.skipped + jnp.where(good, 0, 1).astype(jnp.int32)
+    idle = jnp.where(good & taken, 0, old.stats.idle + 1)
     return new._replace(
         step=choose(new.step, old.step),
         fallback=jax.tree.map(choose, new.fallback, old.fallback),
         graft=jax.tree.map(choose, new.graft, old.graft),
-        stats=new.stats._replace(skipped=skipped),
+        stats=new.stats._replace(skipped=skipped, idle=idle),
     )
 
 
 def masked(good: jax.Array, tree: PyTree) -> PyTree:
     """The tree, or zeros."""
     return jax.tree.map(lambda x: jnp.where(good, x, jnp.zeros_like(x)), tree)
+
+
+def _wide_zeros(x: jax.Array) -> jax.Array:
+    """Zeros in which many small numbers can be added up."""
+    return jnp.zeros(x.shape, accumulator(x.dtype))

@@ -17,10 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvature.outputs import linearise
+from curvature.estimator import Fisher, Kind
+from curvature.losses import Targets
+from curvature.outputs import Output, linearise
 from curvature.precision import HIGHEST, accumulator
 
 PyTree = Any
+_FISHER = Fisher()
 
 
 class Quadratic(NamedTuple):
@@ -61,8 +64,13 @@ def along(
     gradient: PyTree,
     directions: Sequence[PyTree],
     damping: jax.Array,
+    kind: Kind = _FISHER,
 ) -> Quadratic:
-    """The quadratic model of a loss along directions; G is its Fisher matrix.
+    """The quadratic model of a loss along directions.
+
+    G is the exact matrix of a kind of curvature: the Fisher or the Gauss-Newton matrix, by the
+    kind's metric if it has one. For the empirical Fisher, which is no second-order model of a loss,
+    it is the Fisher.
 
     Args:
       loss_fn: a loss function with tagged losses, `loss_fn(params, *args)`.
@@ -72,6 +80,7 @@ def along(
       gradient: of the loss, or of the loss plus what else is trained on (weight decay).
       directions: trees like `params`.
       damping: lam.
+      kind: whose G it is.
     """
     found = linearise(loss_fn, has_aux, params, args)
     dtype = accumulator(*(leaf.dtype for leaf in jax.tree.leaves(params)))
@@ -79,15 +88,25 @@ def along(
     count = len(directions)
     matrix = jnp.zeros((count, count), dtype)
     for i, output in enumerate(found.outputs):
-        z = output.z.astype(dtype)
-        weights = jnp.abs(output.weights.astype(dtype))
-        weights = weights.reshape(weights.shape + (1,) * len(output.event))
-        us = [t[i].astype(dtype) for t in tangents]
-        products = [weights * output.tag.loss.fisher_mvp(u, z, output.targets) for u in us]
-        matrix += jnp.stack([jnp.stack([jnp.sum(p * u) for u in us]) for p in products])
+        us = [_rooted(kind, output, t[i].astype(dtype)) for t in tangents]
+        matrix += jnp.stack([jnp.stack([jnp.sum(u * v) for u in us]) for v in us])
     dots = jnp.stack([jnp.stack([dot(a, b, dtype) for a in directions]) for b in directions])
     linear = jnp.stack([dot(gradient, d, dtype) for d in directions])
     return Quadratic(linear, matrix + damping.astype(dtype) * dots)
+
+
+def _rooted(kind: Kind, output: Output, u: jax.Array) -> jax.Array:
+    """S' sqrt(w) u: its inner products are u'G_z u, weighted."""
+    weights = jnp.sqrt(jnp.abs(output.weights.astype(u.dtype)))
+    weighted = weights.reshape(weights.shape + (1,) * len(output.event)) * u
+
+    def transposed(z: jax.Array, targets: Targets, u: jax.Array) -> jax.Array:
+        (out,) = jax.linear_transpose(lambda v: kind.root(output.tag.loss, v, z, targets), u)(u)
+        return out
+
+    for _ in output.tag.lead:  # a metric sees the outputs of one iteration
+        transposed = jax.vmap(transposed)
+    return transposed(output.z.astype(u.dtype), output.targets, weighted)
 
 
 def dot(one: PyTree, other: PyTree, dtype: Any) -> jax.Array:

@@ -457,7 +457,8 @@ def test_ekfac_trains_through_kfac():
         damping=damping,
         decay=decay,
         refresh_every=2,
-        refresh=curvature.Eigh(),
+        refresh=curvature.Eigh(factored=False),
+        warmup_steps=0,
         spread=False,
     )
     update, run = jax.jit(tx.update), jax.jit(estimator.statistics)

@@ -104,7 +104,7 @@ def test_a_step_on_linear_least_squares_is_newtons(name, kind):
         return loss({"w": flat[:6].reshape(3, 2), "b": flat[6:]}, x, y)
 
     registry = curvature.register(loss, params, x, y)
-    tx = curvature.kfac(registry, 1.0, momentum=0.0, damping=TINY, kind=kind)
+    tx = curvature.kfac(registry, 1.0, momentum=0.0, damping=TINY, kind=kind, kl_clip=None)
 
     @jax.jit
     def step(params):
@@ -273,8 +273,9 @@ def test_the_default_kind_is_the_fisher_with_one_sample(key):
 def test_momentum_and_learning_rate():
     """As optax's `trace` after the preconditioner, and by hand: v <- direction + momentum v."""
     settings = {"damping": 0.01, "decay": 0.9, "statistics_every": 2, "refresh_every": 1}
+    settings["warmup_steps"] = 0
     precondition = curvature.scale_by_curvature(REGISTRY, **settings)
-    tx = curvature.kfac(REGISTRY, 0.1, 0.7, **settings)
+    tx = curvature.kfac(REGISTRY, 0.1, 0.7, kl_clip=None, **settings)
     update, direct = jax.jit(tx.update), jax.jit(precondition.update)
     params = parameters()
     state, inner = tx.init(params), precondition.init(params)
@@ -292,7 +293,7 @@ def test_momentum_and_learning_rate():
         all_close(updates, jax.tree.map(lambda v: -0.1 * v, optax_velocity), 1e-12)
         params = optax.apply_updates(params, updates)
         all_close(state.curvature, inner, 1e-12)
-        equal(tuple(state.stats[:4]), tuple(state.curvature.stats))
+        equal(tuple(state.stats[:5]), tuple(state.curvature.stats))
 
 
 def schedule(function):
@@ -309,7 +310,8 @@ def test_schedules_of_learning_rate_and_damping():
     """Both count the same steps, from zero."""
     rate = schedule(optax.piecewise_constant_schedule(0.5, {1: 0.1, 3: 0.5}))
     damping = schedule(optax.linear_schedule(0.1, 0.01, 3))
-    tx = curvature.kfac(REGISTRY, rate, 0.0, damping, kind=EXACT, decay=0.0, refresh_every=1)
+    options = {"kind": EXACT, "decay": 0.0, "refresh_every": 1, "kl_clip": None}
+    tx = curvature.kfac(REGISTRY, rate, 0.0, damping, **options)
     params, data, grads, statistics = one_step()
     state = tx.init(params)
     update = jax.jit(tx.update)
@@ -324,8 +326,9 @@ def test_schedules_of_learning_rate_and_damping():
 def test_hyperparameters_can_be_injected():
     """`optax.inject_hyperparams` passes traced numbers; one may be changed between steps."""
     static = ("statistics_every", "refresh_every", "burn_in", "accumulate", "max_factor_dim")
+    static += ("warmup_steps",)
     make = optax.inject_hyperparams(curvature.kfac, static_args=static)
-    tx = make(REGISTRY, learning_rate=0.1, damping=0.01, decay=0.9, kind=EXACT)
+    tx = make(REGISTRY, learning_rate=0.1, damping=0.01, decay=0.9, kind=EXACT, kl_clip=None)
     params, data, grads, statistics = one_step()
     state = tx.init(params)
     state.hyperparams["damping"] = jnp.asarray(0.5)
@@ -433,7 +436,8 @@ def test_gradients_of_excluded_parameters_pass_unchanged_or_go_to_the_fallback()
 
 def test_kfac_applies_momentum_and_learning_rate_to_the_fallback_too():
     registry, params, data, grads = fallback_setting()
-    tx = curvature.kfac(registry, 0.1, 0.5, kind=EXACT, fallback=optax.scale(2.0))
+    options = {"kind": EXACT, "kl_clip": None}
+    tx = curvature.kfac(registry, 0.1, 0.5, fallback=optax.scale(2.0), **options)
     update, state = jax.jit(tx.update), tx.init(params)
     for total in (1.0, 1.5):
         updates, state = update(grads, state, params, loss_args=(data,))
@@ -446,7 +450,7 @@ def test_the_fallback_gets_the_extra_arguments():
 
     fallback = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
     registry, params, data, grads = fallback_setting()
-    tx = curvature.kfac(registry, 1.0, 0.0, kind=EXACT, fallback=fallback)
+    tx = curvature.kfac(registry, 1.0, 0.0, kind=EXACT, fallback=fallback, kl_clip=None)
     updates, _ = tx.update(grads, tx.init(params), params, loss_args=(data,), value=5.0)
     close(updates["s"], -5.0 * grads["s"], 1e-15)
 
@@ -571,13 +575,14 @@ OPTIMIZERS = {
 
 @functools.cache
 def optimizer(name, every):
-    tx = OPTIMIZERS[name](damping=1e-3, statistics_every=every, refresh_every=every)
+    periods = {"statistics_every": every, "refresh_every": every, "warmup_steps": 0}
+    tx = OPTIMIZERS[name](damping=1e-3, **periods)
     return tx, jax.jit(tx.update)
 
 
 def without_skipped(state):
     curvature_state = getattr(state, "curvature", state)
-    stats = curvature_state.stats._replace(skipped=0)
+    stats = curvature_state.stats._replace(skipped=0, idle=0)
     curvature_state = curvature_state._replace(stats=stats)
     if hasattr(state, "curvature"):
         return state._replace(curvature=curvature_state)

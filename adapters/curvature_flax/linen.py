@@ -10,6 +10,8 @@ import optax
 from flax import struct
 from flax.training import train_state
 
+from curvature.progress import stop_if_idle
+
 
 class TrainState(train_state.TrainState):
     """`flax.training.train_state.TrainState` for optimizers that look at the loss.
@@ -20,6 +22,9 @@ class TrainState(train_state.TrainState):
 
     Attributes:
       model_state: the other variable collections (`batch_stats`, ...), as `apply` returns them.
+      stop_after: a step fails with an error where this library's optimizer took none of so many
+        steps before it, as after a run has diverged; None: never. The error comes from a callback,
+        which keeps the program out of JAX's persistent compilation cache.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, curvature
     >>> from curvature_flax.linen import TrainState
@@ -38,6 +43,7 @@ class TrainState(train_state.TrainState):
     """
 
     model_state: Any = struct.field(pytree_node=True, default_factory=dict)
+    stop_after: int | None = struct.field(pytree_node=False, default=20)
 
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> TrainState:
         """One step of the optimizer.
@@ -59,4 +65,7 @@ class TrainState(train_state.TrainState):
             tx = optax.with_extra_args_support(tx)
         update = functools.partial(tx.update, **extra)
         bound = self.replace(tx=optax.GradientTransformation(tx.init, update))
-        return super(TrainState, bound).apply_gradients(grads=grads, **fields).replace(tx=self.tx)
+        new = super(TrainState, bound).apply_gradients(grads=grads, **fields).replace(tx=self.tx)
+        if self.stop_after is not None:
+            stop_if_idle(new.opt_state, self.stop_after)
+        return new

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import optax
 from flax import nnx
 
 import curvature
+from curvature.progress import stop_if_idle
 
 
 def register(
@@ -52,6 +54,8 @@ def register(
     >>> train_step(model, optimizer, x, y, jax.random.key(0)).shape
     ()
     """
+    model = nnx.clone(model)  # without what it may have sown: the loss sows anew
+    nnx.pop(model, nnx.Intermediate)
     graph, params, rest = nnx.split(model, wrt, ...)
 
     def pure_loss(params: Any, rest: Any, *args: Any) -> Any:
@@ -75,7 +79,24 @@ class Optimizer(nnx.Optimizer):
         state = nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
         loss, grads = nnx.value_and_grad(loss_fn)(model, batch)
         optimizer.update(model, grads, loss_args=(state, batch), key=key)
+
+    Attributes:
+      stop_after: a step fails with an error where the optimizer took none of so many steps before
+        it, as after a run has diverged; None: never. The error comes from a callback, which keeps
+        the program out of JAX's persistent compilation cache.
     """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        tx: optax.GradientTransformation,
+        *,
+        wrt: Any,
+        stop_after: int | None = 20,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, tx, wrt=wrt, **kwargs)
+        self.stop_after = stop_after
 
     def update(
         self, model: Any, grads: Any, /, *, loss_args: tuple[Any, ...], **kwargs: Any
@@ -91,5 +112,8 @@ class Optimizer(nnx.Optimizer):
         Returns:
           The updates that were applied.
         """
-        _, _, rest = nnx.split(model, self.wrt, ...)
-        return super().update(model, grads, loss_args=(rest, *loss_args), **kwargs)
+        _, _, _, rest = nnx.split(model, self.wrt, nnx.Intermediate, ...)
+        updates = super().update(model, grads, loss_args=(rest, *loss_args), **kwargs)
+        if self.stop_after is not None:
+            stop_if_idle(nnx.as_pure(self.opt_state), self.stop_after)
+        return updates

@@ -18,6 +18,7 @@ from curvature.blocks.identity import Identity
 from curvature.blocks.kronecker import Kronecker
 from curvature.precision import accumulator
 from curvature.registry import Layer
+from curvature.trees import difference
 
 PyTree = Any
 
@@ -103,11 +104,9 @@ class BlockDiagonal:
 
     def _map(self, apply: Callable[[Block, jax.Array], jax.Array], tree: PyTree) -> PyTree:
         leaves, structure = jax.tree.flatten(tree)
-        if structure != self.structure:
-            raise ValueError(
-                f"The operator acts on trees of the parameters' structure {self.structure}, "
-                f"found {structure}."
-            )
+        differs = difference(tree, jax.tree.unflatten(self.structure, [0] * len(leaves)))
+        if differs is not None:
+            raise ValueError(f"The operator acts on trees like the parameters: {differs}.")
         self._check_shapes(leaves)
         parts = [apply(self.blocks[layer.name], layer.gather(leaves)) for layer in self.layers]
         out = self._scatter(parts)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from curvature.estimator.evaluate import Sweep, evaluate
 from curvature.estimator.kinds import Draw
 from curvature.estimator.rows import output_rows
-from curvature.losses import Targets
+from curvature.losses import OutputLoss, Targets
 from curvature.registry import Layer, LossTag
 from curvature.registry.registry import Analysis
 from curvature.registry.taps import Contraction
@@ -41,6 +41,11 @@ class _Anything:
 
     def cotangent(self, tag: LossTag, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
         return jax.random.normal(draw, z.shape, z.dtype)
+
+    def root(
+        self, loss: OutputLoss, vector: jax.Array, z: jax.Array, targets: Targets
+    ) -> jax.Array:
+        return vector
 
 
 def alive_rows(

@@ -54,10 +54,19 @@ class Estimator:
     max_factor_dim: int = 8192
 
     def __post_init__(self) -> None:
+        if not isinstance(self.registry, Registry):
+            raise TypeError(
+                f"registry is {self.registry!r}, expected what curvature.register(loss_fn, params, "
+                "batch) returns."
+            )
         if isinstance(self.kind, type):
             raise TypeError(
                 f"kind is the class {self.kind.__name__}, expected an instance: "
                 f"{self.kind.__name__}()."
+            )
+        if not isinstance(self.kind, Kind):
+            raise TypeError(
+                f"kind is {self.kind!r}, expected Fisher(), EmpiricalFisher() or GaussNewton()."
             )
 
     @property
@@ -119,6 +128,8 @@ class Estimator:
                 f"{self.kind} needs a random key here: pass key=jax.random.key(...). Sampling "
                 "needs one, and so does every kind where some parameters are generic."
             )
+        if key is not None and not hasattr(key, "dtype"):
+            raise TypeError(f"key is {key!r}, expected a random key: jax.random.key({key!r}).")
         if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)  # a key of jax.random.PRNGKey
         known = None if bases is None else self._checked(bases)

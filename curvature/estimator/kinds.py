@@ -26,19 +26,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvature.losses import Targets
+from curvature.losses import OutputLoss, Targets
 from curvature.metrics import Metric
 from curvature.registry import LossTag
 
 Draw = Any  # the randomness or selection of one loss tag in one pass: a pytree of arrays
 
 
+@runtime_checkable
 class Kind(Protocol):
     """A source of output cotangents."""
 
@@ -62,6 +63,12 @@ class Kind(Protocol):
 
     def cotangent(self, tag: LossTag, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
         """The cotangent v at z, for units of weight one."""
+        ...
+
+    def root(
+        self, loss: OutputLoss, vector: jax.Array, z: jax.Array, targets: Targets
+    ) -> jax.Array:
+        """S v for a square S with S S' = G_z: what the quadratic model of a step measures by."""
         ...
 
 
@@ -126,9 +133,15 @@ class GaussNewton:
             vector = _column(tag, draw, z)
         else:
             vector = jax.random.rademacher(draw, z.shape, z.dtype)
+        return self.root(tag.loss, vector, z, targets)
+
+    def root(
+        self, loss: OutputLoss, vector: jax.Array, z: jax.Array, targets: Targets
+    ) -> jax.Array:
+        """See `Kind`."""
         if self.metric is not None:
             return self.metric.root(z, vector)
-        return tag.loss.root(vector, z, targets)
+        return loss.root(vector, z, targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +181,14 @@ class Fisher:
     def cotangent(self, tag: LossTag, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
         """See `Kind`."""
         if self.samples is None:
-            return tag.loss.fisher_root(_column(tag, draw, z), z, targets)
+            return self.root(tag.loss, _column(tag, draw, z), z, targets)
         return tag.loss.sampled_score(draw, z, targets)
+
+    def root(
+        self, loss: OutputLoss, vector: jax.Array, z: jax.Array, targets: Targets
+    ) -> jax.Array:
+        """See `Kind`."""
+        return loss.fisher_root(vector, z, targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +224,12 @@ class EmpiricalFisher:
     def cotangent(self, tag: LossTag, draw: Draw, z: jax.Array, targets: Targets) -> jax.Array:
         """See `Kind`."""
         return _signed(draw, tag, tag.loss.score(z, targets))
+
+    def root(
+        self, loss: OutputLoss, vector: jax.Array, z: jax.Array, targets: Targets
+    ) -> jax.Array:
+        """That of the Fisher: the empirical one is no second-order model of the loss."""
+        return loss.fisher_root(vector, z, targets)
 
 
 def _check_count(name: str, count: int | None) -> None:

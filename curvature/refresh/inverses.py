@@ -30,6 +30,7 @@ from curvature.linalg import diagonal
 from curvature.refresh.batches import Job, Key, Solved, solved
 from curvature.refresh.control import finite
 from curvature.refresh.methods import QR, Eigh, Method
+from curvature.refresh.plain import plain
 from curvature.refresh.turns import SIDES, Unit, dealt, units
 
 Arrays = dict[str, Statistics]
@@ -147,7 +148,8 @@ class Inverses:
         for name, (moved, new) in layers.items():
             good = finite(_telling(new))
             failed |= ~good
-            inverse[name] = _replaced(inverse[name], new, good)
+            kept = _replaced(inverse[name], self._plain(name, found[name], now, new), now.first)
+            inverse[name] = _replaced(kept, new, good)
             if moved:
                 moved["values"] *= now.weight.astype(moved["values"].dtype)
                 moving[name] = _replaced(moving[name], moved, good)
@@ -205,6 +207,13 @@ class Inverses:
         shifts = self._shifts(unit, found, now.damping)
         damping = _in_eigenbasis(values, tuple(shifts[side] for side in SIDES))
         return moved, kept | {"values": block.damped_inverse(damping).values}
+
+    def _plain(self, name: str, found: Statistics, now: Now, fields: Statistics) -> Statistics:
+        """What `plain` gives for some fields of a layer's inverse."""
+        (layer,) = (x for x in self.estimator.layers if x.name == name)
+        shifts = self._shifts(Unit(layer, SIDES if layer.factored else (), 0), found, now.damping)
+        arrays = plain(layer, found, shifts, now.damping)
+        return {field: arrays[field].astype(x.dtype) for field, x in fields.items()}
 
     def _shifts(self, unit: Unit, found: Statistics, damping: jax.Array) -> Statistics:
         """What factored damping adds to the diagonals of a unit's factors."""

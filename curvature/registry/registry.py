@@ -19,6 +19,7 @@ from curvature.registry.layers import EXCLUDED, Layer
 from curvature.registry.plan import LossTag, Plan, settle
 from curvature.registry.twin import more_examples
 from curvature.registry.views import View
+from curvature.trees import difference
 
 PyTree = Any
 
@@ -333,13 +334,20 @@ def _check_scalar(loss: Any) -> None:
         )
 
 
+_ADAPTERS = (
+    " For a model of Flax NNX use curvature_flax.nnx.Optimizer, which adds the model's state to "
+    "loss_args; for Flax linen curvature_flax.linen.TrainState; for a transformed Haiku function "
+    "curvature_haiku.register."
+)
+
+
 def _check_tree(name: str, found: PyTree, expected: PyTree, *, exact: bool) -> None:
     """Raises where a tree is not of the registered kind, naming the first difference."""
-    have: Any = jax.tree.structure(found)
-    want: Any = jax.tree.structure(expected)
-    if have != want:
+    differs = difference(found, expected)
+    if differs is not None:
         raise ValueError(
-            f"{name} has another structure than was registered: found {have}, expected {want}."
+            f"{name} has another structure than was registered: {differs}. Pass trees like those "
+            f"given to register.{_ADAPTERS}"
         )
     pairs = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
     for (path, leaf), shape in pairs:

@@ -1,0 +1,79 @@
+"""A run that takes no steps any more, noticed by its loop."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from curvature.preconditioner import CurvatureState
+
+PyTree = Any
+
+
+def check_progress(state: PyTree, limit: int = 20) -> None:
+    """Raises where an optimizer took none of its latest steps, as after a run has diverged.
+
+    A step is not taken where its gradient, its statistics or its update is not finite, or where
+    `LevenbergMarquardt` rejects it. One such step may be an accident; many in a row are a run that
+    is lost. To be called outside of `jit`: it waits for the state.
+
+        for i in range(steps):
+            params, opt_state = step(params, opt_state, batch, key)
+            curvature.check_progress(opt_state)
+
+    Args:
+      state: the state of `kfac`, `scale_by_curvature`, or of a transformation made of them.
+      limit: so many steps in a row are accepted.
+
+    Raises:
+      RuntimeError: more than `limit` steps in a row were not taken.
+
+    >>> import jax.numpy as jnp, curvature
+    >>> def loss_fn(params, x):
+    ...     return curvature.losses.l2_loss(x @ params["w"]).mean()
+    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.ones((4, 2))
+    >>> tx = curvature.kfac(curvature.register(loss_fn, params, x), 0.1)
+    >>> curvature.check_progress(tx.init(params))
+    """
+    for idle, skipped in jax.device_get(_streaks(state)):
+        _check(idle, skipped, limit)
+
+
+def stop_if_idle(state: PyTree, limit: int) -> None:
+    """`check_progress` inside of `jit`, for adapters: the call on the device fails.
+
+    By a callback to the host, in a branch that is taken after that many idle steps alone. Programs
+    with callbacks are not kept in JAX's persistent compilation cache.
+
+    Args:
+      state: as `check_progress` takes it; nothing happens where there is none of these in it.
+      limit: so many steps in a row are accepted.
+    """
+    check = functools.partial(_check, limit=limit)
+    for idle, skipped in _streaks(state):
+        late = jnp.any(idle > limit)
+        jax.lax.cond(
+            late, lambda *xs: jax.debug.callback(check, *xs), lambda *_: None, idle, skipped
+        )
+
+
+def _check(idle: Any, skipped: Any, limit: int) -> None:
+    idle, skipped = np.max(idle), np.max(skipped)  # of several runs, under vmap
+    if idle > limit:
+        raise RuntimeError(
+            f"The optimizer took none of its latest {idle} steps (of all its steps, {skipped} were "
+            "skipped because something was not finite). The run has most likely diverged, and its "
+            "parameters are lost: go on from an earlier checkpoint with a lower learning rate, "
+            "more damping, or a smaller bound on the length of a step (kl_clip)."
+        )
+
+
+def _streaks(state: PyTree) -> list[tuple[jax.Array, jax.Array]]:
+    """(`idle`, `skipped`) of every optimizer in a tree of states."""
+    parts = jax.tree.leaves(state, is_leaf=lambda part: isinstance(part, CurvatureState))
+    found = [part for part in parts if isinstance(part, CurvatureState)]
+    return [(part.stats.idle, part.stats.skipped) for part in found]

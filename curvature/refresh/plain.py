@@ -1,0 +1,58 @@
+"""An inverse for a layer whose first one cannot be had: a multiple of the identity.
+
+Without damping a factor may be singular, and its Cholesky factorisation fails. An inverse that was
+there before is kept; at first there is none, and a layer with zeros in its place would not move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from curvature.blocks import block_of
+from curvature.blocks.block import safe_power
+from curvature.estimator.bases import identity
+from curvature.estimator.factors import Statistics
+from curvature.linalg import diagonal
+from curvature.refresh.turns import SIDES
+from curvature.registry import Layer
+
+
+def plain(
+    layer: Layer, found: Statistics, shifts: Mapping[str, jax.Array], damping: jax.Array
+) -> Statistics:
+    """The arrays of 1 / (mean eigenvalue + damping) times the identity.
+
+    Args:
+      layer: the layer.
+      found: its statistics.
+      shifts: what factored damping adds to its factors' diagonals; empty without factors.
+      damping: what is added to the curvature of a block without factors.
+    """
+    depth = len(layer.stack)
+    if not layer.factored:
+        curvature = block_of(layer, found).diagonal()
+        axes = tuple(range(depth, curvature.ndim))
+        inverse = safe_power(jnp.mean(curvature, axis=axes) + damping, -1.0)
+        values = found["values"]
+        spread = inverse.reshape(inverse.shape + (1,) * (values.ndim - depth))
+        if layer.block == "dense":
+            spread = spread * jnp.eye(values.shape[-1], dtype=values.dtype)
+        return {"values": jnp.broadcast_to(spread, values.shape)}
+    sides = {}
+    for side in SIDES:
+        factor = found[side]
+        entries = factor if factor.ndim == depth + 1 else diagonal(factor)
+        sides[side] = safe_power(jnp.mean(entries, axis=-1) + shifts[side], -1.0)
+    both = (sides["input"] * sides["output"])[..., None, None]
+    inverses = {side: _scaled(found[side], sides[side], depth) for side in SIDES}
+    return inverses | identity(found, depth) | {"values": jnp.broadcast_to(both, layer.shape)}
+
+
+def _scaled(like: jax.Array, scale: jax.Array, depth: int) -> jax.Array:
+    """A multiple of the identity for every copy, as a matrix or as its diagonal."""
+    if like.ndim == depth + 1:
+        return jnp.broadcast_to(scale[..., None], like.shape)
+    return scale[..., None, None] * jnp.eye(like.shape[-1], dtype=like.dtype)

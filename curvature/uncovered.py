@@ -1,0 +1,58 @@
+"""Parameters without curvature: what they step by.
+
+No tagged loss depends on them: an auxiliary head whose loss is not tagged, learned weights of
+losses, rows of a table that only a penalty sees. Divided by the damping, which is all there is of
+their curvature, their gradient would be a step of any length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvature.quadratic import dot
+from curvature.registry import Layer, Registry
+from curvature.registry.layers import EXCLUDED
+
+PyTree = Any
+
+
+def set_apart(registry: Registry) -> tuple[Registry, tuple[Layer, ...]]:
+    """The registry without the layers that have no curvature, and those layers."""
+    found = tuple(x for x in registry.layers if x.uses == 0 and x.block != EXCLUDED)
+    layers = tuple(
+        dataclasses.replace(x, block=EXCLUDED) if x in found else x for x in registry.layers
+    )
+    return dataclasses.replace(registry, layers=layers), found
+
+
+def typical(gradient: PyTree, direction: PyTree, squared: jax.Array) -> jax.Array:
+    """The multiple of the identity that stands for the inverse curvature P where there is none.
+
+    g'Pg / g'g over the parameters with curvature: what sees the gradient there as P does. 1 where
+    that gradient is zero.
+
+    Args:
+      gradient: g.
+      direction: P g, zero where there is no curvature.
+      squared: g'Pg.
+    """
+    seen = jax.tree.map(lambda g, d: jnp.where(d != 0, g, 0), gradient, direction)
+    length = dot(seen, seen, squared.dtype)
+    good = (length > 0) & (squared > 0)
+    return jnp.where(good, squared, 1) / jnp.where(good, length, 1)
+
+
+def scaled(layers: Sequence[Layer], gradient: PyTree, scale: jax.Array) -> PyTree:
+    """`scale` times the gradient in the layers; zero elsewhere."""
+    gradients, structure = jax.tree.flatten(gradient)
+    leaves = [jnp.zeros_like(g) for g in gradients]
+    for layer in layers:
+        part = layer.gather(gradients)
+        for leaf, x in layer.scatter(part * scale.astype(part.dtype)).items():
+            leaves[leaf] = leaves[leaf] + x.astype(leaves[leaf].dtype)
+    return jax.tree.unflatten(structure, leaves)
