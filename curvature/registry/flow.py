@@ -151,7 +151,7 @@ def may_mask(equation: _jax.Equation, after: Sequence[bool], *, looped: bool) ->
     name = equation.primitive.name
     others = [v for v, depends in zip(equation.invars, after, strict=True) if not depends]
     fixed = not looped or all(isinstance(v, Literal) for v in others)
-    if fixed and all(v.aval.size == 1 for v in equation.invars):
+    if not equation.outvars or (fixed and all(v.aval.size == 1 for v in equation.invars)):
         return False
     if name in ("mul", "div"):
         return len(others) != 1 or others[0].aval.size != 1 or not fixed

@@ -306,12 +306,14 @@ def _check_pure(jaxpr: _jax.Jaxpr) -> None:
     for equation in jaxpr.equations:
         for inner in _jax.nested(equation):
             _check_pure(inner)
-        if _jax.has_side_effect(equation) and not _jax.nested(equation):
-            name, where = equation.primitive.name, _jax.location(equation)
+        effect = None if _jax.nested(equation) else _jax.side_effect(equation)
+        if effect is not None:
+            instead = "return what you need as aux instead, or move the effect out of the loss"
+            if effect.startswith("debug"):
+                instead = "print with ordered=False"
             raise ValueError(
-                f"The loss function has a side effect, {name} at {where}. "
-                "Curvature evaluates it once more: return what you need as aux instead, or move "
-                "the effect out of the loss."
+                f"The loss function has a side effect, {effect} at {_jax.location(equation)}. "
+                f"Curvature evaluates it once more, for many vectors at a time: {instead}."
             )
 
 
