@@ -222,8 +222,8 @@ def _contraction(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.A
 
     def backward(kept: Any, g: jax.Array) -> Any:
         x, w, token, known = kept
-        dx = None
-        if not isinstance(how, Lookup):
+        dx = None  # for indices, and for whole numbers, which have no gradient
+        if not isinstance(how, Lookup) and jnp.issubdtype(x.dtype, jnp.inexact):
             (dx,) = jax.linear_transpose(lambda y: apply(y, w), x)(g)
         return dx, None, _statistics(layer, use, x, g, token, known), None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,10 +64,11 @@ def assemble(
             layers.append(generic(path, rest, reason, 0, "#rest"))
             members.append([])
     names = _names(layers)
-    for layer, group in zip(layers, members, strict=True):
+    for name, group in zip(names, members, strict=True):
         for use in group:
-            use.layer = names[layer.name]
-    return tuple(dataclasses.replace(layer, name=names[layer.name]) for layer in layers)
+            use.layer = name
+    pairs = zip(layers, names, strict=True)
+    return tuple(dataclasses.replace(layer, name=name) for layer, name in pairs)
 
 
 def groups_of(uses: Sequence[Use]) -> list[list[Use]]:
@@ -206,14 +208,32 @@ def _joint(
     return len(same) == len(biases) and reasons[first.source] is None
 
 
-def _names(layers: Sequence[Layer]) -> dict[str, str]:
+def _names(layers: Sequence[Layer]) -> list[str]:
     """Shortens a weight's path to the path of its module where no other layer shares it."""
-    modules = {layer.name: layer.name.partition("#")[0].rpartition("/")[0] for layer in layers}
-    members = collections.Counter(modules.values())
-    nested = {"/".join(m.split("/")[:n]) for m in modules.values() for n in range(m.count("/") + 1)}
-    names = {}
-    for layer in layers:
-        module = modules[layer.name]
+    modules = [layer.name.partition("#")[0].rpartition("/")[0] for layer in layers]
+    members = collections.Counter(modules)
+    nested = {"/".join(m.split("/")[:n]) for m in modules for n in range(m.count("/") + 1)}
+    names = []
+    for layer, module in zip(layers, modules, strict=True):
         alone = layer.structured and members[module] == 1 and module not in nested
-        names[layer.name] = module if alone and module else layer.name
+        names.append(module if alone and module else layer.name)
+    return _apart(names, layers)
+
+
+def _apart(names: list[str], layers: Sequence[Layer]) -> list[str]:
+    """Names made unique: paths print alike where keys have slashes, or are 0 and "0".
+
+    Such layers are named by the keys of their first parameter, `['a/b']['c']`, and numbered where
+    even these are alike.
+    """
+    count = collections.Counter(names)
+    for i, layer in enumerate(layers):
+        if count[names[i]] > 1:
+            _, mark, number = layer.name.rpartition("#")
+            names[i] = layer.parameters[0] + (mark + number if mark else "")
+    taken: set[str] = set()
+    for i, name in enumerate(names):
+        numbered = (f"{name}~{n}" for n in itertools.count(2))
+        names[i] = next(n for n in itertools.chain([name], numbered) if n not in taken)
+        taken.add(names[i])
     return names
