@@ -31,7 +31,8 @@ class Finder:
         self.blocked: list[str] = []  # what no gradient can pass, with the parameters before it
         self.masked = False  # whether the weight of some unit of a loss may be zero
         self.stopped: set[Any] = set()  # sources of views that met stop_gradient
-        self._loops: list[tuple[int, int]] = []  # (scan's id, length) around the current equation
+        self._loops: list[tuple[int, int]] = []  # (scan, length) around the current equation
+        self._scans = 0  # number of scans met: each is known by its number in the walk
         self._branches = 0  # number of conds around the current equation
         self._shards = 0  # number of shard_maps around the current equation
         self._callers: list[str] = []  # locations of the calls around the current equation
@@ -139,11 +140,14 @@ class Finder:
         cut = [b and not a for a, b in zip(after[call.skip :], inside_after, strict=True)]
         step = Step(equation, (*[False] * call.skip, *cut), call)
         step.gate = None if any(after) else meet.gate(equation)  # where nothing is found inside
+        if call.kind == "scan":
+            step.scan = self._scans
+            self._scans += 1
         inside = self._enter(step, call, values, operands_live, frame)
         varies = [frame.varies(v) for v in equation.invars[call.skip :]]
         if call.kind == "scan":
             varies = [any(varies)] * len(varies)  # a carry may vary from the second step on
-            self._loops.append((id(equation), equation.params["length"]))
+            self._loops.append((step.scan, equation.params["length"]))
         self._shards += call.kind == "shard_map"
         self._branches += call.kind == "cond"
         self._callers.append(self._where(equation))
@@ -194,7 +198,7 @@ class Finder:
             if i < call.num_consts:
                 inside.append(None if isinstance(value, Product) else value)
             elif scanned and isinstance(value, View) and not value.curved:
-                inside.append(value.pushed(id(step.equation)))
+                inside.append(value.pushed(step.scan))
             else:
                 if (
                     live[i]

@@ -163,7 +163,7 @@ def build(group: Sequence[Use], paths: Sequence[Any], suffix: str) -> Layer:
 
 def generic(path: Any, view: View, reason: str, uses: int, suffix: str = "") -> Layer:
     """The layer of a parameter, or of some of its entries, without structure."""
-    name, text = slashed(path) or "parameters", jax.tree_util.keystr(path)
+    name, text = slashed(path), jax.tree_util.keystr(path)
     return Layer(name + suffix, "generic", (text,), "diagonal", reason, uses, (view,))
 
 
@@ -196,5 +196,5 @@ def _common(names: Sequence[Sequence[str]]) -> int:
 
 
 def slashed(path: Any) -> str:
-    """A key path with slashes."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    """A key path with slashes; `parameters` for a tree that is a single array."""
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "parameters"

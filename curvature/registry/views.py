@@ -55,7 +55,8 @@ class View:
       source_shape: the shape of the source.
       shape: the shape of the view, stacked axes in front.
       moves: the chain from the source to the view.
-      stack: the scans that slice the leading axes, outermost first.
+      stack: the numbers of the scans that slice the leading axes, outermost first. They are the
+        same in every trace of one function: views are static parts of operators.
       scale: the constant that multiplies the entries. No part of the map: a view selects.
       curved: whether what is met is an elementwise function of the entries.
     """
@@ -64,7 +65,7 @@ class View:
     source_shape: Shape
     shape: Shape
     moves: tuple[Move, ...] = ()
-    stack: tuple[Any, ...] = ()
+    stack: Shape = ()
     scale: float = 1.0
     curved: bool = False
 
@@ -119,7 +120,7 @@ class View:
         """The view of entries multiplied by a constant."""
         return dataclasses.replace(self, scale=self.scale * factor)
 
-    def pushed(self, scan: Any) -> View:
+    def pushed(self, scan: int) -> View:
         """The view inside the body of a scan that slices its leading inner axis."""
         return dataclasses.replace(self, stack=(*self.stack, scan))
 
