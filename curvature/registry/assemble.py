@@ -59,9 +59,10 @@ def assemble(
             layers.append(build(group, paths, suffix))
             members.append(group)
         rest = remainder(_held(met, leaf))
-        if rest is not None:
+        for number, view in enumerate(rest):
             reason = "no curvature: these entries do not meet the data"
-            layers.append(generic(path, rest, reason, 0, "#rest"))
+            suffix = f"#rest{number}" if len(rest) > 1 else "#rest"
+            layers.append(generic(path, view, reason, 0, suffix))
             members.append([])
     names = _names(layers)
     for name, group in zip(names, members, strict=True):
@@ -129,7 +130,7 @@ def _obstacles(met: BySource, stopped: set[int]) -> dict[Any, str | None]:
     families = [(s, {v.source for v in s.view().leaves()}) for s in joined]
     for source, leaves in families:
         views = [group[0].view for group in groups_of(met[source])]
-        if reasons[source] is None and remainder(views) is not None:
+        if reasons[source] is None and remainder(views):
             reasons[source] = f"concatenated and used in part: {met[source][0].reason}"
         if reasons[source] is None and any(overlap(_held(met, leaf)) for leaf in leaves):
             reasons[source] = f"concatenated and used elsewhere, too: {met[source][0].reason}"
