@@ -298,4 +298,4 @@ def test_data_in_a_closure_has_its_batch_in_front():
 
     registry = curvature.register(closed, parameters())
     assert kinds(registry) == kinds(REGISTRY)
-    assert not registry.batch_found and "leading axes are taken" in str(registry)
+    assert not registry.batch_found and "axes of the batch's size" in str(registry)

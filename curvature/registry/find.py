@@ -146,7 +146,9 @@ class Finder:
         inside = self._enter(step, call, values, operands_live, frame)
         varies = [frame.varies(v) for v in equation.invars[call.skip :]]
         if call.kind == "scan":
-            varies = [any(varies)] * len(varies)  # a carry may vary from the second step on
+            carried = range(call.num_consts, call.num_consts + call.num_carry)
+            # A carry may vary from the second step on.
+            varies = [v or (i in carried and any(varies)) for i, v in enumerate(varies)]
             self._loops.append((step.scan, equation.params["length"]))
         self._shards += call.kind == "shard_map"
         self._branches += call.kind == "cond"
@@ -157,9 +159,10 @@ class Finder:
         first = [frame.first(v) for v in equation.invars[call.skip :]]
         if call.kind == "scan" and {"reshape", "transpose"} <= meet.primitives(equation):
             # A carry may come out of the body in another order than it went in.
-            carried = range(call.num_consts, call.num_consts + call.num_carry)
             first = [f and i not in carried for i, f in enumerate(first)]
-        inputs = Inputs(inside, inside_after, varies, first, growth=growth, examples=examples)
+        inputs = Inputs(
+            inside, inside_after, varies, first, frame.closure, growth=growth, examples=examples
+        )
         walked = [
             self.walk(b, t, inputs, out_live) for b, t in zip(call.bodies, bodies, strict=True)
         ]

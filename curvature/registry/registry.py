@@ -17,7 +17,7 @@ from curvature.registry.find import Finder
 from curvature.registry.frame import Inputs
 from curvature.registry.layers import EXCLUDED, Layer
 from curvature.registry.plan import LossTag, Plan, settle
-from curvature.registry.twin import more_examples
+from curvature.registry.twin import batch_size, more_examples
 from curvature.registry.views import View
 
 PyTree = Any
@@ -59,7 +59,8 @@ class Registry:
       params: shapes and dtypes of the parameters.
       args: shapes and dtypes of the other arguments.
       batch_found: whether batch axes were found by tracing with one more example; where that is
-        impossible, the leading axis of everything that depends on the data is taken for it.
+        impossible, an axis of the batch's size, or else the leading one, of everything that depends
+        on the data is taken for it.
     """
 
     layers: tuple[Layer, ...]
@@ -170,7 +171,8 @@ class Registry:
         """
         _check_tree("params", params, self.params, exact=True)
         _check_tree("loss_args", args, self.args, exact=False)
-        analysis = _analyse(self.loss_fn, self.has_aux, params, args)
+        search = self.batch_found
+        analysis = _analyse(self.loss_fn, self.has_aux, params, args, search=search)
         found = [(x.name, x.kind, x.shape) for x in analysis.layers]
         expected = [(x.name, x.kind, x.shape) for x in self.layers]
         if found != expected:
@@ -231,8 +233,14 @@ def register(
 
 
 def _analyse(
-    loss_fn: Callable[..., Any], has_aux: bool, params: PyTree, args: tuple[PyTree, ...]
+    loss_fn: Callable[..., Any],
+    has_aux: bool,
+    params: PyTree,
+    args: tuple[PyTree, ...],
+    *,
+    search: bool = True,
 ) -> Analysis:
+    """Traces a loss; `search` for a larger batch, unless there is none to be had."""
     jaxpr, out = _jax.trace(loss_fn, params, *args)
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(
@@ -244,13 +252,17 @@ def _analyse(
     shapes = [tuple(leaf.shape) for _, leaf in leaves]
     rest = len(jaxpr.invars) - len(leaves)
     finder = Finder([jax.tree_util.keystr(path) for path, _ in leaves])
-    twin, growth, examples = more_examples(loss_fn, params, args, jaxpr)
+    twin, growth, examples, closure = None, 1, 1, False
+    if search:
+        twin, growth, examples = more_examples(loss_fn, params, args, jaxpr)
+    if twin is None:
+        examples, closure = batch_size(jaxpr, args)
     inputs = Inputs(
         values=[*(View.of(i, shape) for i, shape in enumerate(shapes)), *[None] * rest],
         after=[False] * len(jaxpr.invars),
         varies=[False] * len(leaves) + [True] * rest,
         first=[True] * len(jaxpr.invars),
-        closure=rest == 0,
+        closure=closure,
         growth=growth,
         examples=examples,
     )

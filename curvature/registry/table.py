@@ -43,7 +43,8 @@ def render(layers: Sequence[Layer], losses: Sequence[LossTag], batch_found: bool
         text.append(f"loss {tag.name} on {times}[{shape}] at {tag.location}")
     if not batch_found:
         text.append(
-            "The loss could not be traced with one more example: leading axes are taken for the "
-            "batch (it matters to blocks of per-example gradients and to kronecker_reduce only)."
+            "The loss could not be traced with one more example: axes of the batch's size, or else "
+            "leading axes, are taken for the batch (it matters to blocks of per-example gradients "
+            "and to kronecker_reduce only)."
         )
     return "\n".join(text)
