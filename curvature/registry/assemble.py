@@ -16,8 +16,31 @@ from curvature.registry.views import Joined, Shape, View, overlap, remainder
 BySource = dict[Any, list[Use]]  # by leaf, and by leaves joined
 
 
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """Which leaves have a gradient.
+
+    Attributes:
+      reached: leaves that a gradient of the loss reaches.
+      beside: those that one reaches that no tagged loss covers (`terms`).
+      stopped: leaves that met `stop_gradient`.
+    """
+
+    reached: frozenset[int]
+    beside: frozenset[int]
+    stopped: frozenset[int]
+
+    def without_use(self, leaf: int) -> str:
+        """Why a leaf that no tagged loss depends on has no curvature."""
+        if leaf in self.reached:
+            return "no curvature: its gradient does not come from a tagged loss's predictions"
+        if leaf in self.stopped:
+            return "no curvature: it is only used under stop_gradient"
+        return "no curvature: the loss does not depend on it"
+
+
 def assemble(
-    uses: Sequence[Use], paths: Sequence[Any], shapes: Sequence[Shape], stopped: set[int]
+    uses: Sequence[Use], paths: Sequence[Any], shapes: Sequence[Shape], gradients: Gradients
 ) -> tuple[Layer, ...]:
     """Groups uses into layers, in the order of the parameters, and names each use's layer.
 
@@ -25,7 +48,7 @@ def assemble(
       uses: all uses of parameters that a tagged loss depends on.
       paths: the key path of each leaf.
       shapes: the shape of each leaf.
-      stopped: leaves that met `stop_gradient`.
+      gradients: which leaves have one.
     """
     met: BySource = {i: [] for i in range(len(paths))}
     for use in uses:
@@ -41,7 +64,7 @@ def assemble(
             met[source] = tagged + others
     for found in met.values():
         _orient(found)
-    reasons = _settle_biases(met, stopped)
+    reasons = _settle_biases(met, gradients)
     layers: list[Layer] = []
     members: list[list[Use]] = []
     for leaf, path in enumerate(paths):
@@ -49,7 +72,9 @@ def assemble(
         reason = reasons[leaf]
         if reason is not None:
             whole = View.of(leaf, shapes[leaf])
-            layers.append(generic(path, whole, reason, sum(len(met[s]) for s in sources)))
+            count = sum(len(met[s]) for s in sources)
+            reached = leaf in gradients.reached
+            layers.append(generic(path, whole, reason, count, reached=reached))
             members.append([])
             continue
         mine = [s for s in sources if s == leaf or next(s.view().leaves()).source == leaf]
@@ -62,7 +87,8 @@ def assemble(
         for number, view in enumerate(rest):
             reason = "no curvature: these entries do not meet the data"
             suffix = f"#rest{number}" if len(rest) > 1 else "#rest"
-            layers.append(generic(path, view, reason, 0, suffix))
+            reached = leaf in gradients.beside
+            layers.append(generic(path, view, reason, 0, suffix, reached=reached))
             members.append([])
     names = _names(layers)
     for name, group in zip(names, members, strict=True):
@@ -118,14 +144,12 @@ def _orient(met: list[Use]) -> None:
                 break
 
 
-def _obstacles(met: BySource, stopped: set[int]) -> dict[Any, str | None]:
+def _obstacles(met: BySource, gradients: Gradients) -> dict[Any, str | None]:
     """Why each source is generic, None where it is not: leaves that are joined share their fate."""
     reasons = {source: _obstacle(found) for source, found in met.items()}
     for source in met:
         if isinstance(source, int) and len(_sources(met, source)) == 1 and not met[source]:
-            how = "it is only used under stop_gradient"
-            why = how if source in stopped else "no tagged loss depends on it"
-            reasons[source] = f"no curvature: {why}"
+            reasons[source] = gradients.without_use(source)
     joined = [s for s in met if isinstance(s, Joined)]
     families = [(s, {v.source for v in s.view().leaves()}) for s in joined]
     for source, leaves in families:
@@ -160,13 +184,13 @@ def _obstacle(met: list[Use]) -> str | None:
     return None
 
 
-def _settle_biases(met: BySource, stopped: set[int]) -> dict[Any, str | None]:
+def _settle_biases(met: BySource, gradients: Gradients) -> dict[Any, str | None]:
     """Keeps a bias with its weight where every use agrees; otherwise it is a shift of its own.
 
     Returns why each source is generic, None where it is not.
     """
     while True:
-        reasons = _obstacles(met, stopped)
+        reasons = _obstacles(met, gradients)
         dropped = False
         for source, found in met.items():
             for group in groups_of([use for use in found if _contracts(use)]):

@@ -139,6 +139,8 @@ class Finder:
         # A carry that starts before the loss but accumulates it: its start is cut off.
         cut = [b and not a for a, b in zip(after[call.skip :], inside_after, strict=True)]
         step = Step(equation, (*[False] * call.skip, *cut), call)
+        if call.kind == "cond":
+            step.cut_outs = tuple(tuple(cut) for cut in flow.cut_outputs(call, inside_after))
         step.gate = None if any(after) else meet.gate(equation)  # where nothing is found inside
         if call.kind == "scan":
             step.scan = self._scans

@@ -10,6 +10,7 @@ other one is cut off by `stop_gradient`, so that only the tagged losses send cot
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -48,6 +49,14 @@ def reaches_loss(
       tags: whether tagged losses are where curvature comes from. Otherwise it comes from the
         outputs alone, and tagged losses are equations like others.
     """
+    equations, live = live_variables(jaxpr, out_live, tags=tags)
+    return equations, [v in live for v in jaxpr.invars]
+
+
+def live_variables(
+    jaxpr: Jaxpr, out_live: Sequence[bool], *, tags: bool = True
+) -> tuple[list[bool], set[Any]]:
+    """`reaches_loss` for each equation, and the variables that curvature flows through."""
     live = {v for v, keep in zip(jaxpr.outvars, out_live, strict=True) if keep and _carries(v)}
     equations = [False] * len(jaxpr.equations)
     for i in range(len(jaxpr.equations) - 1, -1, -1):
@@ -57,7 +66,7 @@ def reaches_loss(
         live |= {
             v for v, keep in zip(equation.invars, operands, strict=True) if keep and _carries(v)
         }
-    return equations, [v in live for v in jaxpr.invars]
+    return equations, live
 
 
 def _carries(variable: object) -> bool:
@@ -117,6 +126,16 @@ def after_loss_equation(equation: _jax.Equation, operands: list[bool]) -> list[b
     # Which branch a cond takes may depend on a loss; then everything it returns does.
     chosen = any(operands[: call.skip])
     return [chosen or any(column) for column in zip(*outs, strict=True)]
+
+
+def cut_outputs(call: _jax.Call, inputs: Sequence[bool]) -> list[list[bool]]:
+    """For each body of a call, which of its outputs depend on a loss in other bodies alone.
+
+    That is a branch of a cond that gives something else where another gives a loss.
+    """
+    outs = [after_loss(body, inputs) for body in call.bodies]
+    late = [any(column) for column in zip(*outs, strict=True)]
+    return [[b and not a for a, b in zip(own, late, strict=True)] for own in outs]
 
 
 _WEIGHS_ALL = frozenset(

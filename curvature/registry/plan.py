@@ -108,6 +108,7 @@ class Step:
     Attributes:
       equation: the equation.
       cut: for each operand, whether `stop_gradient` cuts it off (see `flow`).
+      cut_outs: the same for the outputs of each branch of a cond.
       call: what the equation runs, with one plan per body in `bodies`; None: bind it.
       use: the contraction with a parameter that this equation is.
       taps: operands that are parameters broadcast against the data, with their uses.
@@ -133,6 +134,7 @@ class Step:
     losses: tuple[int, ...] = ()
     gate: int | None = None
     contractions: tuple[int, ...] = ()
+    cut_outs: tuple[tuple[bool, ...], ...] = ()
 
     def uses(self) -> Iterator[Use]:
         """The uses that belong to a layer."""
@@ -164,7 +166,7 @@ def settle(plan: Plan) -> bool:
     for step in plan.steps:
         step.taps = [(i, use) for i, use in step.taps if use.layer is not None]
         if step.call is not None:
-            if any([settle(body) for body in step.bodies]):
+            if any([settle(body) for body in step.bodies]) or any(map(any, step.cut_outs)):
                 inside = [s for body in step.bodies for s in body.walk()]
                 step.losses = tuple(s.loss[0] for s in inside if s.loss is not None)
                 uses = [s.use for s in inside if s.use is not None]

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from curvature import _jax
-from curvature.registry import table
-from curvature.registry.assemble import assemble
+from curvature.registry import flow, table
+from curvature.registry.assemble import Gradients, assemble
 from curvature.registry.choose import overridden, ruled
 from curvature.registry.find import Finder
 from curvature.registry.frame import Inputs
 from curvature.registry.layers import EXCLUDED, Layer
 from curvature.registry.plan import LossTag, Plan, settle
+from curvature.registry.terms import Term, check_covered, untagged
 from curvature.registry.twin import batch_size, more_examples
 from curvature.registry.views import View
 
@@ -35,6 +36,7 @@ class Analysis:
       masked: whether the weight of some unit of a loss may be zero.
       blocked: equations that no gradient can pass, with where they are and the parameters that
         come before them.
+      untagged: see `Registry`.
     """
 
     plan: Plan
@@ -43,6 +45,7 @@ class Analysis:
     batch_found: bool
     masked: bool
     blocked: tuple[str, ...]
+    untagged: tuple[Term, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,6 +64,7 @@ class Registry:
       batch_found: whether batch axes were found by tracing with one more example; where that is
         impossible, an axis of the batch's size, or else the leading one, of everything that depends
         on the data is taken for it.
+      untagged: where the loss has a gradient that no tagged loss covers, and of which parameters.
     """
 
     layers: tuple[Layer, ...]
@@ -70,14 +74,17 @@ class Registry:
     params: PyTree
     args: tuple[PyTree, ...]
     batch_found: bool = True
+    untagged: tuple[Term, ...] = ()
 
     @property
     def coverage(self) -> float:
-        """Share of parameter entries in a structured (not generic) layer."""
+        """Share of parameter entries with a gradient that are in a structured layer."""
         return table.coverage(self.layers)
 
     def __str__(self) -> str:
-        return table.render(self.layers, self.losses, self.batch_found)
+        paths = jax.tree_util.tree_leaves_with_path(self.params)
+        names = [jax.tree_util.keystr(path) for path, _ in paths]
+        return table.render(self.layers, self.losses, self.untagged, names, self.batch_found)
 
     def override(
         self, pattern: str, *, block: str | None = None, exclude: bool = False
@@ -229,6 +236,7 @@ def register(
         shapes,
         arg_shapes,
         batch_found=analysis.batch_found,
+        untagged=analysis.untagged,
     )
 
 
@@ -273,7 +281,15 @@ def _analyse(
             "of curvature.losses in place of its namesake in optax.losses, for example "
             "curvature.losses.softmax_cross_entropy_with_integer_labels."
         )
-    layers = assemble(finder.uses, [path for path, _ in leaves], shapes, finder.stopped)
+    terms = untagged(jaxpr, len(leaves))
+    reached = flow.reaches_output(jaxpr)[: len(leaves)]
+    gradients = Gradients(
+        frozenset(i for i, on in enumerate(reached) if on),
+        frozenset(i for term in terms for i in term.leaves),
+        frozenset(finder.stopped),
+    )
+    check_covered(jaxpr, finder.losses, terms, used=bool(finder.uses))
+    layers = assemble(finder.uses, [path for path, _ in leaves], shapes, gradients)
     settle(plan)
     return Analysis(
         plan,
@@ -282,6 +298,7 @@ def _analyse(
         batch_found=twin is not None,
         masked=finder.masked,
         blocked=tuple(finder.blocked),
+        untagged=terms,
     )
 
 
