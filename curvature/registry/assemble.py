@@ -33,10 +33,10 @@ class Gradients:
     def without_use(self, leaf: int) -> str:
         """Why a leaf that no tagged loss depends on has no curvature."""
         if leaf in self.reached:
-            return "no curvature: its gradient does not come from a tagged loss's predictions"
+            return "no curvature: no tagged loss depends on it, other terms of the loss do"
         if leaf in self.stopped:
             return "no curvature: it is only used under stop_gradient"
-        return "no curvature: the loss does not depend on it"
+        return "no curvature: no tagged loss depends on it"
 
 
 def assemble(

@@ -12,12 +12,12 @@ from curvature.registry import flow, meet
 from curvature.registry.frame import Frame, Inputs, Product, Value, Wide
 from curvature.registry.known import known
 from curvature.registry.plan import LossTag, Plan, Step, Use
+from curvature.registry.reasons import NO_GRADIENT, reason
 from curvature.registry.taps import Dense, split_rows
 from curvature.registry.views import View
 from curvature.tags import LAYER_TAG
 
 _PARAMETER = (View, Wide)
-_NO_GRADIENT = ("while", "pure_callback", "io_callback")
 
 
 class Finder:
@@ -31,6 +31,7 @@ class Finder:
         self.blocked: list[str] = []  # what no gradient can pass, with the parameters before it
         self.masked = False  # whether the weight of some unit of a loss may be zero
         self.stopped: set[Any] = set()  # sources of views that met stop_gradient
+        self._changed: dict[Any, tuple[str, str]] = {}  # what was done first to sources, and where
         self._loops: list[tuple[int, int]] = []  # (scan, length) around the current equation
         self._scans = 0  # number of scans met: each is known by its number in the walk
         self._branches = 0  # number of conds around the current equation
@@ -72,7 +73,7 @@ class Finder:
         if call is not None and self._enters(equation, call, values, after, frame):
             return self._call(equation, twin, call, frame, values, after)
         self.masked |= any(after) and flow.may_mask(equation, after, looped=bool(self._loops))
-        if live and equation.primitive.name in _NO_GRADIENT:
+        if live and equation.primitive.name in NO_GRADIENT:
             self._block(equation, values)
         frame.order(equation)
         step = Step(equation, tuple(any(after) and not a for a in after))
@@ -241,6 +242,8 @@ class Finder:
         """What a live equation with a parameter among its operands makes of it."""
         equation = step.equation
         nothing: list[Value] = [None] * len(equation.outvars)
+        if equation.primitive.name in meet.IDENTITIES and not any(map(_curved, values)):
+            return values
         if len(values) == 1:
             batched = any(frame.batch(v) is not None for v in equation.outvars)
             outs = meet.moved(equation, values[0], batched)
@@ -279,18 +282,26 @@ class Finder:
         carried = meet.carried_along(equation, values, frame)
         if carried is not None:
             step.derive, view = carried
+            self._changed.setdefault(view.source, (equation.primitive.name, self._where(equation)))
             return [view]
         left = [
             v
             for i, v in enumerate(values)
             if isinstance(v, _PARAMETER) and not self._tap(step, i, v, frame)
         ]
-        what = equation.primitive.name + (f" of {len(left)} parameters" if len(left) > 1 else "")
-        if equation.primitive.name in _NO_GRADIENT:
-            what += ", which no gradient passes,"
-        if meet.is_elementwise(equation) and frame.batch(equation.outvars[0]) is None:
-            what += " where no batch axis was found,"
-        self._generic(left, f"{what} at {self._where(equation)}")
+        unbatched = meet.is_elementwise(equation) and frame.batch(equation.outvars[0]) is None
+        unbatched &= equation.primitive.name not in meet.PASSES
+        for value in left:
+            source = (value.view if isinstance(value, Wide) else value).source
+            before = self._changed.get(source) if _curved(value) else None
+            why = reason(
+                equation.primitive.name,
+                self._where(equation),
+                others=len(left) - 1,
+                before=before,
+                unbatched=unbatched,
+            )
+            self._generic([value], why)
         return nothing
 
     def _manual(self, step: Step, values: list[Value], frame: Frame) -> None:

@@ -24,13 +24,17 @@ PASSES = (
     "convert_element_type",
     "copy",
     "copy_p",
+    "device_put",
     "name",
+    "optimization_barrier",
     "pcast",
     "pvary",
     "reduce_precision",
     "reshard",
     "sharding_constraint",
 )
+
+IDENTITIES = ("device_put", "optimization_barrier")  # of several operands
 
 
 def moved(equation: _jax.Equation, value: Value, batched: bool) -> list[Value] | None:
