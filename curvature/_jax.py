@@ -149,10 +149,16 @@ def nested(equation: Equation) -> tuple[Jaxpr, ...]:
     return tuple(found)
 
 
-def has_side_effect(equation: Equation) -> bool:
-    """Whether an equation does more than give its outputs (and print them, for debugging)."""
-    effects = [e for e in equation.effects if type(e).__name__ != "NamedAxisEffect"]
-    return bool(effects) and not equation.primitive.name.startswith("debug")
+def side_effect(equation: Equation) -> str | None:
+    """What an equation does besides giving its outputs; None for nothing, or printing to debug.
+
+    Printing in a fixed order is one: no such function can be vectorised.
+    """
+    effects = {type(e).__name__ for e in equation.effects} - {"NamedAxisEffect", "DebugEffect"}
+    if not effects:
+        return None
+    how = " (ordered)" if "OrderedDebugEffect" in effects else ""
+    return equation.primitive.name + how
 
 
 def alike(one: Jaxpr, other: Jaxpr, *, lengths: bool = False) -> bool:

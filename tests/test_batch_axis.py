@@ -191,7 +191,71 @@ def test_a_batch_size_fixed_in_the_function_is_not_mistaken():
         return (losses(curvature.losses, batch_major(PARAMS | p, x)) * weights).mean()
 
     registry = curvature.register(loss_fn, used(batch_major, X), X)
-    assert not registry.batch_found and "leading axes are taken" in str(registry)
+    assert not registry.batch_found and "axes of the batch's size" in str(registry)
+
+
+def fixed(model, x):
+    """A model into which the shape of its data is written: no larger batch can be traced."""
+    return lambda p, data: model(p, data + jnp.zeros(x.shape))
+
+
+def scanned(p, x):
+    """A recurrent net that is given the batch first, and its carry's size."""
+    step = lambda h, x: (dense(p, h + x) * p["gain"], None)  # noqa: E731
+    return jax.lax.scan(step, jnp.zeros((N, D)), x.swapaxes(0, 1))[0] @ p["head"]
+
+
+GUESSED = FIRST | {"scanned": scanned}
+
+
+@pytest.mark.parametrize("name", GUESSED)
+def test_a_batch_size_fixed_in_the_function_is_that_of_the_data(name):
+    model = fixed(GUESSED[name], X)
+    params = used(model, X)
+    registry = registered(model, params, X)
+    assert not registry.batch_found and registry.coverage == 1
+    found = jax.jit(curvature.Estimator(registry, EXACT))(params, X).diagonal()
+    for leaf, expected in exact(model, params, X).items():
+        np.testing.assert_allclose(found[leaf], expected, rtol=1e-9, atol=1e-12, err_msg=leaf)
+
+
+@pytest.mark.parametrize("key", [jax.random.key(0), jax.random.PRNGKey(0)], ids=["key", "raw"])
+@pytest.mark.parametrize("name", GUESSED)
+def test_data_closed_over_beside_a_key(name, key):
+    model = GUESSED[name]
+    params = used(model, X)
+
+    def loss_fn(p, key):
+        noise = jax.random.uniform(key, X.shape)
+        return losses(curvature.losses, model({**PARAMS, **p}, X + noise)).mean()
+
+    registry = curvature.register(loss_fn, params, key).override("*", block="diagonal")
+    assert not registry.batch_found and registry.coverage == 1
+    found = jax.jit(curvature.Estimator(registry, EXACT))(params, key).diagonal()
+    for leaf, expected in exact(model, params, X + jax.random.uniform(key, X.shape)).items():
+        np.testing.assert_allclose(found[leaf], expected, rtol=1e-9, atol=1e-12, err_msg=leaf)
+
+
+def test_positions_in_front_are_not_told_apart_where_the_batch_size_is_fixed():
+    registry = registered(fixed(time_major, X), used(time_major, X), X)
+    examples = {layer.name: layer.examples for layer in registry.layers}
+    assert not registry.batch_found and examples["w"] == 1 and examples["head"] == N
+
+
+def test_a_larger_batch_is_not_looked_for_twice():
+    traces = []
+
+    def loss_fn(p, x, y):
+        traces.append(x.shape)
+        z = batch_major(p, x + jnp.zeros((N, 1, 1)))
+        return curvature.losses.squared_error(z, y).mean()
+
+    params, y = used(batch_major, X), normal(9, N, T, 3)
+    registry = curvature.register(loss_fn, params, X, y)
+    assert len(traces) <= 7
+    del traces[:]
+    curvature.Estimator(registry, EXACT)(params, X, y)
+    assert len(traces) <= 1  # none where JAX remembers the first one
 
 
 def pairs(p, x):

@@ -81,9 +81,7 @@ def evaluate(
 
     for step in plan.steps:
         values = [read(v) for v in step.equation.invars]
-        values = [
-            jax.lax.stop_gradient(v) if cut else v for v, cut in zip(values, step.cut, strict=True)
-        ]
+        values = _cut(values, step.cut)
         known = [read_slope(v) for v in step.equation.invars]
         for position, use in () if sweep.marking else step.taps:
             if use.layer not in sweep.tokens:
@@ -116,7 +114,8 @@ def _step(
     if step.call.kind == "cond":
         index, *operands = values
         branches = [
-            lambda *xs, b=body: evaluate(b, xs, sweep, slopes[1:])[0] for body in step.bodies
+            lambda *xs, b=body, cut=cut: _cut(evaluate(b, xs, sweep, slopes[1:])[0], cut)
+            for body, cut in zip(step.bodies, step.cut_outs, strict=True)
         ]
         return jax.lax.switch(index, branches, *operands), []
     (body,) = step.bodies
@@ -129,6 +128,11 @@ def _step(
         )
         return run(values, slopes)
     return evaluate(body, values, sweep, slopes)
+
+
+def _cut(values: list[Any], cut: Sequence[bool]) -> list[Any]:
+    pairs = zip(values, cut, strict=True)
+    return [jax.lax.stop_gradient(v) if off else v for v, off in pairs]
 
 
 def _scan(step: Step, values: list[Any], slopes: list[Any], sweep: Sweep) -> list[Any]:
@@ -222,8 +226,8 @@ def _contraction(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.A
 
     def backward(kept: Any, g: jax.Array) -> Any:
         x, w, token, known = kept
-        dx = None
-        if not isinstance(how, Lookup):
+        dx = None  # for indices, and for whole numbers, which have no gradient
+        if not isinstance(how, Lookup) and jnp.issubdtype(x.dtype, jnp.inexact):
             (dx,) = jax.linear_transpose(lambda y: apply(y, w), x)(g)
         return dx, None, _statistics(layer, use, x, g, token, known), None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,31 @@ from curvature.registry.views import Joined, Shape, View, overlap, remainder
 BySource = dict[Any, list[Use]]  # by leaf, and by leaves joined
 
 
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """Which leaves have a gradient.
+
+    Attributes:
+      reached: leaves that a gradient of the loss reaches.
+      beside: those that one reaches that no tagged loss covers (`terms`).
+      stopped: leaves that met `stop_gradient`.
+    """
+
+    reached: frozenset[int]
+    beside: frozenset[int]
+    stopped: frozenset[int]
+
+    def without_use(self, leaf: int) -> str:
+        """Why a leaf that no tagged loss depends on has no curvature."""
+        if leaf in self.reached:
+            return "no curvature: no tagged loss depends on it, other terms of the loss do"
+        if leaf in self.stopped:
+            return "no curvature: it is only used under stop_gradient"
+        return "no curvature: no tagged loss depends on it"
+
+
 def assemble(
-    uses: Sequence[Use], paths: Sequence[Any], shapes: Sequence[Shape], stopped: set[int]
+    uses: Sequence[Use], paths: Sequence[Any], shapes: Sequence[Shape], gradients: Gradients
 ) -> tuple[Layer, ...]:
     """Groups uses into layers, in the order of the parameters, and names each use's layer.
 
@@ -24,7 +48,7 @@ def assemble(
       uses: all uses of parameters that a tagged loss depends on.
       paths: the key path of each leaf.
       shapes: the shape of each leaf.
-      stopped: leaves that met `stop_gradient`.
+      gradients: which leaves have one.
     """
     met: BySource = {i: [] for i in range(len(paths))}
     for use in uses:
@@ -40,7 +64,7 @@ def assemble(
             met[source] = tagged + others
     for found in met.values():
         _orient(found)
-    reasons = _settle_biases(met, stopped)
+    reasons = _settle_biases(met, gradients)
     layers: list[Layer] = []
     members: list[list[Use]] = []
     for leaf, path in enumerate(paths):
@@ -48,7 +72,9 @@ def assemble(
         reason = reasons[leaf]
         if reason is not None:
             whole = View.of(leaf, shapes[leaf])
-            layers.append(generic(path, whole, reason, sum(len(met[s]) for s in sources)))
+            count = sum(len(met[s]) for s in sources)
+            reached = leaf in gradients.reached
+            layers.append(generic(path, whole, reason, count, reached=reached))
             members.append([])
             continue
         mine = [s for s in sources if s == leaf or next(s.view().leaves()).source == leaf]
@@ -58,15 +84,18 @@ def assemble(
             layers.append(build(group, paths, suffix))
             members.append(group)
         rest = remainder(_held(met, leaf))
-        if rest is not None:
+        for number, view in enumerate(rest):
             reason = "no curvature: these entries do not meet the data"
-            layers.append(generic(path, rest, reason, 0, "#rest"))
+            suffix = f"#rest{number}" if len(rest) > 1 else "#rest"
+            reached = leaf in gradients.beside
+            layers.append(generic(path, view, reason, 0, suffix, reached=reached))
             members.append([])
     names = _names(layers)
-    for layer, group in zip(layers, members, strict=True):
+    for name, group in zip(names, members, strict=True):
         for use in group:
-            use.layer = names[layer.name]
-    return tuple(dataclasses.replace(layer, name=names[layer.name]) for layer in layers)
+            use.layer = name
+    pairs = zip(layers, names, strict=True)
+    return tuple(dataclasses.replace(layer, name=name) for layer, name in pairs)
 
 
 def groups_of(uses: Sequence[Use]) -> list[list[Use]]:
@@ -115,19 +144,17 @@ def _orient(met: list[Use]) -> None:
                 break
 
 
-def _obstacles(met: BySource, stopped: set[int]) -> dict[Any, str | None]:
+def _obstacles(met: BySource, gradients: Gradients) -> dict[Any, str | None]:
     """Why each source is generic, None where it is not: leaves that are joined share their fate."""
     reasons = {source: _obstacle(found) for source, found in met.items()}
     for source in met:
         if isinstance(source, int) and len(_sources(met, source)) == 1 and not met[source]:
-            how = "it is only used under stop_gradient"
-            why = how if source in stopped else "no tagged loss depends on it"
-            reasons[source] = f"no curvature: {why}"
+            reasons[source] = gradients.without_use(source)
     joined = [s for s in met if isinstance(s, Joined)]
     families = [(s, {v.source for v in s.view().leaves()}) for s in joined]
     for source, leaves in families:
         views = [group[0].view for group in groups_of(met[source])]
-        if reasons[source] is None and remainder(views) is not None:
+        if reasons[source] is None and remainder(views):
             reasons[source] = f"concatenated and used in part: {met[source][0].reason}"
         if reasons[source] is None and any(overlap(_held(met, leaf)) for leaf in leaves):
             reasons[source] = f"concatenated and used elsewhere, too: {met[source][0].reason}"
@@ -157,13 +184,13 @@ def _obstacle(met: list[Use]) -> str | None:
     return None
 
 
-def _settle_biases(met: BySource, stopped: set[int]) -> dict[Any, str | None]:
+def _settle_biases(met: BySource, gradients: Gradients) -> dict[Any, str | None]:
     """Keeps a bias with its weight where every use agrees; otherwise it is a shift of its own.
 
     Returns why each source is generic, None where it is not.
     """
     while True:
-        reasons = _obstacles(met, stopped)
+        reasons = _obstacles(met, gradients)
         dropped = False
         for source, found in met.items():
             for group in groups_of([use for use in found if _contracts(use)]):
@@ -206,14 +233,32 @@ def _joint(
     return len(same) == len(biases) and reasons[first.source] is None
 
 
-def _names(layers: Sequence[Layer]) -> dict[str, str]:
+def _names(layers: Sequence[Layer]) -> list[str]:
     """Shortens a weight's path to the path of its module where no other layer shares it."""
-    modules = {layer.name: layer.name.partition("#")[0].rpartition("/")[0] for layer in layers}
-    members = collections.Counter(modules.values())
-    nested = {"/".join(m.split("/")[:n]) for m in modules.values() for n in range(m.count("/") + 1)}
-    names = {}
-    for layer in layers:
-        module = modules[layer.name]
+    modules = [layer.name.partition("#")[0].rpartition("/")[0] for layer in layers]
+    members = collections.Counter(modules)
+    nested = {"/".join(m.split("/")[:n]) for m in modules for n in range(m.count("/") + 1)}
+    names = []
+    for layer, module in zip(layers, modules, strict=True):
         alone = layer.structured and members[module] == 1 and module not in nested
-        names[layer.name] = module if alone and module else layer.name
+        names.append(module if alone and module else layer.name)
+    return _apart(names, layers)
+
+
+def _apart(names: list[str], layers: Sequence[Layer]) -> list[str]:
+    """Names made unique: paths print alike where keys have slashes, or are 0 and "0".
+
+    Such layers are named by the keys of their first parameter, `['a/b']['c']`, and numbered where
+    even these are alike.
+    """
+    count = collections.Counter(names)
+    for i, layer in enumerate(layers):
+        if count[names[i]] > 1:
+            _, mark, number = layer.name.rpartition("#")
+            names[i] = layer.parameters[0] + (mark + number if mark else "")
+    taken: set[str] = set()
+    for i, name in enumerate(names):
+        numbered = (f"{name}~{n}" for n in itertools.count(2))
+        names[i] = next(n for n in itertools.chain([name], numbered) if n not in taken)
+        taken.add(names[i])
     return names

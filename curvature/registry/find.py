@@ -12,12 +12,12 @@ from curvature.registry import flow, meet
 from curvature.registry.frame import Frame, Inputs, Product, Value, Wide
 from curvature.registry.known import known
 from curvature.registry.plan import LossTag, Plan, Step, Use
+from curvature.registry.reasons import NO_GRADIENT, reason
 from curvature.registry.taps import Dense, split_rows
 from curvature.registry.views import View
 from curvature.tags import LAYER_TAG
 
 _PARAMETER = (View, Wide)
-_NO_GRADIENT = ("while", "pure_callback", "io_callback")
 
 
 class Finder:
@@ -31,7 +31,9 @@ class Finder:
         self.blocked: list[str] = []  # what no gradient can pass, with the parameters before it
         self.masked = False  # whether the weight of some unit of a loss may be zero
         self.stopped: set[Any] = set()  # sources of views that met stop_gradient
-        self._loops: list[tuple[int, int]] = []  # (scan's id, length) around the current equation
+        self._changed: dict[Any, tuple[str, str]] = {}  # what was done first to sources, and where
+        self._loops: list[tuple[int, int]] = []  # (scan, length) around the current equation
+        self._scans = 0  # number of scans met: each is known by its number in the walk
         self._branches = 0  # number of conds around the current equation
         self._shards = 0  # number of shard_maps around the current equation
         self._callers: list[str] = []  # locations of the calls around the current equation
@@ -71,7 +73,7 @@ class Finder:
         if call is not None and self._enters(equation, call, values, after, frame):
             return self._call(equation, twin, call, frame, values, after)
         self.masked |= any(after) and flow.may_mask(equation, after, looped=bool(self._loops))
-        if live and equation.primitive.name in _NO_GRADIENT:
+        if live and equation.primitive.name in NO_GRADIENT:
             self._block(equation, values)
         frame.order(equation)
         step = Step(equation, tuple(any(after) and not a for a in after))
@@ -138,12 +140,19 @@ class Finder:
         # A carry that starts before the loss but accumulates it: its start is cut off.
         cut = [b and not a for a, b in zip(after[call.skip :], inside_after, strict=True)]
         step = Step(equation, (*[False] * call.skip, *cut), call)
+        if call.kind == "cond":
+            step.cut_outs = tuple(tuple(cut) for cut in flow.cut_outputs(call, inside_after))
         step.gate = None if any(after) else meet.gate(equation)  # where nothing is found inside
+        if call.kind == "scan":
+            step.scan = self._scans
+            self._scans += 1
         inside = self._enter(step, call, values, operands_live, frame)
         varies = [frame.varies(v) for v in equation.invars[call.skip :]]
         if call.kind == "scan":
-            varies = [any(varies)] * len(varies)  # a carry may vary from the second step on
-            self._loops.append((id(equation), equation.params["length"]))
+            carried = range(call.num_consts, call.num_consts + call.num_carry)
+            # A carry may vary from the second step on.
+            varies = [v or (i in carried and any(varies)) for i, v in enumerate(varies)]
+            self._loops.append((step.scan, equation.params["length"]))
         self._shards += call.kind == "shard_map"
         self._branches += call.kind == "cond"
         self._callers.append(self._where(equation))
@@ -153,9 +162,10 @@ class Finder:
         first = [frame.first(v) for v in equation.invars[call.skip :]]
         if call.kind == "scan" and {"reshape", "transpose"} <= meet.primitives(equation):
             # A carry may come out of the body in another order than it went in.
-            carried = range(call.num_consts, call.num_consts + call.num_carry)
             first = [f and i not in carried for i, f in enumerate(first)]
-        inputs = Inputs(inside, inside_after, varies, first, growth=growth, examples=examples)
+        inputs = Inputs(
+            inside, inside_after, varies, first, frame.closure, growth=growth, examples=examples
+        )
         walked = [
             self.walk(b, t, inputs, out_live) for b, t in zip(call.bodies, bodies, strict=True)
         ]
@@ -194,7 +204,7 @@ class Finder:
             if i < call.num_consts:
                 inside.append(None if isinstance(value, Product) else value)
             elif scanned and isinstance(value, View) and not value.curved:
-                inside.append(value.pushed(id(step.equation)))
+                inside.append(value.pushed(step.scan))
             else:
                 if (
                     live[i]
@@ -232,6 +242,8 @@ class Finder:
         """What a live equation with a parameter among its operands makes of it."""
         equation = step.equation
         nothing: list[Value] = [None] * len(equation.outvars)
+        if equation.primitive.name in meet.IDENTITIES and not any(map(_curved, values)):
+            return values
         if len(values) == 1:
             batched = any(frame.batch(v) is not None for v in equation.outvars)
             outs = meet.moved(equation, values[0], batched)
@@ -270,18 +282,26 @@ class Finder:
         carried = meet.carried_along(equation, values, frame)
         if carried is not None:
             step.derive, view = carried
+            self._changed.setdefault(view.source, (equation.primitive.name, self._where(equation)))
             return [view]
         left = [
             v
             for i, v in enumerate(values)
             if isinstance(v, _PARAMETER) and not self._tap(step, i, v, frame)
         ]
-        what = equation.primitive.name + (f" of {len(left)} parameters" if len(left) > 1 else "")
-        if equation.primitive.name in _NO_GRADIENT:
-            what += ", which no gradient passes,"
-        if meet.is_elementwise(equation) and frame.batch(equation.outvars[0]) is None:
-            what += " where no batch axis was found,"
-        self._generic(left, f"{what} at {self._where(equation)}")
+        unbatched = meet.is_elementwise(equation) and frame.batch(equation.outvars[0]) is None
+        unbatched &= equation.primitive.name not in meet.PASSES
+        for value in left:
+            source = (value.view if isinstance(value, Wide) else value).source
+            before = self._changed.get(source) if _curved(value) else None
+            why = reason(
+                equation.primitive.name,
+                self._where(equation),
+                others=len(left) - 1,
+                before=before,
+                unbatched=unbatched,
+            )
+            self._generic([value], why)
         return nothing
 
     def _manual(self, step: Step, values: list[Value], frame: Frame) -> None:

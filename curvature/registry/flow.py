@@ -10,6 +10,7 @@ other one is cut off by `stop_gradient`, so that only the tagged losses send cot
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -27,23 +28,45 @@ def has_tag(jaxpr: Jaxpr) -> bool:
     )
 
 
-def reaches_loss(jaxpr: Jaxpr, out_live: Sequence[bool]) -> tuple[list[bool], list[bool]]:
+def reaches_output(jaxpr: Jaxpr) -> list[bool]:
+    """For each input, whether a gradient of the first output may reach it.
+
+    That is the gradient of the whole loss, whatever parts of it are tagged. It stops where JAX's
+    does: at `stop_gradient`, and at what is no floating-point number.
+    """
+    first = [i == 0 for i in range(len(jaxpr.outvars))]
+    return reaches_loss(jaxpr, first, tags=False)[1]
+
+
+def reaches_loss(
+    jaxpr: Jaxpr, out_live: Sequence[bool], *, tags: bool = True
+) -> tuple[list[bool], list[bool]]:
     """Backward pass: (for each equation, for each input) whether curvature flows through it.
 
     Args:
       jaxpr: what to walk.
       out_live: for each output, whether a loss depends on it further on.
+      tags: whether tagged losses are where curvature comes from. Otherwise it comes from the
+        outputs alone, and tagged losses are equations like others.
     """
+    equations, live = live_variables(jaxpr, out_live, tags=tags)
+    return equations, [v in live for v in jaxpr.invars]
+
+
+def live_variables(
+    jaxpr: Jaxpr, out_live: Sequence[bool], *, tags: bool = True
+) -> tuple[list[bool], set[Any]]:
+    """`reaches_loss` for each equation, and the variables that curvature flows through."""
     live = {v for v, keep in zip(jaxpr.outvars, out_live, strict=True) if keep and _carries(v)}
     equations = [False] * len(jaxpr.equations)
     for i in range(len(jaxpr.equations) - 1, -1, -1):
         equation = jaxpr.equations[i]
-        operands = _live_operands(equation, [v in live for v in equation.outvars])
+        operands = _live_operands(equation, [v in live for v in equation.outvars], tags)
         equations[i] = any(operands)
         live |= {
             v for v, keep in zip(equation.invars, operands, strict=True) if keep and _carries(v)
         }
-    return equations, [v in live for v in jaxpr.invars]
+    return equations, live
 
 
 def _carries(variable: object) -> bool:
@@ -54,22 +77,24 @@ def _carries(variable: object) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
-def _live_operands(equation: _jax.Equation, out_live: list[bool]) -> list[bool]:
-    if equation.primitive.name == TAG:
+def _live_operands(equation: _jax.Equation, out_live: list[bool], tags: bool) -> list[bool]:
+    if tags and equation.primitive.name == TAG:
         return [True] + [False] * (len(equation.invars) - 1)
     call = _jax.call_of(equation)
-    if call is None:
+    if call is None or (not tags and call.kind == "custom_jvp"):  # which has a rule of its own
         alive = any(out_live) and equation.primitive.name not in _BLOCKS_GRADIENT
         return [alive] * len(equation.invars)
-    operands, _ = live_call(call, out_live)
+    operands, _ = live_call(call, out_live, tags=tags)
     return [False] * call.skip + operands
 
 
-def live_call(call: _jax.Call, out_live: Sequence[bool]) -> tuple[list[bool], list[bool]]:
+def live_call(
+    call: _jax.Call, out_live: Sequence[bool], *, tags: bool = True
+) -> tuple[list[bool], list[bool]]:
     """For a call: which operands are live, and which outputs are, in any iteration."""
     out_live = list(out_live)
     while True:
-        found = [reaches_loss(body, out_live)[1] for body in call.bodies]
+        found = [reaches_loss(body, out_live, tags=tags)[1] for body in call.bodies]
         operands = [any(column) for column in zip(*found, strict=True)]
         # A scan's carry is live if the next iteration's is: repeat until nothing changes.
         before = list(out_live)
@@ -101,6 +126,16 @@ def after_loss_equation(equation: _jax.Equation, operands: list[bool]) -> list[b
     # Which branch a cond takes may depend on a loss; then everything it returns does.
     chosen = any(operands[: call.skip])
     return [chosen or any(column) for column in zip(*outs, strict=True)]
+
+
+def cut_outputs(call: _jax.Call, inputs: Sequence[bool]) -> list[list[bool]]:
+    """For each body of a call, which of its outputs depend on a loss in other bodies alone.
+
+    That is a branch of a cond that gives something else where another gives a loss.
+    """
+    outs = [after_loss(body, inputs) for body in call.bodies]
+    late = [any(column) for column in zip(*outs, strict=True)]
+    return [[b and not a for a, b in zip(own, late, strict=True)] for own in outs]
 
 
 _WEIGHS_ALL = frozenset(
@@ -135,7 +170,7 @@ def may_mask(equation: _jax.Equation, after: Sequence[bool], *, looped: bool) ->
     name = equation.primitive.name
     others = [v for v, depends in zip(equation.invars, after, strict=True) if not depends]
     fixed = not looped or all(isinstance(v, Literal) for v in others)
-    if fixed and all(v.aval.size == 1 for v in equation.invars):
+    if not equation.outvars or (fixed and all(v.aval.size == 1 for v in equation.invars)):
         return False
     if name in ("mul", "div"):
         return len(others) != 1 or others[0].aval.size != 1 or not fixed

@@ -58,7 +58,7 @@ class Inputs:
       after: whether they depend on a tagged loss.
       varies: whether they depend on the data (the loss function's arguments after the parameters).
       first: see `Frame.first`.
-      closure: whether the data is in the jaxpr's constants, because there are no such arguments.
+      closure: whether the data is in the jaxpr's constants, and not in such arguments.
       growth: how many examples more the jaxpr's twin has.
       examples: how many there are.
     """
@@ -81,8 +81,8 @@ class Frame:
     """The variables of one jaxpr.
 
     The batch axis of a value is where its shape differs in the jaxpr's *twin*, the trace of the
-    same function with more examples. Without a twin, it is the leading axis of what depends on
-    the data.
+    same function with more examples. Without a twin, it is an axis of the batch's size of what
+    depends on the data, or else the leading one.
     """
 
     def __init__(
@@ -101,9 +101,10 @@ class Frame:
         self._after = _chosen(jaxpr.invars, inputs.after)
         self._varies = _chosen(jaxpr.invars, inputs.varies)
         self._first = _chosen(jaxpr.invars, inputs.first)
-        if inputs.closure:
-            self._varies |= set(jaxpr.constvars)
         self.growth, self.examples = inputs.growth, inputs.examples
+        self.closure = inputs.closure
+        if inputs.closure:
+            self._varies |= {v for v in jaxpr.constvars if self.examples in _shape(v)}
         self._twins: dict[Any, Shape] | None = None
         if twin is not None:
             self._twins = dict(zip(jaxpr.invars, map(_shape, twin.invars), strict=True))
@@ -140,7 +141,9 @@ class Frame:
             return None
         shape = _shape(variable)
         if self._twins is None:
-            return Batch(0) if shape and variable in self._varies else None
+            if variable not in self._varies:
+                return None
+            return self._guessed(shape, first=variable in self._first)
         other = self._twins.get(variable, shape)
         for axis, (n, more) in enumerate(zip(shape, other, strict=True)):
             if n != more:
@@ -149,6 +152,13 @@ class Frame:
                 whole = (n, more) == (each * self.examples, each * (self.examples + self.growth))
                 return Batch(axis, each, whole and (each == 1 or variable in self._first))
         return None
+
+    def _guessed(self, shape: Shape, *, first: bool) -> Batch | None:
+        if self.examples in shape:
+            return Batch(shape.index(self.examples))
+        if shape and shape[0] > self.examples and shape[0] % self.examples == 0:
+            return Batch(0, shape[0] // self.examples, first)
+        return Batch(0) if shape and shape[0] > 1 else None
 
     def first(self, variable: Any) -> bool:
         """Whether a batch axis that is more than examples (flattened positions) has them first."""
@@ -160,15 +170,13 @@ class Frame:
 
     def order(self, equation: Any) -> None:
         """Notes `first` of the outputs of an equation that is no call."""
-        if self._twins is None:
-            return
         batches = [(v, self.batch(v)) for v in equation.invars]
         known = [(v, batch) for v, batch in batches if batch is not None]
         for out in equation.outvars:
             batch = self.batch(out)
             if batch is None or batch.each == 1:
                 continue
-            if equation.primitive.name == "reshape":
+            if equation.primitive.name == "reshape" and known:
                 ((v, old),) = known
                 before = math.prod(_shape(v)[: old.axis]) == math.prod(_shape(out)[: batch.axis])
                 first = old.first and before

@@ -56,6 +56,8 @@ class Layer:
       one_hot: whether its input is one-hot, so that the input factor is diagonal.
       flipped: whether some uses are of the transposed weight (an embedding as output head).
       unbatched: whether some uses do not see the data, such as a layer of learned queries.
+      reached: whether a gradient of the loss reaches it at all: it does not reach what is unused,
+        frozen, or a row of a table that is never read.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Layer:
     one_hot: bool = False
     flipped: bool = False
     unbatched: bool = False
+    reached: bool = True
 
     @property
     def leaves(self) -> tuple[View, ...]:
@@ -161,10 +164,12 @@ def build(group: Sequence[Use], paths: Sequence[Any], suffix: str) -> Layer:
     )
 
 
-def generic(path: Any, view: View, reason: str, uses: int, suffix: str = "") -> Layer:
+def generic(
+    path: Any, view: View, reason: str, uses: int, suffix: str = "", *, reached: bool = True
+) -> Layer:
     """The layer of a parameter, or of some of its entries, without structure."""
-    name, text = slashed(path) or "parameters", jax.tree_util.keystr(path)
-    return Layer(name + suffix, "generic", (text,), "diagonal", reason, uses, (view,))
+    name, text = slashed(path) + suffix, jax.tree_util.keystr(path)
+    return Layer(name, "generic", (text,), "diagonal", reason, uses, (view,), reached=reached)
 
 
 def one_per_leaf(views: Sequence[View]) -> tuple[View, ...]:
@@ -196,5 +201,5 @@ def _common(names: Sequence[Sequence[str]]) -> int:
 
 
 def slashed(path: Any) -> str:
-    """A key path with slashes."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    """A key path with slashes; `parameters` for a tree that is a single array."""
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "parameters"

@@ -24,13 +24,17 @@ PASSES = (
     "convert_element_type",
     "copy",
     "copy_p",
+    "device_put",
     "name",
+    "optimization_barrier",
     "pcast",
     "pvary",
     "reduce_precision",
     "reshard",
     "sharding_constraint",
 )
+
+IDENTITIES = ("device_put", "optimization_barrier")  # of several operands
 
 
 def moved(equation: _jax.Equation, value: Value, batched: bool) -> list[Value] | None:
@@ -312,11 +316,11 @@ def gate(equation: _jax.Equation) -> int | None:
     Its derivative may be zero in places, but is no mask. None where the equation is no such
     function of one array and single numbers, or is made to have no derivative.
     """
-    (out, *more), operands = equation.outvars, equation.invars
-    wide = [i for i, v in enumerate(operands) if v.aval.size > 1]
-    if more or len(wide) != 1 or equation.primitive.name in ("mul", "div", "select_n"):
+    outs, operands = equation.outvars, equation.invars
+    wide = [i for i, v in enumerate(operands) if getattr(v.aval, "size", 1) > 1]
+    if len(outs) != 1 or len(wide) != 1 or equation.primitive.name in ("mul", "div", "select_n"):
         return None
-    (i,) = wide
+    (i,), (out,) = wide, outs
     same = operands[i].aval.shape == out.aval.shape and operands[i].aval.dtype == out.aval.dtype
     flat = primitives(equation) & {"stop_gradient", "round", "floor", "ceil", "sign"}
     floating = jnp.issubdtype(out.aval.dtype, jnp.floating)

@@ -29,7 +29,7 @@ class Use:
       how: how they meet the data; None where no layer is recognised.
       kind: `"dense"`, `"conv"`, `"embedding"`, `"scale"`, `"shift"` or `"generic"`.
       reason: where the use is, or why it is no layer.
-      loops: the scans around the use, outermost first.
+      loops: the numbers of the scans around the use, outermost first.
       joins: the dense or convolutional use whose output the parameter is added to, as its bias.
       bias: that bias's entries, `stack + members + (d_out,)`, on the use it joins.
       flipped: whether the layer's block coordinates are this view transposed.
@@ -45,7 +45,7 @@ class Use:
     how: Tap | None
     kind: str
     reason: str
-    loops: tuple[Any, ...] = ()
+    loops: Shape = ()
     joins: Use | None = None
     bias: View | None = None
     flipped: bool = False
@@ -108,11 +108,13 @@ class Step:
     Attributes:
       equation: the equation.
       cut: for each operand, whether `stop_gradient` cuts it off (see `flow`).
+      cut_outs: the same for the outputs of each branch of a cond.
       call: what the equation runs, with one plan per body in `bodies`; None: bind it.
       use: the contraction with a parameter that this equation is.
       taps: operands that are parameters broadcast against the data, with their uses.
       derive: the operand whose elementwise derivative is brought along.
       loss: the index of the tagged loss this equation is, and that loss.
+      scan: the number of the scan that this equation is, in the order of the walk.
       stacked: names of the layers whose statistics a scan stacks, one per iteration.
       losses: indices of the losses inside a scan.
       gate: see `meet.gate`; None after a loss.
@@ -127,10 +129,12 @@ class Step:
     taps: list[tuple[int, Use]] = dataclasses.field(default_factory=list)
     derive: int | None = None
     loss: tuple[int, LossTag] | None = None
+    scan: int = -1
     stacked: tuple[str, ...] = ()
     losses: tuple[int, ...] = ()
     gate: int | None = None
     contractions: tuple[int, ...] = ()
+    cut_outs: tuple[tuple[bool, ...], ...] = ()
 
     def uses(self) -> Iterator[Use]:
         """The uses that belong to a layer."""
@@ -162,13 +166,13 @@ def settle(plan: Plan) -> bool:
     for step in plan.steps:
         step.taps = [(i, use) for i, use in step.taps if use.layer is not None]
         if step.call is not None:
-            if any([settle(body) for body in step.bodies]):
+            if any([settle(body) for body in step.bodies]) or any(map(any, step.cut_outs)):
                 inside = [s for body in step.bodies for s in body.walk()]
                 step.losses = tuple(s.loss[0] for s in inside if s.loss is not None)
-                step.contractions = tuple(s.use.index for s in inside if s.use and s.use.layer)
-                scan = id(step.equation)
-                names = {u.layer for s in inside for u in s.uses() if scan in u.view.stack}
-                step.stacked = tuple(sorted(name for name in names if name))
+                uses = [s.use for s in inside if s.use is not None]
+                step.contractions = tuple(use.index for use in uses if use.layer is not None)
+                names = {u.layer for s in inside for u in s.uses() if step.scan in u.view.stack}
+                step.stacked = tuple(sorted(name for name in names if name is not None))
                 active = True
             else:
                 step.call, step.bodies = None, ()

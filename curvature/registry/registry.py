@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from curvature import _jax
-from curvature.registry import table
-from curvature.registry.assemble import assemble
+from curvature.registry import flow, table
+from curvature.registry.assemble import Gradients, assemble
 from curvature.registry.choose import overridden, ruled
 from curvature.registry.find import Finder
 from curvature.registry.frame import Inputs
 from curvature.registry.layers import EXCLUDED, Layer
 from curvature.registry.plan import LossTag, Plan, settle
-from curvature.registry.twin import more_examples
+from curvature.registry.terms import Term, check_covered, untagged
+from curvature.registry.twin import batch_size, more_examples
 from curvature.registry.views import View
 from curvature.trees import difference
 
@@ -36,6 +37,7 @@ class Analysis:
       masked: whether the weight of some unit of a loss may be zero.
       blocked: equations that no gradient can pass, with where they are and the parameters that
         come before them.
+      untagged: see `Registry`.
     """
 
     plan: Plan
@@ -44,6 +46,7 @@ class Analysis:
     batch_found: bool
     masked: bool
     blocked: tuple[str, ...]
+    untagged: tuple[Term, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,7 +63,9 @@ class Registry:
       params: shapes and dtypes of the parameters.
       args: shapes and dtypes of the other arguments.
       batch_found: whether batch axes were found by tracing with one more example; where that is
-        impossible, the leading axis of everything that depends on the data is taken for it.
+        impossible, an axis of the batch's size, or else the leading one, of everything that depends
+        on the data is taken for it.
+      untagged: where the loss has a gradient that no tagged loss covers, and of which parameters.
     """
 
     layers: tuple[Layer, ...]
@@ -70,14 +75,17 @@ class Registry:
     params: PyTree
     args: tuple[PyTree, ...]
     batch_found: bool = True
+    untagged: tuple[Term, ...] = ()
 
     @property
     def coverage(self) -> float:
-        """Share of parameter entries in a structured (not generic) layer."""
+        """Share of parameter entries with a gradient that are in a structured layer."""
         return table.coverage(self.layers)
 
     def __str__(self) -> str:
-        return table.render(self.layers, self.losses, self.batch_found)
+        paths = jax.tree_util.tree_leaves_with_path(self.params)
+        names = [jax.tree_util.keystr(path) for path, _ in paths]
+        return table.render(self.layers, self.losses, self.untagged, names, self.batch_found)
 
     def override(
         self, pattern: str, *, block: str | None = None, exclude: bool = False
@@ -171,7 +179,8 @@ class Registry:
         """
         _check_tree("params", params, self.params, exact=True)
         _check_tree("loss_args", args, self.args, exact=False)
-        analysis = _analyse(self.loss_fn, self.has_aux, params, args)
+        search = self.batch_found
+        analysis = _analyse(self.loss_fn, self.has_aux, params, args, search=search)
         found = [(x.name, x.kind, x.shape) for x in analysis.layers]
         expected = [(x.name, x.kind, x.shape) for x in self.layers]
         if found != expected:
@@ -204,8 +213,9 @@ def register(
 
     Raises:
       TypeError: a parameter is not a floating-point array, or the loss is not a scalar.
-      ValueError: the loss function has no tagged loss or has side effects, or there are no
-        parameters.
+      ValueError: the loss function has no tagged loss, or none that its value depends on and a
+        parameter reaches; it has side effects (other than unordered debugging output); or there are
+        no parameters.
 
     >>> import jax.numpy as jnp, curvature
     >>> def loss_fn(params, batch):
@@ -228,12 +238,19 @@ def register(
         shapes,
         arg_shapes,
         batch_found=analysis.batch_found,
+        untagged=analysis.untagged,
     )
 
 
 def _analyse(
-    loss_fn: Callable[..., Any], has_aux: bool, params: PyTree, args: tuple[PyTree, ...]
+    loss_fn: Callable[..., Any],
+    has_aux: bool,
+    params: PyTree,
+    args: tuple[PyTree, ...],
+    *,
+    search: bool = True,
 ) -> Analysis:
+    """Traces a loss; `search` for a larger batch, unless there is none to be had."""
     jaxpr, out = _jax.trace(loss_fn, params, *args)
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(
@@ -245,13 +262,17 @@ def _analyse(
     shapes = [tuple(leaf.shape) for _, leaf in leaves]
     rest = len(jaxpr.invars) - len(leaves)
     finder = Finder([jax.tree_util.keystr(path) for path, _ in leaves])
-    twin, growth, examples = more_examples(loss_fn, params, args, jaxpr)
+    twin, growth, examples, closure = None, 1, 1, False
+    if search:
+        twin, growth, examples = more_examples(loss_fn, params, args, jaxpr)
+    if twin is None:
+        examples, closure = batch_size(jaxpr, args)
     inputs = Inputs(
         values=[*(View.of(i, shape) for i, shape in enumerate(shapes)), *[None] * rest],
         after=[False] * len(jaxpr.invars),
         varies=[False] * len(leaves) + [True] * rest,
         first=[True] * len(jaxpr.invars),
-        closure=rest == 0,
+        closure=closure,
         growth=growth,
         examples=examples,
     )
@@ -262,7 +283,15 @@ def _analyse(
             "of curvature.losses in place of its namesake in optax.losses, for example "
             "curvature.losses.softmax_cross_entropy_with_integer_labels."
         )
-    layers = assemble(finder.uses, [path for path, _ in leaves], shapes, finder.stopped)
+    terms = untagged(jaxpr, len(leaves))
+    reached = flow.reaches_output(jaxpr)[: len(leaves)]
+    gradients = Gradients(
+        frozenset(i for i, on in enumerate(reached) if on),
+        frozenset(i for term in terms for i in term.leaves),
+        frozenset(finder.stopped),
+    )
+    check_covered(jaxpr, finder.losses, terms, used=bool(finder.uses))
+    layers = assemble(finder.uses, [path for path, _ in leaves], shapes, gradients)
     settle(plan)
     return Analysis(
         plan,
@@ -271,6 +300,7 @@ def _analyse(
         batch_found=twin is not None,
         masked=finder.masked,
         blocked=tuple(finder.blocked),
+        untagged=terms,
     )
 
 
@@ -307,12 +337,14 @@ def _check_pure(jaxpr: _jax.Jaxpr) -> None:
     for equation in jaxpr.equations:
         for inner in _jax.nested(equation):
             _check_pure(inner)
-        if _jax.has_side_effect(equation) and not _jax.nested(equation):
-            name, where = equation.primitive.name, _jax.location(equation)
+        effect = None if _jax.nested(equation) else _jax.side_effect(equation)
+        if effect is not None:
+            instead = "return what you need as aux instead, or move the effect out of the loss"
+            if effect.startswith("debug"):
+                instead = "print with ordered=False"
             raise ValueError(
-                f"The loss function has a side effect, {name} at {where}. "
-                "Curvature evaluates it once more: return what you need as aux instead, or move "
-                "the effect out of the loss."
+                f"The loss function has a side effect, {effect} at {_jax.location(equation)}. "
+                f"Curvature evaluates it once more, for many vectors at a time: {instead}."
             )
 
 

@@ -31,12 +31,17 @@ def more_examples(
     """
     outputs = _outputs(jaxpr)
     longer, leading_grows = None, False
+    tried = {_signature(args)}
     ndim = max((getattr(leaf, "ndim", 0) for leaf in jax.tree.leaves(args)), default=0)
     others = [(axis, False) for axis in range(1, ndim)]
     for axis, doubled in [(0, False), (0, True), *others, (None, False)]:
         if axis and not leading_grows:
             continue
         for grown, growth, size in _grown(args, axis, doubled):
+            signature = _signature(grown)
+            if signature in tried:
+                continue
+            tried.add(signature)
             try:
                 twin, _ = _jax.trace(loss_fn, params, *grown)
             except Exception:  # whatever the user's function raises at shapes that do not fit
@@ -60,6 +65,32 @@ def _outputs(jaxpr: _jax.Jaxpr) -> list[tuple[int, ...]]:
         for inner in _jax.nested(equation):
             shapes.extend(_outputs(inner))
     return shapes
+
+
+def batch_size(jaxpr: _jax.Jaxpr, args: tuple[PyTree, ...]) -> tuple[int, bool]:
+    """The batch's size where no larger batch can be traced, and whether the data is closed over.
+
+    It is the leading size of the predictions if some data has it, too: arguments first, then what
+    the loss function closes over. Predictions may be flattened: then it is a divisor.
+    """
+    rows = next((shape[0] for shape in _outputs(jaxpr) if shape), 1)
+    given = [x for x in jax.tree.leaves(args) if not _is_key(x)]
+    for parts in (False, True):
+        for arrays, closed in ((given, False), (jaxpr.consts, True)):
+            sizes = [int(x.shape[0]) for x in arrays if getattr(x, "ndim", 0) > 0]
+            fitting = [n for n in sizes if n == rows or (parts and n > 1 and rows % n == 0)]
+            if fitting:
+                return collections.Counter(fitting).most_common(1)[0][0], closed
+    return rows, True
+
+
+def _is_key(x: Any) -> bool:
+    """Whether an array is a raw random key, whose two numbers are no examples."""
+    return getattr(x, "shape", None) == (2,) and x.dtype == "uint32"
+
+
+def _signature(args: tuple[PyTree, ...]) -> tuple[Any, ...]:
+    return tuple(getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(args))
 
 
 def _grown(

@@ -2,8 +2,8 @@
 
 A view is a selection and permutation of the entries of one array (its *source*), written as a
 chain of reshapes, transposes, slices and reversals. Casts do not matter to it. The same chain runs
-on NumPy index arrays (to compare views), on gradients (`view(leaf)`, to bring them into view space)
-and backwards (`view.adjoint`, to bring them home).
+on gradients (`view(leaf)`, to bring them into view space) and backwards (`view.adjoint`, to bring
+them home). Views are compared as ranges (`ranges`), or else by running the chain on index arrays.
 
 A leaf that a scan slices keeps its scanned axes in front: they are the *stack* of the view, and
 inside the scan's body only the axes behind them are seen.
@@ -15,6 +15,8 @@ their own, `Joined`: each leaf is a range of it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -22,7 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Shape = tuple[int, ...]
+from curvature.registry import ranges
+from curvature.registry.ranges import Ranges
+from curvature.registry.ranges import Shape as Shape  # re-exported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +59,8 @@ class View:
       source_shape: the shape of the source.
       shape: the shape of the view, stacked axes in front.
       moves: the chain from the source to the view.
-      stack: the scans that slice the leading axes, outermost first.
+      stack: the numbers of the scans that slice the leading axes, outermost first. They are the
+        same in every trace of one function: views are static parts of operators.
       scale: the constant that multiplies the entries. No part of the map: a view selects.
       curved: whether what is met is an elementwise function of the entries.
     """
@@ -64,7 +69,7 @@ class View:
     source_shape: Shape
     shape: Shape
     moves: tuple[Move, ...] = ()
-    stack: tuple[Any, ...] = ()
+    stack: Shape = ()
     scale: float = 1.0
     curved: bool = False
 
@@ -119,7 +124,7 @@ class View:
         """The view of entries multiplied by a constant."""
         return dataclasses.replace(self, scale=self.scale * factor)
 
-    def pushed(self, scan: Any) -> View:
+    def pushed(self, scan: int) -> View:
         """The view inside the body of a scan that slices its leading inner axis."""
         return dataclasses.replace(self, stack=(*self.stack, scan))
 
@@ -172,13 +177,27 @@ class View:
         index: np.ndarray = self(np.arange(size, dtype=dtype).reshape(self.source_shape))
         return index
 
+    def ranges(self) -> Ranges | None:
+        """The same as ranges; None where they are none."""
+        if 0 in self.shape:
+            return None
+        found: Ranges | None = Ranges.of(self.source_shape)
+        for move in self.moves:
+            found = found and found.moved(move.kind, move.argument)
+        return found
+
     def same_as(self, other: View) -> bool:
         """Whether two views hold the same entries of the same source in the same order."""
         if (self.source, self.shape) != (other.source, other.shape):
             return False
         if len(self.stack) != len(other.stack):
             return False
-        return self.moves == other.moves or bool(np.array_equal(self.indices(), other.indices()))
+        if self.moves == other.moves:
+            return True
+        mine, others = self.ranges(), other.ranges()
+        if mine is not None and others is not None:
+            return mine == others
+        return bool(np.array_equal(self.indices(), other.indices()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,25 +215,46 @@ class Joined:
         return dataclasses.replace(whole, stack=self.parts[0].stack, scale=scale)
 
 
-def overlap(views: list[View]) -> bool:
+def overlap(views: Sequence[View]) -> bool:
     """Whether an entry of the source is in two of the views."""
     if len(views) < 2:
         return False
-    seen = np.zeros(int(np.prod(views[0].source_shape, dtype=np.int64)), np.int32)
+    boxes = _boxes(views)
+    if boxes is not None:
+        return any(ranges.meet(a, b) for a, b in itertools.combinations(boxes[1], 2))
+    seen = np.zeros(_size(views[0]), np.int32)
     for view in views:
         np.add.at(seen, view.indices().ravel(), 1)
     return bool(seen.max(initial=0) > 1)
 
 
-def remainder(views: list[View]) -> View | None:
-    """The entries of the source that none of the (disjoint) views holds, flat; None without any."""
-    source, shape = views[0].source, views[0].source_shape
-    size = int(np.prod(shape, dtype=np.int64))
-    if sum(int(np.prod(view.shape, dtype=np.int64)) for view in views) == size:
-        return None
+def remainder(views: Sequence[View]) -> list[View]:
+    """The entries of the source that none of the (disjoint) views holds, as disjoint views."""
+    source, shape, size = views[0].source, views[0].source_shape, _size(views[0])
+    if sum(math.prod(view.shape) for view in views) == size:
+        return []
+    boxes = _boxes(views)
+    if boxes is not None:
+        grid, held = boxes
+        whole = View.of(source, shape).reshape(grid)
+        pieces = (zip(*box, strict=True) for box in ranges.outside(grid, held))
+        return [whole.slice(tuple(starts), tuple(stops), None) for starts, stops in pieces]
     left = np.ones(size, bool)
     for view in views:
         left[view.indices().ravel()] = False
     where = tuple(int(i) for i in np.flatnonzero(left))
     moves = (Move("reshape", (size,)), Move("take", where))
-    return View(source, shape, (len(where),), moves)
+    return [View(source, shape, (len(where),), moves)]
+
+
+def _boxes(views: Sequence[View]) -> tuple[Shape, list[ranges.Box]] | None:
+    """The boxes of views of one source in a grid of its entries; None where they are none."""
+    found = [view.ranges() for view in views]
+    known = [one for one in found if one is not None]
+    if len(known) < len(found):
+        return None
+    return ranges.boxes(_size(views[0]), views[0].source_shape, known)
+
+
+def _size(view: View) -> int:
+    return math.prod(view.source_shape)
