@@ -140,12 +140,13 @@ class Inverses:
         solutions, staleness = self._solved(group, found, old.inverse, now)
         moving, inverse, failed = dict(old.statistics), dict(old.inverse), old.failed
         layers: dict[str, tuple[Statistics, Statistics]] = {}
+        depths = {unit.layer.name: len(unit.layer.stack) for unit in group}
         for unit in group:
             moved, new = self._renewed(unit, found[unit.layer.name], solutions, now)
             so_far = layers.get(unit.layer.name, ({}, {}))
             layers[unit.layer.name] = so_far[0] | moved, so_far[1] | new
         for name, (moved, new) in layers.items():
-            good = finite(_telling(new))
+            good = finite(_telling(new, depths[name]))
             failed |= ~good
             inverse[name] = _replaced(inverse[name], new, good)
             if moved:
@@ -241,11 +242,14 @@ def _fields(unit: Unit) -> tuple[str, ...]:
     return (*BASES, "values") if len(unit.sides) == 2 else unit.sides
 
 
-def _telling(inverse: Statistics) -> list[jax.Array]:
-    """Arrays that are finite only where all of an inverse is: it is positive semi-definite."""
+def _telling(inverse: Statistics, depth: int) -> list[jax.Array]:
+    """Arrays that are finite only where all of an inverse is: it is positive semi-definite.
+
+    A side has `depth` axes of copies in front, and then one axis where it is diagonal, else two.
+    """
     if "values" in inverse:
         return [inverse["values"]]
-    return [x if x.ndim < 2 else diagonal(x) for x in inverse.values()]
+    return [x if x.ndim == depth + 1 else diagonal(x) for x in inverse.values()]
 
 
 def _bases(statistics: Statistics) -> Statistics:
