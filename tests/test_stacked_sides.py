@@ -89,7 +89,11 @@ def split(name, tree):
 
 
 def updates(loss_fn, params, x, side, settings):
-    """Of every setting: two steps' updates, the inverses of the first being in the second."""
+    """Of every setting the update of a second step, in which inverses of the first are at work.
+
+    Corrections move when their layer's turn comes, and copies apart have turns of their own: of a
+    spread EKFAC it is the first step's.
+    """
     registry = curvature.register(loss_fn, params, x)
     out = []
     for chosen, method, spread in settings:
@@ -103,7 +107,7 @@ def updates(loss_fn, params, x, side, settings):
             max_factor_dim=SIDES[side],
         )
         state, grads = tx.init(params), jax.grad(loss_fn)(params, x)
-        for _ in range(2):
+        for _ in range(1 if spread and chosen == "ekfac" else 2):
             step, state = tx.update(grads, state, params, loss_args=(x,))
         out.append((step, state.stats.failed_refreshes))
     return out
