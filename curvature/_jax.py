@@ -11,6 +11,7 @@ Two differences between the supported releases are levelled here: JAX 0.12 merge
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
@@ -177,6 +178,16 @@ def bind(equation: Equation, operands: Sequence[Any]) -> list[Any]:
     with equation.ctx.manager:
         out = equation.primitive.bind(*operands, **params)
     return list(out) if equation.primitive.multiple_results else [out]
+
+
+def context(equation: Equation) -> contextlib.AbstractContextManager[Any]:
+    """What an equation was traced in, such as a mesh whose axes are explicit or not."""
+    return equation.ctx.manager
+
+
+def under_jit() -> bool:
+    """Whether what is called now is traced for compilation."""
+    return bool(jex_core.unsafe_am_i_under_a_jit_DO_NOT_USE())
 
 
 _PACKAGE = str(pathlib.Path(__file__).parent)

@@ -5,12 +5,14 @@ Agarwal et al. (2020), "Disentangling adaptive gradient methods from learning ra
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from curvature.meshes import automatic
 from curvature.registry import Layer
 
 PyTree = Any
@@ -29,6 +31,13 @@ def grafted(layers: Sequence[Layer], direction: PyTree, like: PyTree) -> PyTree:
     """
     leaves, structure = jax.tree.flatten(direction)
     others = jax.tree.leaves(like)
+    scaled = automatic(functools.partial(_rescaled, layers), leaves, others, like=leaves)
+    return jax.tree.unflatten(structure, scaled)
+
+
+def _rescaled(
+    layers: Sequence[Layer], leaves: list[jax.Array], others: list[jax.Array]
+) -> list[jax.Array]:
     out = [jnp.zeros_like(leaf) for leaf in leaves]
     for layer in layers:
         part = layer.gather(leaves)
@@ -39,4 +48,4 @@ def grafted(layers: Sequence[Layer], direction: PyTree, like: PyTree) -> PyTree:
         scaled = part * (wanted / jnp.where(length > 0, length, 1))
         for leaf, x in layer.scatter(scaled).items():
             out[leaf] = out[leaf] + x.astype(out[leaf].dtype)
-    return jax.tree.unflatten(structure, out)
+    return out

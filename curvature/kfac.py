@@ -15,6 +15,7 @@ from curvature import quadratic
 from curvature.adaptive import LevenbergMarquardt, QuadraticModel
 from curvature.arguments import ScalarOrSchedule, at, check_range, check_update, own
 from curvature.estimator import Fisher, Kind
+from curvature.meshes import here, on_mesh
 from curvature.objective import Objective, Problem, combined, is_zero
 from curvature.preconditioner import (
     CurvatureState,
@@ -221,17 +222,31 @@ def kfac(
     decays = optax.masked(optax.add_decayed_weights(1.0), weight_decay_mask or _everything)
 
     def init(params: PyTree) -> KFACState:
+        with on_mesh(params):
+            return start(params)
+
+    def start(params: PyTree) -> KFACState:
         curvature = preconditioner.init(params)
         zero = jnp.zeros_like(curvature.stats.damping)
-        start = at(given, curvature.step, zero)
+        first = at(given, curvature.step, zero)
         latest = StepStats(*(zero for _ in StepStats._fields))
         latest = latest._replace(rejected=jnp.zeros((), jnp.int32))
-        return own(KFACState(curvature, jax.tree.map(jnp.zeros_like, params), start, latest))
+        return own(KFACState(curvature, jax.tree.map(jnp.zeros_like, params), first, latest))
 
     def update(
         updates: PyTree, state: KFACState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, KFACState]:
         args = check_update(params, extra.pop("loss_args", None))
+        with on_mesh(updates, params, args):
+            return stepped(updates, here(state), params, args, extra)
+
+    def stepped(
+        updates: PyTree,
+        state: KFACState,
+        params: PyTree,
+        args: tuple[PyTree, ...],
+        extra: dict[str, Any],
+    ) -> tuple[PyTree, KFACState]:
         key = extra.pop("key", None)
         lam = extra.pop("damping", None if adapts else given)
         gathered = preconditioner.gathered(updates, state.curvature, params, args, key)

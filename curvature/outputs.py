@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from curvature import _jax
 from curvature.losses import TAG, OutputLoss, Targets
+from curvature.meshes import divided_zeros
 from curvature.registry import flow
 
 PyTree = Any
@@ -42,7 +42,7 @@ class Tag:
 
     def zeros(self) -> jax.Array:
         """Zeros of the shape of all its units."""
-        return jnp.zeros((*self.lead, *self.units.shape), self.units.dtype)
+        return divided_zeros(self.units, self.lead)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +179,8 @@ def _run(
 
     taps: list[Tap] = []
     for equation in jaxpr.equations:
-        outs, found = _step(equation, [read(v) for v in equation.invars], added[len(taps) :])
+        with _jax.context(equation):
+            outs, found = _step(equation, [read(v) for v in equation.invars], added[len(taps) :])
         env.update(zip(equation.outvars, outs, strict=True))
         taps += found
     return [read(v) for v in jaxpr.outvars], taps
@@ -244,7 +245,7 @@ def _cond(
     def padded(i: int) -> Callable[[list[Any], list[jax.Array]], Any]:
         def run(xs: list[Any], added: list[jax.Array]) -> Any:
             outs, taps = branch(i)(xs, added)
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            zeros = jax.tree.map(divided_zeros, shapes)
             return outs, [t for j in branches for t in (taps if j == i else zeros[j])]
 
         return run

@@ -26,6 +26,7 @@ from curvature.arguments import (
 from curvature.estimator import Estimator, Fisher, Kind
 from curvature.estimator.bases import BASES
 from curvature.grafting import grafted
+from curvature.meshes import here, on_mesh
 from curvature.refresh import Arrays, Cholesky, Inverses, Method, Now, Refreshed
 from curvature.refresh.control import finite, when
 from curvature.registry import Registry
@@ -173,6 +174,18 @@ def scale_by_curvature(
         **extra: Any,
     ) -> tuple[PyTree, CurvatureState]:
         args = check_update(params, loss_args)
+        with on_mesh(updates, params, args):
+            return stepped(updates, here(state), params, args, key, damping, extra)
+
+    def stepped(
+        updates: PyTree,
+        state: CurvatureState,
+        params: PyTree,
+        args: tuple[PyTree, ...],
+        key: jax.Array | None,
+        damping: ScalarOrSchedule,
+        extra: dict[str, Any],
+    ) -> tuple[PyTree, CurvatureState]:
         gathered = preconditioner.gathered(updates, state, params, args, key)
 
         def act(carry: tuple[PyTree, CurvatureState]) -> tuple[PyTree, CurvatureState]:
@@ -254,9 +267,13 @@ class Preconditioner:
     def init(self, params: PyTree) -> CurvatureState:
         """The state before the first step."""
         check_not_masked(params, self.estimator.registry.params)
+        with on_mesh(params):
+            return own(self._start(params))
+
+    def _start(self, params: PyTree) -> CurvatureState:
         zero = jnp.zeros((), jnp.int32)
         scalar = jnp.zeros((), jnp.result_type(float))
-        state = CurvatureState(
+        return CurvatureState(
             step=zero - self.burn_in,
             weight=scalar,
             statistics=self.estimator.zeros(),
@@ -268,7 +285,6 @@ class Preconditioner:
             graft=() if self.graft is None else self.graft.init(params),
             stats=CurvatureStats(zero, zero, scalar, scalar),
         )
-        return own(state)
 
     def gathered(
         self,

@@ -10,6 +10,7 @@ and nothing is pulled back. Martens and Grosse (2015), sections 6.4 and 7.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvature.outputs import linearise
+from curvature.losses import Targets
+from curvature.meshes import automatic
+from curvature.outputs import Tag, linearise
 from curvature.precision import HIGHEST, accumulator
 
 PyTree = Any
@@ -45,12 +48,16 @@ class Quadratic(NamedTuple):
 
     def minimiser(self) -> jax.Array:
         """The coefficients of the smallest value; zero along directions that are zero."""
-        scale = jnp.sqrt(jnp.diagonal(self.matrix))
-        scale = jnp.where(scale > 0, scale, 1)
-        cosines = self.matrix / jnp.outer(scale, scale)
-        tolerance = 10 * len(scale) * np.finfo(scale.dtype).eps
-        inverse = jnp.linalg.pinv(cosines, rtol=tolerance, hermitian=True)
-        return -jnp.dot(inverse, self.linear / scale, precision=HIGHEST) / scale
+        return automatic(_minimiser, self.linear, self.matrix)
+
+
+def _minimiser(linear: jax.Array, matrix: jax.Array) -> jax.Array:
+    scale = jnp.sqrt(jnp.diagonal(matrix))
+    scale = jnp.where(scale > 0, scale, 1)
+    cosines = matrix / jnp.outer(scale, scale)
+    tolerance = 10 * len(scale) * np.finfo(scale.dtype).eps
+    inverse = jnp.linalg.pinv(cosines, rtol=tolerance, hermitian=True)
+    return -jnp.dot(inverse, linear / scale, precision=HIGHEST) / scale
 
 
 def along(
@@ -79,15 +86,22 @@ def along(
     count = len(directions)
     matrix = jnp.zeros((count, count), dtype)
     for i, output in enumerate(found.outputs):
-        z = output.z.astype(dtype)
-        weights = jnp.abs(output.weights.astype(dtype))
-        weights = weights.reshape(weights.shape + (1,) * len(output.event))
         us = [t[i].astype(dtype) for t in tangents]
-        products = [weights * output.tag.loss.fisher_mvp(u, z, output.targets) for u in us]
-        matrix += jnp.stack([jnp.stack([jnp.sum(p * u) for u in us]) for p in products])
+        products = functools.partial(_products, output.tag, len(output.event), dtype)
+        matrix += automatic(products, output.z, output.targets, output.weights, us)
     dots = jnp.stack([jnp.stack([dot(a, b, dtype) for a in directions]) for b in directions])
     linear = jnp.stack([dot(gradient, d, dtype) for d in directions])
     return Quadratic(linear, matrix + damping.astype(dtype) * dots)
+
+
+def _products(
+    tag: Tag, event: int, dtype: Any, z: jax.Array, targets: Targets, weights: jax.Array, us: Any
+) -> jax.Array:
+    """The inner products u'Gv of tangents at one tagged loss."""
+    weights = jnp.abs(weights.astype(dtype))
+    weights = weights.reshape(weights.shape + (1,) * event)
+    products = [weights * tag.loss.fisher_mvp(u, z.astype(dtype), targets) for u in us]
+    return jnp.stack([jnp.stack([jnp.sum(p * u) for u in us]) for p in products])
 
 
 def dot(one: PyTree, other: PyTree, dtype: Any) -> jax.Array:

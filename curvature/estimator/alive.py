@@ -68,7 +68,8 @@ def alive_rows(
             continue
         assert isinstance(use.how, Contraction)
         (y,) = step.equation.outvars
-        rows = jax.eval_shape(functools.partial(output_rows, use.how), y.aval)
+        output = jax.ShapeDtypeStruct(y.aval.shape, y.aval.dtype)
+        rows = jax.eval_shape(functools.partial(output_rows, use.how), output)
         tokens[use.index] = jnp.zeros((*use.lead, *rows.shape[:-1]), jnp.float32)
 
     def loss(tokens: dict[int, jax.Array]) -> jax.Array:

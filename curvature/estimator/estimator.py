@@ -18,6 +18,7 @@ from curvature.estimator.bases import BASES, of_factors, rebased, without_noise
 from curvature.estimator.evaluate import Sweep, evaluate
 from curvature.estimator.factors import Statistics
 from curvature.estimator.kinds import Draw, Fisher, Kind
+from curvature.meshes import automatic, on_mesh
 from curvature.precision import accumulator
 from curvature.registry import Layer, Registry
 from curvature.registry.layers import EXCLUDED
@@ -123,9 +124,10 @@ class Estimator:
             key = jax.random.wrap_key_data(key)  # a key of jax.random.PRNGKey
         known = None if bases is None else self._checked(bases)
         analysis = self.registry.analyse(params, args)
-        draws = self.kind.draw(analysis.losses, key)
         try:
-            return self._statistics(analysis, params, args, draws, known)
+            with on_mesh(params, args):
+                draws = self.kind.draw(analysis.losses, key)
+                return self._statistics(analysis, params, args, draws, known)
         except (ValueError, NotImplementedError) as error:
             if not analysis.blocked:
                 raise
@@ -150,7 +152,7 @@ class Estimator:
         """
         depth = {x.name: len(x.stack) for x in self.layers if x.block == "ekfac"}
         return {
-            name: rebased(found, depth[name], restart) if name in depth else found
+            name: _rebased(found, depth[name], restart) if name in depth else found
             for name, found in statistics.items()
         }
 
@@ -221,7 +223,8 @@ class Estimator:
             first = tokens | early
 
         def combined(name: str, summed: Statistics) -> Statistics:
-            return stats.combined(layers[name], summed, passes, self.kind.averaged)
+            layer, averaged = layers[name], self.kind.averaged
+            return automatic(lambda s: stats.combined(layer, s, passes, averaged), summed)
 
         def sweep(
             tokens: dict[str, Statistics], generic: list[str], bases: dict[str, Statistics]
@@ -234,13 +237,17 @@ class Estimator:
 
         found = sweep(first, generic, bases or {})
         if bases is None:
-            bases = {n: of_factors(found[n], len(layers[n].stack)) for n in corrected}
+            depths = {n: len(layers[n].stack) for n in corrected}
+            bases = {
+                n: automatic(functools.partial(of_factors, stack_ndim=depth), found[n])
+                for n, depth in depths.items()
+            }
             if corrected:
                 values = sweep(second, [], bases)
                 found |= {name: found[name] | values[name] for name in corrected}
             for name in corrected:
-                whole = found[name] | bases[name]
-                found[name] = without_noise(whole, len(layers[name].stack))
+                clean = functools.partial(without_noise, stack_ndim=depths[name])
+                found[name] = automatic(clean, found[name] | bases[name])
         return {name: found[name] | bases.get(name, {}) for name in layers}
 
     def _pass(
@@ -270,15 +277,24 @@ class Estimator:
 
         whole = {name: leaves[layers[name].views[0].source] for name in generic}
         raw, gradients = jax.grad(loss, argnums=(0, 1))(tokens, whole)
-        done = {
-            name: stats.finished(layers[name], found, bases.get(name), self.max_factor_dim)
-            for name, found in raw.items()
-        }
-        for name, gradient in gradients.items():
-            layer = layers[name]
-            part = layer.gather({layer.views[0].source: gradient})
-            done[name] = stats.of_generic(layer, part)
-        return done
+
+        def finished(raw: Any, gradients: Any, bases: Any) -> dict[str, Statistics]:
+            done = {
+                name: stats.finished(layers[name], found, bases.get(name), self.max_factor_dim)
+                for name, found in raw.items()
+            }
+            for name, gradient in gradients.items():
+                layer = layers[name]
+                part = layer.gather({layer.views[0].source: gradient})
+                done[name] = stats.of_generic(layer, part)
+            return done
+
+        return automatic(finished, raw, gradients, bases)
+
+
+def _rebased(statistics: Statistics, stack_ndim: int, restart: ArrayLike) -> Statistics:
+    with on_mesh(statistics):
+        return automatic(lambda s, r: rebased(s, stack_ndim, r), statistics, restart)
 
 
 def _sum_passes(one: Any, draws: PyTree, passes: int) -> dict[str, Statistics]:

@@ -27,6 +27,7 @@ from curvature.estimator import Estimator
 from curvature.estimator.bases import BASES, carried_over, identity, known, products
 from curvature.estimator.factors import Statistics
 from curvature.linalg import diagonal
+from curvature.meshes import automatic
 from curvature.refresh.batches import Job, Key, Solved, solved
 from curvature.refresh.control import finite
 from curvature.refresh.methods import QR, Eigh, Method
@@ -129,6 +130,9 @@ class Inverses:
           now: what else a refresh starts from.
           old: `part` of the turn, and what happened so far.
         """
+        return automatic(functools.partial(self._refreshed, turn), statistics, now, old)
+
+    def _refreshed(self, turn: int, statistics: Arrays, now: Now, old: Refreshed) -> Refreshed:
         group = self.schedule[turn]
         found = {
             name: {

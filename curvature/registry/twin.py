@@ -10,6 +10,7 @@ import jax
 
 from curvature import _jax
 from curvature.losses import TAG
+from curvature.meshes import shape_of
 
 PyTree = Any
 
@@ -79,10 +80,13 @@ def _grown(
                     shape[a] = size + growth
             if shape == list(getattr(leaf, "shape", ())):
                 return leaf
-            weak = jax.typeof(leaf).weak_type
-            return jax.ShapeDtypeStruct(shape, leaf.dtype, weak_type=weak)
+            weak, sharding = jax.typeof(leaf).weak_type, shape_of(leaf).sharding
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, weak_type=weak, sharding=sharding)
 
-        grown = [jax.tree.map(grow, arg) for arg in args]
+        try:
+            grown = [jax.tree.map(grow, arg) for arg in args]
+        except ValueError:  # that many examples do not divide over the mesh
+            continue
         yield tuple(grown), growth, size
         if len(args) > 1:
             for i in range(len(args)):
