@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from curvature import quadratic
 from curvature.adaptive import LevenbergMarquardt, QuadraticModel
 from curvature.arguments import ScalarOrSchedule, at, check_range, check_update, own
 from curvature.estimator import Fisher, Kind
-from curvature.meshes import here, on_mesh
+from curvature.meshes import entering
 from curvature.objective import Objective, Problem, combined, is_zero
 from curvature.preconditioner import (
     CurvatureState,
@@ -128,6 +128,7 @@ def kfac(
     graft: optax.GradientTransformation | None = None,
     max_factor_dim: int = 8192,
     fallback: optax.GradientTransformation | None = None,
+    axis_name: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural gradient with Kronecker-factored curvature (Martens and Grosse 2015).
 
@@ -165,6 +166,8 @@ def kfac(
       graft: whose update gives the lengths.
       max_factor_dim: a Kronecker factor wider than this keeps its diagonal only.
       fallback: transformation of the gradients of generic and excluded parameters.
+      axis_name: the axis over which gradients were averaged, where `update` runs inside `shard_map`
+        or `pmap`; see `scale_by_curvature`. A `value=` given to `update` may be each device's own.
 
     Returns:
       An optax transformation with extra arguments; its state is a `KFACState`.
@@ -217,36 +220,23 @@ def kfac(
         graft=graft,
         max_factor_dim=max_factor_dim,
         fallback=fallback,
+        axis_name=axis_name,
     )
-    objective = Objective(registry, l2)
+    objective = Objective(registry, l2, preconditioner.estimator.axes)
     decays = optax.masked(optax.add_decayed_weights(1.0), weight_decay_mask or _everything)
 
     def init(params: PyTree) -> KFACState:
-        with on_mesh(params):
-            return start(params)
-
-    def start(params: PyTree) -> KFACState:
         curvature = preconditioner.init(params)
         zero = jnp.zeros_like(curvature.stats.damping)
-        first = at(given, curvature.step, zero)
+        start = at(given, curvature.step, zero)
         latest = StepStats(*(zero for _ in StepStats._fields))
         latest = latest._replace(rejected=jnp.zeros((), jnp.int32))
-        return own(KFACState(curvature, jax.tree.map(jnp.zeros_like, params), first, latest))
+        return own(KFACState(curvature, jax.tree.map(jnp.zeros_like, params), start, latest))
 
     def update(
         updates: PyTree, state: KFACState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, KFACState]:
         args = check_update(params, extra.pop("loss_args", None))
-        with on_mesh(updates, params, args):
-            return stepped(updates, here(state), params, args, extra)
-
-    def stepped(
-        updates: PyTree,
-        state: KFACState,
-        params: PyTree,
-        args: tuple[PyTree, ...],
-        extra: dict[str, Any],
-    ) -> tuple[PyTree, KFACState]:
         key = extra.pop("key", None)
         lam = extra.pop("damping", None if adapts else given)
         gathered = preconditioner.gathered(updates, state.curvature, params, args, key)
@@ -363,7 +353,7 @@ def kfac(
         predicted = found(best).astype(lam.dtype)
         return _Step(combined(list(best), directions), rate, beta, clip, predicted)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return entering(optax.GradientTransformationExtraArgs(init, update))
 
 
 def ekfac(

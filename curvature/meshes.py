@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from curvature import _jax
 
 PyTree = Any
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -33,7 +33,7 @@ def mesh_of(*trees: PyTree) -> AbstractMesh | None:
     for leaf in jax.tree.leaves(trees):
         sharding = _sharding(leaf)
         if sharding is not None:
-            return sharding.mesh
+            return sharding.mesh.abstract_mesh
     return None
 
 
@@ -47,6 +47,24 @@ def on_mesh(*trees: PyTree) -> Iterator[None]:
     concrete = None if _jax.under_jit() else _concrete(trees)
     with jax.set_mesh(concrete) if concrete else jax.sharding.use_abstract_mesh(mesh):
         yield
+
+
+def entering(
+    tx: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation that is run on the mesh of its arguments, with its state on it as well."""
+
+    def init(params: PyTree) -> PyTree:
+        with on_mesh(params):
+            return tx.init(params)
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        with on_mesh(updates, params, extra.get("loss_args")):
+            return tx.update(updates, here(state), params, **extra)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def explicit_axes() -> tuple[str, ...]:
@@ -99,8 +117,8 @@ def divided_like(x: jax.Array, like: Any) -> jax.Array:
 
 
 def divided_zeros(like: Any, lead: tuple[int, ...] = ()) -> jax.Array:
-    """Zeros of the shape `lead + like.shape`, divided as an abstract value is."""
-    zeros = jnp.zeros((*lead, *like.shape), like.dtype)
+    """Zeros of the shape `lead + like.shape`, divided and varying as an abstract value."""
+    zeros = _jax.varying_like(jnp.zeros((*lead, *like.shape), like.dtype), like)
     sharding = _sharding(like)
     if sharding is None or not explicit_axes():
         return zeros

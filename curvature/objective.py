@@ -13,6 +13,7 @@ import optax
 
 from curvature import quadratic
 from curvature.arguments import ScalarOrSchedule, at
+from curvature.estimator.devices import Axes, mean
 from curvature.registry import Registry
 
 PyTree = Any
@@ -24,6 +25,7 @@ class Objective:
 
     registry: Registry
     l2: ScalarOrSchedule
+    axes: Axes = None
 
     def at(
         self, params: PyTree, args: tuple[PyTree, ...], gradient: PyTree, lam: Any, count: jax.Array
@@ -32,7 +34,7 @@ class Objective:
         l2 = at(self.l2, count, lam)
         if not is_zero(self.l2):
             gradient = combined((jnp.ones_like(l2), l2), (gradient, params))
-        return Problem(self.registry, params, args, gradient, lam, l2)
+        return Problem(self.registry, params, args, gradient, lam, l2, self.axes)
 
 
 class Problem(NamedTuple):
@@ -44,6 +46,7 @@ class Problem(NamedTuple):
     gradient: PyTree
     lam: jax.Array
     l2: jax.Array
+    axes: Axes
 
     @property
     def damping(self) -> jax.Array:
@@ -54,12 +57,12 @@ class Problem(NamedTuple):
         """The damped quadratic model along some directions."""
         loss_fn, has_aux = self.registry.loss_fn, self.registry.has_aux
         return quadratic.along(
-            loss_fn, has_aux, self.params, self.args, self.gradient, steps, self.damping
+            loss_fn, has_aux, self.params, self.args, self.gradient, steps, self.damping, self.axes
         )
 
     def change(self, step: PyTree, value: jax.Array | None) -> jax.Array:
         """What a step changes the objective by; `value` is the loss without it, if known."""
-        before = self._loss(self.params) if value is None else value
+        before = self._loss(self.params) if value is None else mean(value, self.axes)
         moved = optax.apply_updates(self.params, step)
         dtype = self.l2.dtype
         # 1/2 |w + v|^2 - 1/2 |w|^2 without the difference of large numbers.
@@ -69,7 +72,7 @@ class Problem(NamedTuple):
 
     def _loss(self, params: PyTree) -> jax.Array:
         out = self.registry.loss_fn(params, *self.args)
-        return out[0] if self.registry.has_aux else out
+        return mean(out[0] if self.registry.has_aux else out, self.axes)
 
 
 def combined(coefficients: Sequence[jax.Array], trees: Sequence[PyTree]) -> PyTree:

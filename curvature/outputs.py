@@ -75,11 +75,13 @@ class Outputs:
       outputs: what each tagged loss sees.
       pushforward: from a tree like the parameters to tangents J v of every output z.
       pullback: from cotangents of every z to J' g, a tree like the parameters.
+      loss: the type of the loss.
     """
 
     outputs: tuple[Output, ...]
     pushforward: Callable[[PyTree], list[jax.Array]]
     pullback: Callable[[list[jax.Array]], PyTree]
+    loss: Any
 
 
 def linearise(
@@ -115,7 +117,8 @@ def linearise(
     zs, push, (weights, targets) = jax.linearize(outputs, params, has_aux=True)
     transposed = jax.linear_transpose(push, params)
     found = tuple(Output(*parts) for parts in zip(tags, zs, targets, weights, strict=True))
-    return Outputs(found, push, lambda cotangents: transposed(cotangents)[0])
+    loss = jaxpr.outvars[0].aval
+    return Outputs(found, push, lambda cotangents: transposed(cotangents)[0], loss)
 
 
 def _tags(jaxpr: _jax.Jaxpr, inputs: Sequence[bool], lead: tuple[int, ...]) -> list[Tag]:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvature.estimator.devices import Axes, own, together
 from curvature.losses import Targets
 from curvature.meshes import automatic
 from curvature.outputs import Tag, linearise
@@ -68,6 +69,7 @@ def along(
     gradient: PyTree,
     directions: Sequence[PyTree],
     damping: jax.Array,
+    axes: Axes = None,
 ) -> Quadratic:
     """The quadratic model of a loss along directions; G is its Fisher matrix.
 
@@ -79,16 +81,18 @@ def along(
       gradient: of the loss, or of the loss plus what else is trained on (weight decay).
       directions: trees like `params`.
       damping: lam.
+      axes: axes of devices, each with a batch of its own, over whose losses the mean is taken.
     """
     found = linearise(loss_fn, has_aux, params, args)
     dtype = accumulator(*(leaf.dtype for leaf in jax.tree.leaves(params)))
     tangents = [found.pushforward(direction) for direction in directions]
     count = len(directions)
-    matrix = jnp.zeros((count, count), dtype)
+    matrix = own(jnp.zeros((count, count), dtype), axes)
     for i, output in enumerate(found.outputs):
         us = [t[i].astype(dtype) for t in tangents]
         products = functools.partial(_products, output.tag, len(output.event), dtype)
         matrix += automatic(products, output.z, output.targets, output.weights, us)
+    matrix = together(matrix, axes, found.loss, [output.z for output in found.outputs])
     dots = jnp.stack([jnp.stack([dot(a, b, dtype) for a in directions]) for b in directions])
     linear = jnp.stack([dot(gradient, d, dtype) for d in directions])
     return Quadratic(linear, matrix + damping.astype(dtype) * dots)

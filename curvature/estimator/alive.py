@@ -17,6 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvature.estimator import devices
+from curvature.estimator.devices import Axes
 from curvature.estimator.evaluate import Sweep, evaluate
 from curvature.estimator.kinds import Draw
 from curvature.estimator.rows import output_rows
@@ -44,7 +46,7 @@ class _Anything:
 
 
 def alive_rows(
-    analysis: Analysis, layers: Mapping[str, Layer], inputs: Sequence[Any]
+    analysis: Analysis, layers: Mapping[str, Layer], inputs: Sequence[Any], axes: Axes
 ) -> dict[int, jax.Array]:
     """For each contraction, 1 for every row that a unit with weight depends on, 0 for others.
 
@@ -52,6 +54,7 @@ def alive_rows(
       analysis: the trace.
       layers: its layers by name; rows are marked where a Kronecker factor is a mean over them.
       inputs: the leaves of the parameters and of the other arguments.
+      axes: axes of devices, each with rows of its own.
 
     Returns:
       By index of the use, arrays of shape `lead + members + (examples, positions)`; none where
@@ -78,4 +81,4 @@ def alive_rows(
         sweep = Sweep(layers, kind, {}, draws, tokens, marking=True)
         return evaluate(analysis.plan, inputs, sweep)[0][0]
 
-    return jax.grad(loss)(tokens)
+    return jax.grad(loss)(devices.own(tokens, axes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from curvature.blocks import BlockDiagonal, block_of
+from curvature.estimator import devices
 from curvature.estimator import statistics as stats
 from curvature.estimator.alive import alive_rows
 from curvature.estimator.bases import BASES, of_factors, rebased, without_noise
+from curvature.estimator.devices import Axes
 from curvature.estimator.evaluate import Sweep, evaluate
 from curvature.estimator.factors import Statistics
 from curvature.estimator.kinds import Draw, Fisher, Kind
@@ -37,6 +39,9 @@ class Estimator:
       registry: what is in the model.
       kind: what is averaged: `Fisher`, `EmpiricalFisher` or `GaussNewton`.
       max_factor_dim: a Kronecker factor wider than this keeps its diagonal only.
+      axis_name: inside `shard_map` or `pmap`, the axis, or axes, over which each device has
+        examples of its own: the curvature is that of the mean of their losses. `()` keeps the
+        devices apart.
 
     >>> import jax, jax.numpy as jnp, curvature
     >>> def loss_fn(params, x, y):
@@ -53,6 +58,7 @@ class Estimator:
     registry: Registry
     kind: Kind = _FISHER
     max_factor_dim: int = 8192
+    axis_name: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.kind, type):
@@ -60,6 +66,12 @@ class Estimator:
                 f"kind is the class {self.kind.__name__}, expected an instance: "
                 f"{self.kind.__name__}()."
             )
+        devices.axes_of(self.axis_name)
+
+    @property
+    def axes(self) -> Axes:
+        """`axis_name` as a tuple."""
+        return devices.axes_of(self.axis_name)
 
     @property
     def needs_key(self) -> bool:
@@ -112,8 +124,9 @@ class Estimator:
             entries are not looked at.
 
         Raises:
-          ValueError: the key is missing, an argument differs from what was registered, or `bases`
-            are missing or of other shapes for some layer.
+          ValueError: the key is missing, an argument differs from what was registered, `bases`
+            are missing or of other shapes for some layer, or this is called inside `shard_map` or
+            `pmap` without `axis_name`.
         """
         if self.needs_key and key is None:
             raise ValueError(
@@ -123,6 +136,7 @@ class Estimator:
         if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)  # a key of jax.random.PRNGKey
         known = None if bases is None else self._checked(bases)
+        devices.check(self.axes, params, args, key, known)
         analysis = self.registry.analyse(params, args)
         try:
             with on_mesh(params, args):
@@ -175,7 +189,8 @@ class Estimator:
 
     def _alive(self, analysis: Analysis, params: PyTree, args: PyTree) -> dict[int, jax.Array]:
         layers = {layer.name: layer for layer in analysis.layers}
-        return alive_rows(analysis, layers, [*jax.tree.leaves(params), *jax.tree.leaves(args)])
+        inputs = [*jax.tree.leaves(params), *jax.tree.leaves(args)]
+        return alive_rows(analysis, layers, inputs, self.axes)
 
     def _checked(self, bases: Mapping[str, Statistics]) -> dict[str, Statistics]:
         """The bases of every EKFAC layer, of the right shapes."""
@@ -232,7 +247,12 @@ class Estimator:
             one = functools.partial(
                 self._pass, analysis, params, args, alive, tokens, generic, bases
             )
-            summed = _sum_passes(one, draws, passes)
+            summed = devices.together(
+                _sum_passes(one, draws, passes),
+                self.axes,
+                analysis.plan.jaxpr.outvars[0].aval,
+                [tag.z for tag in analysis.losses],
+            )
             return {name: combined(name, found) for name, found in summed.items()}
 
         found = sweep(first, generic, bases or {})
@@ -270,12 +290,14 @@ class Estimator:
             for name, leaf in generic.items():
                 inputs[layers[name].views[0].source] = leaf
             draw = dict(enumerate(draws))
-            sweep = Sweep(layers, self.kind, tokens, draw, alive, bases=bases)
+            around = devices.around(self.axes)
+            sweep = Sweep(layers, self.kind, tokens, draw, alive, bases=bases, devices=around)
             outs, _ = evaluate(analysis.plan, [*inputs, *jax.tree.leaves(args)], sweep)
             value: jax.Array = outs[0]
             return value
 
         whole = {name: leaves[layers[name].views[0].source] for name in generic}
+        tokens, whole = devices.own((tokens, whole), self.axes)
         raw, gradients = jax.grad(loss, argnums=(0, 1))(tokens, whole)
 
         def finished(raw: Any, gradients: Any, bases: Any) -> dict[str, Statistics]:

@@ -49,7 +49,8 @@ class Sweep:
       marking: whether `alive` holds tokens instead, whose gradient says which rows a loss depends
         on (see `alive.py`), and no statistics are taken.
       bases: for each EKFAC layer whose corrections are taken, the eigenbases.
-      devices: mesh axes of the `shard_map`s around, and whether what varies over them is tracked.
+      devices: axes of devices around, each with examples of its own, and whether what varies over
+        them is tracked.
     """
 
     layers: Mapping[str, Layer]
@@ -248,7 +249,7 @@ def _statistics(
         rows = rows_of(use.how, x, g, bias, alive, jax.tree.leaves(token)[0].dtype)
         return of_contraction(layer, rows, token, bases, flipped=use.flipped)
 
-    return _varying_like(automatic(made, x, g, token, known), g)
+    return _like(automatic(made, x, g, token, known), token, g)
 
 
 def _manual(layer: Layer, use: Use, values: list[Any], sweep: Sweep) -> jax.Array:
@@ -272,6 +273,11 @@ def _varying_like(statistics: Statistics, like: jax.Array) -> Statistics:
     return jax.tree.map(lambda x: _jax.varying_like(x, like), statistics)
 
 
+def _like(found: Statistics, token: Statistics, g: jax.Array) -> Statistics:
+    """Statistics that vary over devices as their token does, and the cotangent."""
+    return jax.tree.map(_jax.varying_like, _varying_like(found, g), token)
+
+
 def _marked(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.Array:
     """The output of a contraction; its token's gradient says which rows have a cotangent."""
     how = use.how
@@ -283,12 +289,12 @@ def _marked(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.Array:
 
     def backward(token: jax.Array, g: jax.Array) -> Any:
         alive = automatic(lambda g: jnp.any(output_rows(how, g) != 0, axis=-1), g)
-        return g, alive.astype(token.dtype)
+        return g, _jax.varying_like(alive.astype(token.dtype), token)
 
     marked.defvjp(lambda y, token: (y, token), backward)
     (y,) = _jax.bind(step.equation, values)
     token = sweep.alive.get(use.index)
-    return y if token is None else marked(y, here(token))
+    return y if token is None else marked(y, _jax.varying_like(here(token), y))
 
 
 def _opened(step: Step, values: list[Any], gate: int) -> list[Any]:
@@ -324,7 +330,7 @@ def _broadcast(
         token, slope = kept
         g = g.astype(jax.tree.leaves(token)[0].dtype)
         made = functools.partial(of_elementwise, layer, how)
-        return _varying_like(automatic(made, slope, g, token), g), None, None
+        return _like(automatic(made, slope, g, token), token, g), None, None
 
     tapped.defvjp(forward, backward)
 

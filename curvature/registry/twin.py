@@ -10,7 +10,6 @@ import jax
 
 from curvature import _jax
 from curvature.losses import TAG
-from curvature.meshes import shape_of
 
 PyTree = Any
 
@@ -80,8 +79,7 @@ def _grown(
                     shape[a] = size + growth
             if shape == list(getattr(leaf, "shape", ())):
                 return leaf
-            weak, sharding = jax.typeof(leaf).weak_type, shape_of(leaf).sharding
-            return jax.ShapeDtypeStruct(shape, leaf.dtype, weak_type=weak, sharding=sharding)
+            return _jax.resized(leaf, shape)
 
         try:
             grown = [jax.tree.map(grow, arg) for arg in args]
