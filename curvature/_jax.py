@@ -204,9 +204,14 @@ def alike(one: Jaxpr, other: Jaxpr, *, lengths: bool = False) -> bool:
 
 def bind(equation: Equation, operands: Sequence[Any]) -> list[Any]:
     """Evaluates one equation on new operands, as `jax.core.eval_jaxpr` would."""
-    params = equation.primitive.get_bind_params(equation.params)
     with equation.ctx.manager:
-        out = equation.primitive.bind(*operands, **params)
+        return unplaced(equation, operands)
+
+
+def unplaced(equation: Equation, operands: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation here, whatever it was traced in."""
+    params = equation.primitive.get_bind_params(equation.params)
+    out = equation.primitive.bind(*operands, **params)
     return list(out) if equation.primitive.multiple_results else [out]
 
 

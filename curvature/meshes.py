@@ -13,7 +13,7 @@ arguments, so that zeros made in there have the types of what they are added to.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -88,6 +88,17 @@ def automatic(function: Callable[..., T], *args: PyTree, like: PyTree = None) ->
         return function(*args)
     out = PartitionSpec() if like is None else jax.tree.map(_spec, like)
     return jax.sharding.auto_axes(function, axes=axes, out_sharding=out)(*args)
+
+
+def bind(equation: _jax.Equation, operands: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation on new operands.
+
+    JAX vectorises a convolution by reshapes that explicit types do not allow.
+    """
+    if equation.primitive.name != "conv_general_dilated":
+        return _jax.bind(equation, operands)
+    like = [v.aval for v in equation.outvars]
+    return automatic(lambda *xs: _jax.unplaced(equation, xs), *operands, like=like)
 
 
 def here(tree: PyTree) -> PyTree:

@@ -19,7 +19,7 @@ import jax
 
 from curvature import _jax
 from curvature.losses import TAG, OutputLoss, Targets
-from curvature.meshes import divided_zeros
+from curvature.meshes import bind, divided_zeros
 from curvature.registry import flow
 
 PyTree = Any
@@ -197,7 +197,7 @@ def _step(
         value = equation.params["loss"].value(jax.lax.stop_gradient(z), tuple(targets))
         return [value + added[0]], [(z, tuple(targets))]
     if not _tagged(equation):
-        return _jax.bind(equation, values), []
+        return bind(equation, values), []
     call = _jax.call_of(equation)
     assert call is not None  # `_tags` refuses what cannot be looked into
     added = list(added[: sum(_count(body) for body in call.bodies)])

@@ -115,17 +115,17 @@ VARIANTS = {
         r, 0.1, damping=0.1, refresh=curvature.NewtonSchulz(), kl_clip=1e-3, weight_decay=0.1
     ),
     "eigh, graft": lambda r: curvature.kfac(
-        r, 0.1, kind=EMPIRICAL, damping=0.1, refresh=curvature.Eigh(), graft=optax.scale_by_adam()
+        r, 0.1, kind=EMPIRICAL, damping=0.1, refresh=curvature.Eigh(), graft=optax.trace(0.9)
     ),
     "qr, accumulate": lambda r: curvature.kfac(
         r, 0.1, kind=EMPIRICAL, damping=0.1, refresh=curvature.QR(), accumulate=2, burn_in=1
     ),
     "fallback": lambda r: curvature.kfac(
-        r.override("head", exclude=True) if "head" in str(r) else r,
+        r,
         0.1,
         kind=EMPIRICAL,
         damping=0.1,
-        fallback=optax.scale_by_adam(),
+        fallback=optax.trace(0.9),
         relative_damping=True,
         max_factor_dim=4,
         statistics_every=1,

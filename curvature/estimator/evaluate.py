@@ -28,7 +28,7 @@ from curvature.estimator.kinds import Draw, Kind
 from curvature.estimator.rows import output_rows, rows_of
 from curvature.estimator.statistics import of_contraction, of_elementwise
 from curvature.losses import Targets
-from curvature.meshes import automatic, divided_like, here
+from curvature.meshes import automatic, bind, divided_like, here
 from curvature.precision import accumulator
 from curvature.registry.layers import Layer
 from curvature.registry.plan import LossTag, Plan, Step, Use
@@ -112,7 +112,7 @@ def _step(
         return [_contraction(step, step.use, values, sweep)], []
     if step.call is None:
         gate = step.gate if sweep.marking else None
-        return _jax.bind(step.equation, values) if gate is None else _opened(step, values, gate), []
+        return bind(step.equation, values) if gate is None else _opened(step, values, gate), []
     if step.call.kind == "scan":
         return _scan(step, values, slopes, sweep), []
     if step.call.kind == "shard_map":
@@ -195,7 +195,7 @@ def _derived(step: Step, values: list[Any], slope: Any) -> list[jax.Array]:
 
     def one(x: Any) -> Any:
         operands = [*values[:position], x, *values[position + 1 :]]
-        return _jax.bind(step.equation, operands)
+        return bind(step.equation, operands)
 
     x = values[position]
     return jax.jvp(one, (x,), (jnp.ones_like(x) if slope is None else slope,))[1]
@@ -208,13 +208,13 @@ def _contraction(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.A
     if sweep.marking:
         return _marked(step, use, values, sweep)
     if layer.name not in sweep.tokens:
-        return _jax.bind(step.equation, values)[0]
+        return bind(step.equation, values)[0]
     alive = sweep.alive.get(use.index)
     if use.manual:
         return _manual(layer, use, values, sweep)
 
     def apply(x: jax.Array, w: jax.Array) -> jax.Array:
-        (y,) = _jax.bind(step.equation, (x, w) if how.operand == 0 else (w, x))
+        (y,) = bind(step.equation, (x, w) if how.operand == 0 else (w, x))
         return y
 
     @jax.custom_vjp
@@ -292,7 +292,7 @@ def _marked(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.Array:
         return g, _jax.varying_like(alive.astype(token.dtype), token)
 
     marked.defvjp(lambda y, token: (y, token), backward)
-    (y,) = _jax.bind(step.equation, values)
+    (y,) = bind(step.equation, values)
     token = sweep.alive.get(use.index)
     return y if token is None else marked(y, _jax.varying_like(here(token), y))
 
@@ -302,12 +302,12 @@ def _opened(step: Step, values: list[Any], gate: int) -> list[Any]:
 
     @jax.custom_vjp
     def opened(values: list[Any]) -> list[Any]:
-        return _jax.bind(step.equation, values)
+        return bind(step.equation, values)
 
     def backward(_: None, g: list[Any]) -> Any:
         return ([g[0] if i == gate else None for i in range(len(values))],)
 
-    opened.defvjp(lambda values: (_jax.bind(step.equation, values), None), backward)
+    opened.defvjp(lambda values: (bind(step.equation, values), None), backward)
     return opened(values)
 
 
