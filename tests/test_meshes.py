@@ -3,12 +3,14 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from meshes import CASES, MODES, entered, make_mesh, put
 
 import curvature
+from curvature import operators
 
 KINDS = (
     "kronecker",
@@ -201,3 +203,127 @@ def test_training_is_that_of_one_device(case, mode, variant):
 @pytest.mark.parametrize("case", CASES)
 def test_training_of_every_variant_is_that_of_one_device(case, mode, variant):
     compare_training(case, mode, variant)
+
+
+# Operators ----------------------------------------------------------------------------------------
+
+
+def exact(loss_fn, params, args, vector):
+    """Products of every exact operator, and what is made of one of them."""
+    batches, key = [args], jax.random.key(0)
+    gauss_newton = operators.gauss_newton(loss_fn, params, batches)
+    two = jax.tree.map(lambda v: jnp.stack([v, 2 * v]), vector)
+    return {
+        "hessian": operators.hessian(loss_fn, params, [args, args]) @ vector,
+        "gauss_newton": gauss_newton @ vector,
+        "fisher": operators.fisher(loss_fn, params, batches, samples=2, key=key) @ vector,
+        "empirical": operators.empirical_fisher(loss_fn, params, batches) @ vector,
+        "two": gauss_newton.mm(two),
+        "dense": operators.to_dense(gauss_newton),
+        "diagonal": operators.diagonal(gauss_newton, key, 4)[0],
+        "top": operators.top_eigenpairs(gauss_newton, 1, key, products=4).values,
+        "solution": operators.solve(gauss_newton, vector, 1.0, tolerance=1e-9).value,
+    }
+
+
+def blockwise(loss_fn, params, args, vector):
+    """What the operator of the estimator can do, without `jit`."""
+    registry = curvature.register(loss_fn, params, *args)
+    op = curvature.Estimator(registry, EMPIRICAL)(params, *args, key=jax.random.key(0))
+    damping = jnp.asarray(0.1)
+    return {
+        "product": op @ vector,
+        "solution": op.solve(vector, damping),
+        "root": op.power(vector, 0.5, 0.1),
+        "inverse": op.damped_inverse(damping) @ vector,
+        "numbers": [op.trace(), op.logdet(damping), op.eigenvalues()],
+        "diagonal": op.diagonal(),
+    }
+
+
+def compare_operators(case, mode, make):
+    many, mesh = on_mesh(case, mode)
+    loss_fn, params, args, _ = CASES[case](None)
+    expected = make(loss_fn, params, args, jax.tree.map(lambda x: x / 2 + 1, params))
+    with entered(mode, mesh):
+        found = make(*many, jax.tree.map(lambda x: x / 2 + 1, many[1]))
+    close(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("mode", ["explicit", "explicit, set"])
+@pytest.mark.parametrize("case", ["tensor_parallel"])
+def test_the_estimators_operator_is_that_of_one_device(case, mode):
+    compare_operators(case, mode, blockwise)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", ["mlp", "scanned", "convolution", "tensor_parallel"])
+def test_exact_operators_are_those_of_one_device(case, mode):
+    compare_operators(case, mode, exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", ["mlp", "sharded_parameters"])
+def test_the_comparison_is_that_of_one_device(case, mode):
+    def table(loss_fn, params, args):
+        registry = curvature.register(loss_fn, params, *args)
+        key = jax.random.key(0)
+        return curvature.compare(
+            registry, params, [args, args], key=key, limit=12, progress=False
+        ).table()
+
+    many, mesh = on_mesh(case, mode)
+    with entered(mode, mesh):
+        found = table(*many)
+    assert found == table(*CASES[case](None)[:3])
+
+
+# Steps and shapes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["explicit", "explicit, set"])
+def test_steps_can_be_scanned_over(mode):
+    """The types of parameters and state stay the same, whether statistics are due or not."""
+    (loss_fn, params, args), mesh = on_mesh("sharded_parameters", mode)
+    with entered(mode, mesh):
+        registry = curvature.register(loss_fn, params, *args)
+        tx = curvature.kfac(registry, 0.1, kind=EMPIRICAL, statistics_every=2, refresh_every=2)
+
+        def step(carry, key):
+            params, state = carry
+            grads = jax.grad(loss_fn)(params, *args)
+            updates, state = tx.update(grads, state, params, loss_args=args, key=key)
+            return (optax.apply_updates(params, updates), state), None
+
+        @jax.jit
+        def run(carry, args, keys):
+            return jax.lax.scan(step, carry, keys)[0]
+
+        found, state = run((params, tx.init(params)), args, jax.random.split(jax.random.key(0), 3))
+    assert types(found) == types(params)
+    assert int(state.stats.skipped) == 0
+    assert all(
+        bool(jnp.any(a != b)) for a, b in zip(*map(jax.tree.leaves, (found, params)), strict=True)
+    )
+
+
+@pytest.mark.parametrize("mode", ["explicit", "explicit, set"])
+@pytest.mark.parametrize("case", CASES)
+def test_shapes_with_shardings_register_as_arrays_do(case, mode):
+    """The batch is found by a trace with twice as many examples: one more does not divide."""
+    (loss_fn, params, args), mesh = on_mesh(case, mode)
+    expected = curvature.register(*CASES[case](None)[:2], *CASES[case](None)[2])
+    with entered(mode, mesh):
+        arrays = curvature.register(loss_fn, params, *args)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (params, args)
+        )
+        from_shapes = curvature.register(loss_fn, shapes[0], *shapes[1])
+    described = [
+        [(x.name, x.kind, x.examples, x.stack) for x in r.layers]
+        for r in (expected, arrays, from_shapes)
+    ]
+    assert described[0] == described[1] == described[2]
+    assert arrays.batch_found and from_shapes.batch_found

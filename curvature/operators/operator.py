@@ -22,7 +22,7 @@ from jax.flatten_util import ravel_pytree
 
 from curvature import _jax
 from curvature.dataset import first_batch, shares
-from curvature.meshes import automatic, divided_like, on_mesh
+from curvature.meshes import automatic, divided_like, on_mesh, shape_of
 from curvature.precision import accumulator
 
 PyTree = Any
@@ -47,7 +47,7 @@ class Operator(lx.AbstractLinearOperator):
         self, product: Callable[[PyTree], PyTree], like: PyTree, *, semidefinite: bool
     ) -> None:
         """Wraps `product` as an operator on trees of the shapes and dtypes of `like`."""
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+        shapes = jax.tree.map(shape_of, like)
         leaves, treedef = jax.tree.flatten(shapes)
         self.product = product
         self.structure = (tuple(leaves), treedef)
