@@ -11,6 +11,7 @@ Two differences between the supported releases are levelled here: JAX 0.12 merge
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
@@ -128,9 +129,39 @@ def devices_apart(equation: Equation) -> tuple[tuple[str, ...], bool]:
 
 
 def varying_over(x: Any) -> frozenset[str]:
-    """The mesh axes over which a value is known to vary, inside a `shard_map`."""
-    axes: frozenset[str] = jax.typeof(x).manual_axis_type.varying
-    return axes
+    """The mesh axes over which a value, or one of a type, is known to vary in a `shard_map`."""
+    aval = jax.typeof(x) if isinstance(x, jax.Array) else x  # a type, a shape, or a number
+    kind = getattr(aval, "manual_axis_type", None)
+    return frozenset() if kind is None else frozenset(kind.varying)
+
+
+def varying(x: Any, axes: Sequence[str]) -> Any:
+    """`x`, allowed to vary over mesh axes, where that is tracked."""
+    tracked = [a for a in axes if a in varying_over(jax.lax.axis_index(a))]
+    missing = tuple(a for a in tracked if a not in varying_over(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def resized(leaf: Any, shape: Sequence[int]) -> jax.ShapeDtypeStruct:
+    """The type of an array, or of a shape, with another shape: as far as that can be.
+
+    Raises:
+      ValueError: its axes do not divide over the mesh.
+    """
+    aval = jax.typeof(leaf)
+    explicit = jax.sharding.AxisType.Explicit in aval.sharding.mesh.axis_types
+    return jax.ShapeDtypeStruct(
+        tuple(shape),
+        aval.dtype,
+        weak_type=aval.weak_type,
+        sharding=aval.sharding if explicit else None,
+        manual_axis_type=aval.manual_axis_type if varying_over(leaf) else None,
+    )
+
+
+def named_axes() -> tuple[str, ...]:
+    """The names of the axes of `shard_map`, `pmap` and `vmap` in scope."""
+    return tuple(jex_core.unsafe_get_axis_names_DO_NOT_USE())  # type: ignore[attr-defined]
 
 
 def varying_like(x: Any, like: Any) -> Any:
@@ -179,10 +210,25 @@ def alike(one: Jaxpr, other: Jaxpr, *, lengths: bool = False) -> bool:
 
 def bind(equation: Equation, operands: Sequence[Any]) -> list[Any]:
     """Evaluates one equation on new operands, as `jax.core.eval_jaxpr` would."""
-    params = equation.primitive.get_bind_params(equation.params)
     with equation.ctx.manager:
-        out = equation.primitive.bind(*operands, **params)
+        return unplaced(equation, operands)
+
+
+def unplaced(equation: Equation, operands: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation here, whatever it was traced in."""
+    params = equation.primitive.get_bind_params(equation.params)
+    out = equation.primitive.bind(*operands, **params)
     return list(out) if equation.primitive.multiple_results else [out]
+
+
+def context(equation: Equation) -> contextlib.AbstractContextManager[Any]:
+    """What an equation was traced in, such as a mesh whose axes are explicit or not."""
+    return equation.ctx.manager
+
+
+def under_jit() -> bool:
+    """Whether what is called now is traced for compilation."""
+    return bool(jex_core.unsafe_am_i_under_a_jit_DO_NOT_USE())  # type: ignore[attr-defined]
 
 
 _PACKAGE = str(pathlib.Path(__file__).parent)

@@ -5,12 +5,14 @@ Agarwal et al. (2020), "Disentangling adaptive gradient methods from learning ra
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from curvature.meshes import automatic
 from curvature.registry import Layer
 
 PyTree = Any
@@ -32,6 +34,18 @@ def grafted(
     """
     leaves, structure = jax.tree.flatten(direction)
     others, gradients = jax.tree.leaves(like), jax.tree.leaves(gradient)
+    rescaled = functools.partial(_rescaled, layers)
+    squared = jnp.zeros((), jnp.result_type(float))
+    scaled, squared = automatic(rescaled, leaves, gradients, others, like=(leaves, squared))
+    return jax.tree.unflatten(structure, scaled), squared
+
+
+def _rescaled(
+    layers: Sequence[Layer],
+    leaves: list[jax.Array],
+    gradients: list[jax.Array],
+    others: list[jax.Array],
+) -> tuple[list[jax.Array], jax.Array]:
     out = [jnp.zeros_like(leaf) for leaf in leaves]
     squared = jnp.zeros((), jnp.result_type(float))
     for layer in layers:
@@ -44,4 +58,4 @@ def grafted(
         squared += jnp.sum(scale**2 * part * layer.gather(gradients)).astype(squared.dtype)
         for leaf, x in layer.scatter(part * scale).items():
             out[leaf] = out[leaf] + x.astype(out[leaf].dtype)
-    return jax.tree.unflatten(structure, out), squared
+    return out, squared

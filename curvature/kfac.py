@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from curvature.arguments import (
     own,
 )
 from curvature.estimator import Fisher, Kind
+from curvature.meshes import entering
 from curvature.objective import Objective, Problem, combined, is_zero
 from curvature.preconditioner import (
     CurvatureState,
@@ -138,6 +139,7 @@ def kfac(
     graft: optax.GradientTransformation | None = None,
     max_factor_dim: int = 8192,
     fallback: optax.GradientTransformation | None = None,
+    axis_name: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural gradient with Kronecker-factored curvature (Martens and Grosse 2015).
 
@@ -178,6 +180,8 @@ def kfac(
       graft: whose update gives the lengths.
       max_factor_dim: a Kronecker factor wider than this keeps its diagonal only.
       fallback: transformation of the gradients of generic and excluded parameters.
+      axis_name: the axis over which gradients were averaged, where `update` runs inside `shard_map`
+        or `pmap`; see `scale_by_curvature`. A `value=` given to `update` may be each device's own.
 
     Returns:
       An optax transformation with extra arguments; its state is a `KFACState`.
@@ -234,8 +238,9 @@ def kfac(
         graft=graft,
         max_factor_dim=max_factor_dim,
         fallback=fallback,
+        axis_name=axis_name,
     )
-    objective = Objective(registry, kind, l2)
+    objective = Objective(registry, kind, l2, preconditioner.estimator.axes)
     mask = _everything if weight_decay_mask is None else weight_decay_mask
     decays = optax.masked(optax.add_decayed_weights(1.0), mask)
 
@@ -371,7 +376,7 @@ def kfac(
         predicted = found(best).astype(lam.dtype)
         return _Step(combined(list(best), directions), rate, beta, clip, predicted)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return entering(optax.GradientTransformationExtraArgs(init, update))
 
 
 def ekfac(

@@ -15,6 +15,7 @@ import optax
 from curvature import quadratic
 from curvature.arguments import ScalarOrSchedule, at
 from curvature.estimator import Kind
+from curvature.estimator.devices import Axes, mean
 from curvature.registry import Registry
 
 PyTree = Any
@@ -27,6 +28,7 @@ class Objective:
     registry: Registry
     kind: Kind
     l2: ScalarOrSchedule
+    axes: Axes = None
 
     def at(
         self, params: PyTree, args: tuple[PyTree, ...], gradient: PyTree, lam: Any, count: jax.Array
@@ -35,7 +37,7 @@ class Objective:
         l2 = at(self.l2, count, lam)
         if not is_zero(self.l2):
             gradient = combined((jnp.ones_like(l2), l2), (gradient, params))
-        return Problem(self.registry, self.kind, params, args, gradient, lam, l2)
+        return Problem(self.registry, self.kind, params, args, gradient, lam, l2, self.axes)
 
 
 class Problem(NamedTuple):
@@ -48,6 +50,7 @@ class Problem(NamedTuple):
     gradient: PyTree
     lam: jax.Array
     l2: jax.Array
+    axes: Axes
 
     @property
     def damping(self) -> jax.Array:
@@ -66,6 +69,7 @@ class Problem(NamedTuple):
             steps,
             self.damping,
             self.kind,
+            self.axes,
         )
 
     def ratio(self, step: PyTree, predicted: jax.Array, value: jax.Array | None) -> jax.Array:
@@ -80,7 +84,7 @@ class Problem(NamedTuple):
           predicted: the expected change.
           value: the loss without the step, if known.
         """
-        before = self._loss(self.params) if value is None else value
+        before = self._loss(self.params) if value is None else mean(value, self.axes)
         moved = optax.apply_updates(self.params, step)
         dtype = self.l2.dtype
         # 1/2 |w + v|^2 - 1/2 |w|^2 without the difference of large numbers.
@@ -93,7 +97,7 @@ class Problem(NamedTuple):
 
     def _loss(self, params: PyTree) -> jax.Array:
         out = self.registry.loss_fn(params, *self.args)
-        return out[0] if self.registry.has_aux else out
+        return mean(out[0] if self.registry.has_aux else out, self.axes)
 
 
 def combined(coefficients: Sequence[jax.Array], trees: Sequence[PyTree]) -> PyTree:

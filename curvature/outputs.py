@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from curvature import _jax
 from curvature.losses import TAG, OutputLoss, Targets
+from curvature.meshes import bind, divided_zeros
 from curvature.registry import flow
 
 PyTree = Any
@@ -42,7 +42,7 @@ class Tag:
 
     def zeros(self) -> jax.Array:
         """Zeros of the shape of all its units."""
-        return jnp.zeros((*self.lead, *self.units.shape), self.units.dtype)
+        return divided_zeros(self.units, self.lead)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +75,13 @@ class Outputs:
       outputs: what each tagged loss sees.
       pushforward: from a tree like the parameters to tangents J v of every output z.
       pullback: from cotangents of every z to J' g, a tree like the parameters.
+      loss: the type of the loss.
     """
 
     outputs: tuple[Output, ...]
     pushforward: Callable[[PyTree], list[jax.Array]]
     pullback: Callable[[list[jax.Array]], PyTree]
+    loss: Any
 
 
 def linearise(
@@ -115,7 +117,8 @@ def linearise(
     zs, push, (weights, targets) = jax.linearize(outputs, params, has_aux=True)
     transposed = jax.linear_transpose(push, params)
     found = tuple(Output(*parts) for parts in zip(tags, zs, targets, weights, strict=True))
-    return Outputs(found, push, lambda cotangents: transposed(cotangents)[0])
+    loss = jaxpr.outvars[0].aval
+    return Outputs(found, push, lambda cotangents: transposed(cotangents)[0], loss)
 
 
 def _tags(jaxpr: _jax.Jaxpr, inputs: Sequence[bool], lead: tuple[int, ...]) -> list[Tag]:
@@ -179,7 +182,8 @@ def _run(
 
     taps: list[Tap] = []
     for equation in jaxpr.equations:
-        outs, found = _step(equation, [read(v) for v in equation.invars], added[len(taps) :])
+        with _jax.context(equation):
+            outs, found = _step(equation, [read(v) for v in equation.invars], added[len(taps) :])
         env.update(zip(equation.outvars, outs, strict=True))
         taps += found
     return [read(v) for v in jaxpr.outvars], taps
@@ -193,7 +197,7 @@ def _step(
         value = equation.params["loss"].value(jax.lax.stop_gradient(z), tuple(targets))
         return [value + added[0]], [(z, tuple(targets))]
     if not _tagged(equation):
-        return _jax.bind(equation, values), []
+        return bind(equation, values), []
     call = _jax.call_of(equation)
     assert call is not None  # `_tags` refuses what cannot be looked into
     added = list(added[: sum(_count(body) for body in call.bodies)])
@@ -244,7 +248,7 @@ def _cond(
     def padded(i: int) -> Callable[[list[Any], list[jax.Array]], Any]:
         def run(xs: list[Any], added: list[jax.Array]) -> Any:
             outs, taps = branch(i)(xs, added)
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            zeros = jax.tree.map(divided_zeros, shapes)
             return outs, [t for j in branches for t in (taps if j == i else zeros[j])]
 
         return run

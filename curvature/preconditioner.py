@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,9 +26,10 @@ from curvature.arguments import (
     check_update,
     own,
 )
-from curvature.estimator import Estimator, Fisher, Kind
+from curvature.estimator import Estimator, Fisher, Kind, devices
 from curvature.estimator.bases import BASES
 from curvature.grafting import grafted
+from curvature.meshes import entering
 from curvature.precision import accumulator
 from curvature.quadratic import dot
 from curvature.refresh import Arrays, Cholesky, Inverses, Method, Now, Refreshed
@@ -107,6 +109,7 @@ def scale_by_curvature(
     graft: optax.GradientTransformation | None = None,
     max_factor_dim: int = 8192,
     fallback: optax.GradientTransformation | None = None,
+    axis_name: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies gradients by the inverse of a running blockwise curvature.
 
@@ -149,13 +152,19 @@ def scale_by_curvature(
       fallback: transformation of the gradients of generic and excluded parameters, such as
         `optax.scale_by_adam()`. Without one, generic parameters have a diagonal block and the
         gradients of excluded ones pass unchanged.
+      axis_name: where `update` runs inside `shard_map` or `pmap` with a part of the batch on every
+        device, the axis (or a tuple of axes) over which gradients were averaged: statistics are
+        averaged over it, too, and every device draws targets of its own. `()` keeps the devices
+        apart, each with a curvature of its own: an ensemble of runs. Not needed under `jit` alone,
+        nor for a loss that has a `shard_map` inside.
 
     Returns:
       An optax transformation with extra arguments; its state is a `CurvatureState`.
 
     Raises:
       ValueError: at once for an argument out of range; by `update` without `params`, `loss_args`
-        or a needed `key`, or with arguments that differ from what was registered.
+        or a needed `key`, with arguments that differ from what was registered, or inside
+        `shard_map` or `pmap` without `axis_name`.
     """
     preconditioner = Preconditioner.create(
         registry,
@@ -173,6 +182,7 @@ def scale_by_curvature(
         graft=graft,
         max_factor_dim=max_factor_dim,
         fallback=fallback,
+        axis_name=axis_name,
     )
 
     def update(
@@ -199,7 +209,7 @@ def scale_by_curvature(
         zeros = jax.tree.map(jnp.zeros_like, updates)
         return when(gathered.due, act, (zeros, gathered.state))
 
-    return optax.GradientTransformationExtraArgs(preconditioner.init, update)
+    return entering(optax.GradientTransformationExtraArgs(preconditioner.init, update))
 
 
 class Gathered(NamedTuple):
@@ -257,7 +267,7 @@ class Preconditioner:
         if fallback is not None:
             registry = registry.without_generic()
             excluded = registry.excluded
-        estimator = Estimator(registry, kind, options["max_factor_dim"])
+        estimator = Estimator(registry, kind, options["max_factor_dim"], options["axis_name"])
         turns = options["refresh_every"] if options["spread"] else 1
         left = jax.tree.unflatten(jax.tree.structure(registry.params), excluded)
         return cls(
@@ -320,6 +330,7 @@ class Preconditioner:
     ) -> Gathered:
         """Averages statistics and gathers gradients, until there is a step to take."""
         self.check(state)
+        devices.check(self.estimator.axes, gradient, params, args, key)
         averages, weight, sound = self._averaged(finite(gradient), state, params, args, key)
         state = state._replace(statistics=averages, weight=weight)
         due: jax.Array | bool = True

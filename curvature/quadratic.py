@@ -10,6 +10,7 @@ and nothing is pulled back. Martens and Grosse (2015), sections 6.4 and 7.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvature.estimator import Fisher, Kind
+from curvature.estimator.devices import Axes, own, together
 from curvature.losses import Targets
-from curvature.outputs import Output, linearise
+from curvature.meshes import automatic
+from curvature.outputs import Tag, linearise
 from curvature.precision import HIGHEST, accumulator
 
 PyTree = Any
@@ -48,12 +51,16 @@ class Quadratic(NamedTuple):
 
     def minimiser(self) -> jax.Array:
         """The coefficients of the smallest value; zero along directions that are zero."""
-        scale = jnp.sqrt(jnp.diagonal(self.matrix))
-        scale = jnp.where(scale > 0, scale, 1)
-        cosines = self.matrix / jnp.outer(scale, scale)
-        tolerance = 10 * len(scale) * np.finfo(scale.dtype).eps
-        inverse = jnp.linalg.pinv(cosines, rtol=tolerance, hermitian=True)
-        return -jnp.dot(inverse, self.linear / scale, precision=HIGHEST) / scale
+        return automatic(_minimiser, self.linear, self.matrix)
+
+
+def _minimiser(linear: jax.Array, matrix: jax.Array) -> jax.Array:
+    scale = jnp.sqrt(jnp.diagonal(matrix))
+    scale = jnp.where(scale > 0, scale, 1)
+    cosines = matrix / jnp.outer(scale, scale)
+    tolerance = 10 * len(scale) * np.finfo(scale.dtype).eps
+    inverse = jnp.linalg.pinv(cosines, rtol=tolerance, hermitian=True)
+    return -jnp.dot(inverse, linear / scale, precision=HIGHEST) / scale
 
 
 def along(
@@ -65,6 +72,7 @@ def along(
     directions: Sequence[PyTree],
     damping: jax.Array,
     kind: Kind = _FISHER,
+    axes: Axes = None,
 ) -> Quadratic:
     """The quadratic model of a loss along directions.
 
@@ -81,32 +89,45 @@ def along(
       directions: trees like `params`.
       damping: lam.
       kind: whose G it is.
+      axes: axes of devices, each with a batch of its own, over whose losses the mean is taken.
     """
     found = linearise(loss_fn, has_aux, params, args)
     dtype = accumulator(*(leaf.dtype for leaf in jax.tree.leaves(params)))
     tangents = [found.pushforward(direction) for direction in directions]
     count = len(directions)
-    matrix = jnp.zeros((count, count), dtype)
+    matrix = own(jnp.zeros((count, count), dtype), axes)
     for i, output in enumerate(found.outputs):
-        us = [_rooted(kind, output, t[i].astype(dtype)) for t in tangents]
-        matrix += jnp.stack([jnp.stack([jnp.sum(u * v) for u in us]) for v in us])
+        us = [t[i].astype(dtype) for t in tangents]
+        products = functools.partial(_products, kind, output.tag, len(output.event))
+        matrix += automatic(products, output.z, output.targets, output.weights, us)
+    matrix = together(matrix, axes, found.loss, [output.z for output in found.outputs])
     dots = jnp.stack([jnp.stack([dot(a, b, dtype) for a in directions]) for b in directions])
     linear = jnp.stack([dot(gradient, d, dtype) for d in directions])
     return Quadratic(linear, matrix + damping.astype(dtype) * dots)
 
 
-def _rooted(kind: Kind, output: Output, u: jax.Array) -> jax.Array:
-    """S' sqrt(w) u: its inner products are u'G_z u, weighted."""
-    weights = jnp.sqrt(jnp.abs(output.weights.astype(u.dtype)))
-    weighted = weights.reshape(weights.shape + (1,) * len(output.event)) * u
+def _products(
+    kind: Kind,
+    tag: Tag,
+    event: int,
+    z: jax.Array,
+    targets: Targets,
+    weights: jax.Array,
+    us: list[jax.Array],
+) -> jax.Array:
+    """The inner products u'Gv of tangents at one tagged loss: those of S' sqrt(w) u."""
+    dtype = us[0].dtype
+    roots = jnp.sqrt(jnp.abs(weights.astype(dtype)))
+    roots = roots.reshape(roots.shape + (1,) * event)
 
     def transposed(z: jax.Array, targets: Targets, u: jax.Array) -> jax.Array:
-        (out,) = jax.linear_transpose(lambda v: kind.root(output.tag.loss, v, z, targets), u)(u)
+        (out,) = jax.linear_transpose(lambda v: kind.root(tag.loss, v, z, targets), u)(u)
         return out
 
-    for _ in output.tag.lead:  # a metric sees the outputs of one iteration
+    for _ in tag.lead:  # a metric sees the outputs of one iteration
         transposed = jax.vmap(transposed)
-    return transposed(output.z.astype(u.dtype), output.targets, weighted)
+    rooted = [transposed(z.astype(dtype), targets, roots * u) for u in us]
+    return jnp.stack([jnp.stack([jnp.sum(a * b) for b in rooted]) for a in rooted])
 
 
 def dot(one: PyTree, other: PyTree, dtype: Any) -> jax.Array:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvature.meshes import automatic
 from curvature.quadratic import dot
 from curvature.registry import Layer, Registry
 from curvature.registry.layers import EXCLUDED
@@ -50,9 +51,13 @@ def typical(gradient: PyTree, direction: PyTree, squared: jax.Array) -> jax.Arra
 def scaled(layers: Sequence[Layer], gradient: PyTree, scale: jax.Array) -> PyTree:
     """`scale` times the gradient in the layers; zero elsewhere."""
     gradients, structure = jax.tree.flatten(gradient)
-    leaves = [jnp.zeros_like(g) for g in gradients]
-    for layer in layers:
-        part = layer.gather(gradients)
-        for leaf, x in layer.scatter(part * scale.astype(part.dtype)).items():
-            leaves[leaf] = leaves[leaf] + x.astype(leaves[leaf].dtype)
-    return jax.tree.unflatten(structure, leaves)
+
+    def parts(gradients: list[jax.Array], scale: jax.Array) -> list[jax.Array]:
+        leaves = [jnp.zeros_like(g) for g in gradients]
+        for layer in layers:
+            part = layer.gather(gradients)
+            for leaf, x in layer.scatter(part * scale.astype(part.dtype)).items():
+                leaves[leaf] = leaves[leaf] + x.astype(leaves[leaf].dtype)
+        return leaves
+
+    return jax.tree.unflatten(structure, automatic(parts, gradients, scale, like=gradients))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,13 @@ from curvature.blocks.diagonal import Diagonal
 from curvature.blocks.eigen_kronecker import EigenKronecker
 from curvature.blocks.identity import Identity
 from curvature.blocks.kronecker import Kronecker
+from curvature.meshes import automatic, on_mesh
 from curvature.precision import accumulator
 from curvature.registry import Layer
 from curvature.trees import difference
 
 PyTree = Any
+T = TypeVar("T")
 
 
 def block_of(layer: Layer, statistics: dict[str, jax.Array]) -> Block:
@@ -62,16 +64,19 @@ class BlockDiagonal:
 
     def solve(self, tree: PyTree, damping: ArrayLike = 0.0) -> PyTree:
         """(G + damping I)^-1 v, exactly for the block-diagonal G."""
-        return self._map(lambda block, v: block.solve(v, damping), tree)
+        return self._map(lambda block, v, damping: block.solve(v, damping), tree, damping)
 
     def power(self, tree: PyTree, p: float, damping: ArrayLike = 0.0) -> PyTree:
         """(G + damping I)^p v, exactly for the block-diagonal G."""
-        return self._map(lambda block, v: block.power(v, p, damping), tree)
+        return self._map(lambda block, v, damping: block.power(v, p, damping), tree, damping)
 
     def damped_inverse(self, damping: ArrayLike) -> BlockDiagonal:
         """An operator close to (G + damping I)^-1, cheap to make and apply; see the blocks'."""
-        inverses = {name: block.damped_inverse(damping) for name, block in self.blocks.items()}
-        return dataclasses.replace(self, blocks=inverses)
+
+        def inverses(blocks: dict[str, Block], damping: ArrayLike) -> dict[str, Block]:
+            return {name: block.damped_inverse(damping) for name, block in blocks.items()}
+
+        return dataclasses.replace(self, blocks=self._of_blocks(inverses, damping))
 
     def arrays(self) -> dict[str, dict[str, jax.Array]]:
         """The blocks' arrays by layer and field; `Estimator.operator` takes them as statistics."""
@@ -86,35 +91,54 @@ class BlockDiagonal:
 
     def trace(self) -> jax.Array:
         """The trace."""
-        return _total([block.trace() for block in self.blocks.values()])
+        return self._of_blocks(lambda blocks: _total([b.trace() for b in blocks.values()]))
 
     def logdet(self, damping: ArrayLike = 0.0) -> jax.Array:
         """Log det(G + damping I); -inf for a singular G without damping."""
-        return _total([block.logdet(damping) for block in self.blocks.values()])
+
+        def logdet(blocks: dict[str, Block], damping: ArrayLike) -> jax.Array:
+            return _total([block.logdet(damping) for block in blocks.values()])
+
+        return self._of_blocks(logdet, damping)
 
     def eigenvalues(self) -> jax.Array:
         """All eigenvalues, ascending."""
-        parts = [block.eigenvalues().ravel() for block in self.blocks.values()]
-        return jnp.sort(jnp.concatenate(_alike(parts))) if parts else jnp.zeros((0,))
+
+        def values(blocks: dict[str, Block]) -> jax.Array:
+            parts = [block.eigenvalues().ravel() for block in blocks.values()]
+            return jnp.sort(jnp.concatenate(_alike(parts))) if parts else jnp.zeros((0,))
+
+        return self._of_blocks(values)
 
     def diagonal(self) -> PyTree:
         """The diagonal, as a tree of the parameters' structure; None for excluded parameters."""
-        leaves = self._scatter([self.blocks[layer.name].diagonal() for layer in self.layers])
-        return jax.tree.unflatten(self.structure, leaves)
 
-    def _map(self, apply: Callable[[Block, jax.Array], jax.Array], tree: PyTree) -> PyTree:
+        def leaves(blocks: dict[str, Block]) -> list[jax.Array | None]:
+            return self._scatter([blocks[layer.name].diagonal() for layer in self.layers])
+
+        return jax.tree.unflatten(self.structure, self._of_blocks(leaves))
+
+    def _map(self, apply: Callable[..., jax.Array], tree: PyTree, *rest: ArrayLike) -> PyTree:
         leaves, structure = jax.tree.flatten(tree)
         differs = difference(tree, jax.tree.unflatten(self.structure, [0] * len(leaves)))
         if differs is not None:
             raise ValueError(f"The operator acts on trees like the parameters: {differs}.")
         self._check_shapes(leaves)
-        parts = [apply(self.blocks[layer.name], layer.gather(leaves)) for layer in self.layers]
-        out = self._scatter(parts)
-        pairs = zip(out, leaves, strict=True)
-        return jax.tree.unflatten(
-            structure,
-            [jnp.zeros_like(v) if x is None else x.astype(v.dtype) for x, v in pairs],
-        )
+
+        def applied(
+            blocks: dict[str, Block], leaves: list[jax.Array], *rest: ArrayLike
+        ) -> list[jax.Array]:
+            parts = [apply(blocks[x.name], x.gather(leaves), *rest) for x in self.layers]
+            pairs = zip(self._scatter(parts), leaves, strict=True)
+            return [jnp.zeros_like(v) if x is None else x.astype(v.dtype) for x, v in pairs]
+
+        with on_mesh(leaves, self.blocks):
+            out = automatic(applied, self.blocks, leaves, *rest, like=leaves)
+        return jax.tree.unflatten(structure, out)
+
+    def _of_blocks(self, function: Callable[..., T], *rest: ArrayLike) -> T:
+        with on_mesh(self.blocks):
+            return automatic(function, self.blocks, *rest)
 
     def _check_shapes(self, leaves: Sequence[jax.Array]) -> None:
         for layer in self.layers:

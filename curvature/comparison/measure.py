@@ -22,6 +22,7 @@ from curvature.comparison.projection import PARTS, Projection
 from curvature.comparison.result import WHOLE
 from curvature.estimator.columns import columns
 from curvature.estimator.kinds import Kind
+from curvature.meshes import automatic, off_mesh, on_mesh
 from curvature.precision import HIGHEST
 from curvature.registry import Layer, Registry
 from curvature.registry.registry import Analysis
@@ -129,7 +130,7 @@ class Measurement:
 
     def add(self, params: PyTree, args: tuple[PyTree, ...], share: float, key: jax.Array) -> None:
         """Adds a batch, or nothing where that fails."""
-        loss, gradient = _gradient(self.plan, params, args, self.signs)
+        loss, gradient = off_mesh(_gradient(self.plan, params, args, self.signs))
         if not math.isfinite(float(loss)):
             raise FloatingPointError(f"the loss is {float(loss)}")
         found: dict[tuple[str, str], jax.Array] = {}
@@ -137,8 +138,9 @@ class Measurement:
         for i, name in enumerate(self.plan.kinds):
             whole: jax.Array | None = None
             for group in groups:
-                matrices, part = _group(
-                    self.plan, name, group, params, args, jax.random.fold_in(key, i), self.signs
+                folded = jax.random.fold_in(key, i)
+                matrices, part = off_mesh(
+                    _group(self.plan, name, group, params, args, folded, self.signs)
                 )
                 found |= {(name, block): matrix for block, matrix in matrices.items()}
                 if part is not None:
@@ -206,19 +208,24 @@ def _gradient(
     """The loss, and its gradient on every block."""
     registry = plan.registry
     run = jax.value_and_grad(registry.loss_fn, has_aux=registry.has_aux)
-    out, tree = run(params, *args)
-    leaves = jax.tree.leaves(tree)
-    flat = {layer.name: layer.gather(leaves).reshape((1, -1)) for layer in plan.layers}
-    return out[0] if registry.has_aux else out, {
-        block: functools.reduce(
-            jnp.add,
-            (
-                project(flat[name], signs.folds[name], signs.parts[block])[0]
-                for name, project in maps.items()
-            ),
-        )
-        for block, maps in plan.maps.items()
-    }
+
+    def projected(leaves: list[jax.Array], signs: Signs) -> dict[str, jax.Array]:
+        flat = {layer.name: layer.gather(leaves).reshape((1, -1)) for layer in plan.layers}
+        return {
+            block: functools.reduce(
+                jnp.add,
+                (
+                    project(flat[name], signs.folds[name], signs.parts[block])[0]
+                    for name, project in maps.items()
+                ),
+            )
+            for block, maps in plan.maps.items()
+        }
+
+    with on_mesh(params, args):
+        out, tree = run(params, *args)
+        gradient = automatic(projected, jax.tree.leaves(tree), signs)
+    return out[0] if registry.has_aux else out, gradient
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -235,11 +242,27 @@ def _group(
 
     The latter are of shape `(draws, columns, dim)`.
     """
+    with on_mesh(params, args):
+        return _grouped(plan, kind_name, names, params, args, key, signs)
+
+
+def _grouped(
+    plan: Plan,
+    kind_name: str,
+    names: Sequence[str],
+    params: PyTree,
+    args: tuple[PyTree, ...],
+    key: jax.Array,
+    signs: Signs,
+) -> tuple[dict[str, jax.Array], jax.Array | None]:
     kind, analysis = plan.kinds[kind_name], plan.registry.analyse(params, args)
     whole = plan.maps.get(WHOLE, {})
 
     def one(total: dict[str, jax.Array], draw: PyTree) -> Any:
         found = columns(analysis, kind, params, args, draw, names)
+        return automatic(added, total, found, signs)
+
+    def added(total: dict[str, jax.Array], found: dict[str, jax.Array], signs: Signs) -> Any:
         flat = {name: x.reshape((x.shape[0], -1)) for name, x in found.items()}
         for name, x in flat.items():
             projected = plan.maps[name][name](x, signs.folds[name], signs.parts[name])

@@ -28,6 +28,7 @@ from curvature.estimator import Estimator
 from curvature.estimator.bases import BASES
 from curvature.estimator.factors import Statistics
 from curvature.linalg import eigh
+from curvature.meshes import off_mesh
 from curvature.precision import HIGHEST
 from curvature.registry.layers import BLOCKS, EXCLUDED, FACTORED
 
@@ -166,7 +167,8 @@ class Approximations:
         total, mass = None, 0.0
         estimator, key = self._estimator(name), jax.random.fold_in(self._key, draw)
         for i, args, share in self._batches():
-            found = _statistics(estimator, self._params, args, jax.random.fold_in(key, i), bases)
+            folded = jax.random.fold_in(key, i)
+            found = off_mesh(_statistics(estimator, self._params, args, folded, bases))
             found = jax.tree.map(lambda x, share=share: share * x, found)
             total = found if total is None else jax.tree.map(jnp.add, total, found)
             mass += share

@@ -17,6 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvature.estimator import devices
+from curvature.estimator.devices import Axes
 from curvature.estimator.evaluate import Sweep, evaluate
 from curvature.estimator.kinds import Draw
 from curvature.estimator.rows import output_rows
@@ -49,7 +51,7 @@ class _Anything:
 
 
 def alive_rows(
-    analysis: Analysis, layers: Mapping[str, Layer], inputs: Sequence[Any]
+    analysis: Analysis, layers: Mapping[str, Layer], inputs: Sequence[Any], axes: Axes
 ) -> dict[int, jax.Array]:
     """For each contraction, 1 for every row that a unit with weight depends on, 0 for others.
 
@@ -57,6 +59,7 @@ def alive_rows(
       analysis: the trace.
       layers: its layers by name; rows are marked where a Kronecker factor is a mean over them.
       inputs: the leaves of the parameters and of the other arguments.
+      axes: axes of devices, each with rows of its own.
 
     Returns:
       By index of the use, arrays of shape `lead + members + (examples, positions)`; none where
@@ -73,7 +76,8 @@ def alive_rows(
             continue
         assert isinstance(use.how, Contraction)
         (y,) = step.equation.outvars
-        rows = jax.eval_shape(functools.partial(output_rows, use.how), y.aval)
+        output = jax.ShapeDtypeStruct(y.aval.shape, y.aval.dtype)
+        rows = jax.eval_shape(functools.partial(output_rows, use.how), output)
         tokens[use.index] = jnp.zeros((*use.lead, *rows.shape[:-1]), jnp.float32)
 
     def loss(tokens: dict[int, jax.Array]) -> jax.Array:
@@ -82,4 +86,4 @@ def alive_rows(
         sweep = Sweep(layers, kind, {}, draws, tokens, marking=True)
         return evaluate(analysis.plan, inputs, sweep)[0][0]
 
-    return jax.grad(loss)(tokens)
+    return jax.grad(loss)(devices.own(tokens, axes))

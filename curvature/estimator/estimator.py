@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,12 +12,15 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from curvature.blocks import BlockDiagonal, block_of
+from curvature.estimator import devices
 from curvature.estimator import statistics as stats
 from curvature.estimator.alive import alive_rows
 from curvature.estimator.bases import BASES, of_factors, rebased, without_noise
+from curvature.estimator.devices import Axes
 from curvature.estimator.evaluate import Sweep, evaluate
 from curvature.estimator.factors import Statistics
 from curvature.estimator.kinds import Draw, Fisher, Kind
+from curvature.meshes import automatic, on_mesh
 from curvature.precision import accumulator
 from curvature.registry import Layer, Registry
 from curvature.registry.layers import EXCLUDED
@@ -36,6 +39,9 @@ class Estimator:
       registry: what is in the model.
       kind: what is averaged: `Fisher`, `EmpiricalFisher` or `GaussNewton`.
       max_factor_dim: a Kronecker factor wider than this keeps its diagonal only.
+      axis_name: inside `shard_map` or `pmap`, the axis, or axes, over which each device has
+        examples of its own: the curvature is that of the mean of their losses. `()` keeps the
+        devices apart.
 
     >>> import jax, jax.numpy as jnp, curvature
     >>> def loss_fn(params, x, y):
@@ -52,6 +58,7 @@ class Estimator:
     registry: Registry
     kind: Kind = _FISHER
     max_factor_dim: int = 8192
+    axis_name: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.registry, Registry):
@@ -68,6 +75,12 @@ class Estimator:
             raise TypeError(
                 f"kind is {self.kind!r}, expected Fisher(), EmpiricalFisher() or GaussNewton()."
             )
+        devices.axes_of(self.axis_name)
+
+    @property
+    def axes(self) -> Axes:
+        """`axis_name` as a tuple."""
+        return devices.axes_of(self.axis_name)
 
     @property
     def needs_key(self) -> bool:
@@ -120,8 +133,9 @@ class Estimator:
             entries are not looked at.
 
         Raises:
-          ValueError: the key is missing, an argument differs from what was registered, or `bases`
-            are missing or of other shapes for some layer.
+          ValueError: the key is missing, an argument differs from what was registered, `bases`
+            are missing or of other shapes for some layer, or this is called inside `shard_map` or
+            `pmap` without `axis_name`.
         """
         if self.needs_key and key is None:
             raise ValueError(
@@ -133,10 +147,12 @@ class Estimator:
         if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)  # a key of jax.random.PRNGKey
         known = None if bases is None else self._checked(bases)
+        devices.check(self.axes, params, args, key, known)
         analysis = self.registry.analyse(params, args)
-        draws = self.kind.draw(analysis.losses, key)
         try:
-            return self._statistics(analysis, params, args, draws, known)
+            with on_mesh(params, args):
+                draws = self.kind.draw(analysis.losses, key)
+                return self._statistics(analysis, params, args, draws, known)
         except (ValueError, NotImplementedError) as error:
             if not analysis.blocked:
                 raise
@@ -161,7 +177,7 @@ class Estimator:
         """
         depth = {x.name: len(x.stack) for x in self.layers if x.block == "ekfac"}
         return {
-            name: rebased(found, depth[name], restart) if name in depth else found
+            name: _rebased(found, depth[name], restart) if name in depth else found
             for name, found in statistics.items()
         }
 
@@ -184,7 +200,8 @@ class Estimator:
 
     def _alive(self, analysis: Analysis, params: PyTree, args: PyTree) -> dict[int, jax.Array]:
         layers = {layer.name: layer for layer in analysis.layers}
-        return alive_rows(analysis, layers, [*jax.tree.leaves(params), *jax.tree.leaves(args)])
+        inputs = [*jax.tree.leaves(params), *jax.tree.leaves(args)]
+        return alive_rows(analysis, layers, inputs, self.axes)
 
     def _checked(self, bases: Mapping[str, Statistics]) -> dict[str, Statistics]:
         """The bases of every EKFAC layer, of the right shapes."""
@@ -232,7 +249,8 @@ class Estimator:
             first = tokens | early
 
         def combined(name: str, summed: Statistics) -> Statistics:
-            return stats.combined(layers[name], summed, passes, self.kind.averaged)
+            layer, averaged = layers[name], self.kind.averaged
+            return automatic(lambda s: stats.combined(layer, s, passes, averaged), summed)
 
         def sweep(
             tokens: dict[str, Statistics], generic: list[str], bases: dict[str, Statistics]
@@ -240,18 +258,27 @@ class Estimator:
             one = functools.partial(
                 self._pass, analysis, params, args, alive, tokens, generic, bases
             )
-            summed = _sum_passes(one, draws, passes)
+            summed = devices.together(
+                _sum_passes(one, draws, passes),
+                self.axes,
+                analysis.plan.jaxpr.outvars[0].aval,
+                [tag.z for tag in analysis.losses],
+            )
             return {name: combined(name, found) for name, found in summed.items()}
 
         found = sweep(first, generic, bases or {})
         if bases is None:
-            bases = {n: of_factors(found[n], len(layers[n].stack)) for n in corrected}
+            depths = {n: len(layers[n].stack) for n in corrected}
+            bases = {
+                n: automatic(functools.partial(of_factors, stack_ndim=depth), found[n])
+                for n, depth in depths.items()
+            }
             if corrected:
                 values = sweep(second, [], bases)
                 found |= {name: found[name] | values[name] for name in corrected}
             for name in corrected:
-                whole = found[name] | bases[name]
-                found[name] = without_noise(whole, len(layers[name].stack))
+                clean = functools.partial(without_noise, stack_ndim=depths[name])
+                found[name] = automatic(clean, found[name] | bases[name])
         return {name: found[name] | bases.get(name, {}) for name in layers}
 
     def _pass(
@@ -274,22 +301,33 @@ class Estimator:
             for name, leaf in generic.items():
                 inputs[layers[name].views[0].source] = leaf
             draw = dict(enumerate(draws))
-            sweep = Sweep(layers, self.kind, tokens, draw, alive, bases=bases)
+            around = devices.around(self.axes)
+            sweep = Sweep(layers, self.kind, tokens, draw, alive, bases=bases, devices=around)
             outs, _ = evaluate(analysis.plan, [*inputs, *jax.tree.leaves(args)], sweep)
             value: jax.Array = outs[0]
             return value
 
         whole = {name: leaves[layers[name].views[0].source] for name in generic}
+        tokens, whole = devices.own((tokens, whole), self.axes)
         raw, gradients = jax.grad(loss, argnums=(0, 1))(tokens, whole)
-        done = {
-            name: stats.finished(layers[name], found, bases.get(name), self.max_factor_dim)
-            for name, found in raw.items()
-        }
-        for name, gradient in gradients.items():
-            layer = layers[name]
-            part = layer.gather({layer.views[0].source: gradient})
-            done[name] = stats.of_generic(layer, part)
-        return done
+
+        def finished(raw: Any, gradients: Any, bases: Any) -> dict[str, Statistics]:
+            done = {
+                name: stats.finished(layers[name], found, bases.get(name), self.max_factor_dim)
+                for name, found in raw.items()
+            }
+            for name, gradient in gradients.items():
+                layer = layers[name]
+                part = layer.gather({layer.views[0].source: gradient})
+                done[name] = stats.of_generic(layer, part)
+            return done
+
+        return automatic(finished, raw, gradients, bases)
+
+
+def _rebased(statistics: Statistics, stack_ndim: int, restart: ArrayLike) -> Statistics:
+    with on_mesh(statistics):
+        return automatic(lambda s, r: rebased(s, stack_ndim, r), statistics, restart)
 
 
 def _sum_passes(one: Any, draws: PyTree, passes: int) -> dict[str, Statistics]:

@@ -15,6 +15,7 @@ jit and cond need no thought. Weight gradients are never asked for, so none are 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from curvature.estimator.kinds import Draw, Kind
 from curvature.estimator.rows import output_rows, rows_of
 from curvature.estimator.statistics import of_contraction, of_elementwise
 from curvature.losses import Targets
+from curvature.meshes import automatic, bind, divided_like, here
 from curvature.precision import accumulator
 from curvature.registry.layers import Layer
 from curvature.registry.plan import LossTag, Plan, Step, Use
@@ -47,7 +49,8 @@ class Sweep:
       marking: whether `alive` holds tokens instead, whose gradient says which rows a loss depends
         on (see `alive.py`), and no statistics are taken.
       bases: for each EKFAC layer whose corrections are taken, the eigenbases.
-      devices: mesh axes of the `shard_map`s around, and whether what varies over them is tracked.
+      devices: axes of devices around, each with examples of its own, and whether what varies over
+        them is tracked.
     """
 
     layers: Mapping[str, Layer]
@@ -81,16 +84,16 @@ def evaluate(
 
     for step in plan.steps:
         values = [read(v) for v in step.equation.invars]
-        values = _cut(values, step.cut)
         known = [read_slope(v) for v in step.equation.invars]
-        for position, use in () if sweep.marking else step.taps:
-            if use.layer not in sweep.tokens:
-                continue
-            values[position] = _broadcast(use, values[position], known[position], sweep)
-        if step.derive is not None:
-            slopes_of = _derived(step, values, known[step.derive])
-            slope.update(zip(step.equation.outvars, slopes_of, strict=True))
-        outs, out_slopes = _step(step, values, known, sweep)
+        with _jax.context(step.equation):
+            values = _cut(values, step.cut)
+            for position, use in () if sweep.marking else step.taps:
+                if use.layer in sweep.tokens:
+                    values[position] = _broadcast(step, position, use, values, known, sweep)
+            if step.derive is not None:
+                slopes_of = _derived(step, values, known[step.derive])
+                slope.update(zip(step.equation.outvars, slopes_of, strict=True))
+            outs, out_slopes = _step(step, values, known, sweep)
         env.update(zip(step.equation.outvars, outs, strict=True))
         slope.update(zip(step.equation.outvars, out_slopes, strict=False))
     return [read(v) for v in jaxpr.outvars], [read_slope(v) for v in jaxpr.outvars]
@@ -106,7 +109,7 @@ def _step(
         return [_contraction(step, step.use, values, sweep)], []
     if step.call is None:
         gate = step.gate if sweep.marking else None
-        return _jax.bind(step.equation, values) if gate is None else _opened(step, values, gate), []
+        return bind(step.equation, values) if gate is None else _opened(step, values, gate), []
     if step.call.kind == "scan":
         return _scan(step, values, slopes, sweep), []
     if step.call.kind == "shard_map":
@@ -161,7 +164,7 @@ def _scan(step: Step, values: list[Any], slopes: list[Any], sweep: Sweep) -> lis
     carry, ys = jax.lax.scan(
         one,
         init,
-        (scanned, stacked, bases, draws, rows),
+        (scanned, *here((stacked, bases, draws, rows))),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
@@ -180,7 +183,7 @@ def _sharded(step: Step, values: list[Any], slopes: list[Any], sweep: Sweep) -> 
         inner = dataclasses.replace(sweep, tokens=tokens, bases=bases, draws=draws, devices=devices)
         return evaluate(body, inputs, inner, slopes)[0]
 
-    rest = (dict(sweep.tokens), dict(sweep.bases), dict(sweep.draws), slopes)
+    rest = here((dict(sweep.tokens), dict(sweep.bases), dict(sweep.draws), slopes))
     return _jax.shard_map(step.equation, run, values, rest)
 
 
@@ -195,7 +198,7 @@ def _derived(step: Step, values: list[Any], slope: Any) -> list[jax.Array]:
 
     def one(x: Any) -> Any:
         operands = [*values[:position], x, *values[position + 1 :]]
-        return _jax.bind(step.equation, operands)
+        return bind(step.equation, operands)
 
     x = values[position]
     return jax.jvp(one, (x,), (jnp.ones_like(x) if slope is None else slope,))[1]
@@ -208,13 +211,13 @@ def _contraction(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.A
     if sweep.marking:
         return _marked(step, use, values, sweep)
     if layer.name not in sweep.tokens:
-        return _jax.bind(step.equation, values)[0]
+        return bind(step.equation, values)[0]
     alive = sweep.alive.get(use.index)
     if use.manual:
         return _manual(layer, use, values, sweep)
 
     def apply(x: jax.Array, w: jax.Array) -> jax.Array:
-        (y,) = _jax.bind(step.equation, (x, w) if how.operand == 0 else (w, x))
+        (y,) = bind(step.equation, (x, w) if how.operand == 0 else (w, x))
         return y
 
     @jax.custom_vjp
@@ -233,20 +236,23 @@ def _contraction(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.A
 
     tapped.defvjp(forward, backward)
     x, w = values[how.operand], jax.lax.stop_gradient(values[1 - how.operand])
-    known = (alive, sweep.bases.get(layer.name, {}))
-    return tapped(x, w, _varying_like(sweep.tokens[layer.name], x), known)
+    known = here((alive, sweep.bases.get(layer.name, {})))
+    return tapped(x, w, _varying_like(here(sweep.tokens[layer.name]), x), known)
 
 
 def _statistics(
     layer: Layer, use: Use, x: jax.Array, g: jax.Array, token: Statistics, known: Any
 ) -> Statistics:
     """The statistics of a contraction from its input and the cotangent of its output."""
-    assert isinstance(use.how, Contraction)
-    alive, bases = known
-    bias = use.bias.scale if use.bias is not None else None
-    rows = rows_of(use.how, x, g, bias, alive, jax.tree.leaves(token)[0].dtype)
-    found = of_contraction(layer, rows, token, bases, flipped=use.flipped)
-    return _varying_like(found, g)
+
+    def made(x: jax.Array, g: jax.Array, token: Statistics, known: Any) -> Statistics:
+        assert isinstance(use.how, Contraction)
+        alive, bases = known
+        bias = use.bias.scale if use.bias is not None else None
+        rows = rows_of(use.how, x, g, bias, alive, jax.tree.leaves(token)[0].dtype)
+        return of_contraction(layer, rows, token, bases, flipped=use.flipped)
+
+    return _like(automatic(made, x, g, token, known), token, g)
 
 
 def _manual(layer: Layer, use: Use, values: list[Any], sweep: Sweep) -> jax.Array:
@@ -262,12 +268,17 @@ def _manual(layer: Layer, use: Use, values: list[Any], sweep: Sweep) -> jax.Arra
 
     tapped.defvjp(lambda y, *rest: (y, rest), backward)
     y, x, *_ = values
-    known = (sweep.alive.get(use.index), sweep.bases.get(layer.name, {}))
-    return tapped(y, x, _varying_like(sweep.tokens[layer.name], y), known)
+    known = here((sweep.alive.get(use.index), sweep.bases.get(layer.name, {})))
+    return tapped(y, x, _varying_like(here(sweep.tokens[layer.name]), y), known)
 
 
 def _varying_like(statistics: Statistics, like: jax.Array) -> Statistics:
     return jax.tree.map(lambda x: _jax.varying_like(x, like), statistics)
+
+
+def _like(found: Statistics, token: Statistics, g: jax.Array) -> Statistics:
+    """Statistics that vary over devices as their token does, and the cotangent."""
+    return jax.tree.map(_jax.varying_like, _varying_like(found, g), token)
 
 
 def _marked(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.Array:
@@ -280,12 +291,13 @@ def _marked(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.Array:
         return y
 
     def backward(token: jax.Array, g: jax.Array) -> Any:
-        return g, jnp.any(output_rows(how, g) != 0, axis=-1).astype(token.dtype)
+        alive = automatic(lambda g: jnp.any(output_rows(how, g) != 0, axis=-1), g)
+        return g, _jax.varying_like(alive.astype(token.dtype), token)
 
     marked.defvjp(lambda y, token: (y, token), backward)
-    (y,) = _jax.bind(step.equation, values)
+    (y,) = bind(step.equation, values)
     token = sweep.alive.get(use.index)
-    return y if token is None else marked(y, token)
+    return y if token is None else marked(y, _jax.varying_like(here(token), y))
 
 
 def _opened(step: Step, values: list[Any], gate: int) -> list[Any]:
@@ -293,18 +305,21 @@ def _opened(step: Step, values: list[Any], gate: int) -> list[Any]:
 
     @jax.custom_vjp
     def opened(values: list[Any]) -> list[Any]:
-        return _jax.bind(step.equation, values)
+        return bind(step.equation, values)
 
     def backward(_: None, g: list[Any]) -> Any:
         return ([g[0] if i == gate else None for i in range(len(values))],)
 
-    opened.defvjp(lambda values: (_jax.bind(step.equation, values), None), backward)
+    opened.defvjp(lambda values: (bind(step.equation, values), None), backward)
     return opened(values)
 
 
-def _broadcast(use: Use, value: jax.Array, slope: Any, sweep: Sweep) -> jax.Array:
+def _broadcast(
+    step: Step, position: int, use: Use, values: list[Any], slopes: list[Any], sweep: Sweep
+) -> jax.Array:
     """A parameter broadcast against the data, whose token's gradient is its statistics."""
     how, layer = use.how, sweep.layers[str(use.layer)]
+    value, slope, (out, *_) = values[position], slopes[position], step.equation.outvars
     assert isinstance(how, Elementwise)
 
     @jax.custom_vjp
@@ -317,15 +332,19 @@ def _broadcast(use: Use, value: jax.Array, slope: Any, sweep: Sweep) -> jax.Arra
     def backward(kept: Any, g: jax.Array) -> Any:
         token, slope = kept
         g = g.astype(jax.tree.leaves(token)[0].dtype)
-        found = of_elementwise(layer, how, slope, g, token)
-        return _varying_like(found, g), None, None
+        made = functools.partial(of_elementwise, layer, how)
+        return _like(automatic(made, slope, g, token), token, g), None, None
 
     tapped.defvjp(forward, backward)
 
     def wide(x: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(jax.lax.stop_gradient(x), how.shape)
+        x = jax.lax.stop_gradient(x)
+        if x.shape == how.shape:
+            return x
+        x = jnp.broadcast_to(x, how.shape)
+        return divided_like(x, out.aval) if out.aval.shape == how.shape else x
 
-    token = _varying_like(sweep.tokens[layer.name], value)
+    token = _varying_like(here(sweep.tokens[layer.name]), value)
     slope = None if slope is None else wide(slope).astype(jax.tree.leaves(token)[0].dtype)
     return tapped(token, wide(value), slope)
 
@@ -342,18 +361,21 @@ def _loss(tag: LossTag, sweep: Sweep, draw: Draw, operands: list[Any]) -> jax.Ar
         return loss.value(z, targets), (z, targets, draw)
 
     def backward(kept: Any, w: jax.Array) -> Any:
+        return automatic(answer, kept, w, like=kept[0]), None, None
+
+    def answer(kept: Any, w: jax.Array) -> jax.Array:
         z, targets, draw = kept
         exact = z.astype(accumulator(z.dtype))
         v = sweep.kind.cotangent(tag, draw, exact, targets)
         root = jnp.sqrt(jnp.abs(w.astype(exact.dtype)))
         v = v * root.reshape(root.shape + (1,) * loss.event_ndim)
-        return v.astype(z.dtype), None, None
+        return v.astype(z.dtype)
 
     tagged.defvjp(forward, backward)
     z, *targets = operands
     for target in targets:
         z = _jax.varying_like(z, target)
-    return tagged(z, tuple(targets), jax.tree.map(lambda d: _of_device(d, z, sweep), draw))
+    return tagged(z, tuple(targets), jax.tree.map(lambda d: _of_device(d, z, sweep), here(draw)))
 
 
 def _of_device(draw: jax.Array, z: jax.Array, sweep: Sweep) -> jax.Array:

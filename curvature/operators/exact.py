@@ -19,13 +19,14 @@ J is applied by forward-mode differentiation, which functions with a `custom_vjp
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from curvature.meshes import automatic
 from curvature.metrics import Metric
 from curvature.metrics.products import apply
 from curvature.operators.operator import Operator, Product, over_dataset
@@ -273,7 +274,8 @@ class _Pullback(Product):
         """J' G_z J v."""
         del key
         z, push = jax.linearize(lambda p: self.function(p, *args), params)
-        (result,) = jax.linear_transpose(push, params)(apply(self.metric, z, push(vector)))
+        product = automatic(functools.partial(apply, self.metric), z, push(vector), like=z)
+        (result,) = jax.linear_transpose(push, params)(product)
         return result
 
 
@@ -286,15 +288,19 @@ class _Pulled(Product):
         """One forward pass, J v, J' g."""
         found = linearise(self.function, self.has_aux, params, args)
         # In float32 at least, whatever the activations are.
-        exact = [
-            dataclasses.replace(o, z=_widened(o.z), weights=_widened(o.weights, o.z))
-            for o in found.outputs
-        ]
-        tangents = [_widened(u) for u in found.pushforward(vector)]
-        cotangents = self.metric(exact, tangents, self.samples, key)
-        return found.pullback(
-            [g.astype(o.z.dtype) for g, o in zip(cotangents, found.outputs, strict=True)]
-        )
+        tags = [o.tag for o in found.outputs]
+        seen = [(o.z, o.targets, o.weights) for o in found.outputs]
+
+        def cotangents(seen: Any, tangents: Any, key: jax.Array | None) -> list[jax.Array]:
+            exact = [
+                Output(tag, _widened(z), targets, _widened(weights, z))
+                for tag, (z, targets, weights) in zip(tags, seen, strict=True)
+            ]
+            made = self.metric(exact, [_widened(u) for u in tangents], self.samples, key)
+            return [g.astype(z.dtype) for g, (z, *_) in zip(made, seen, strict=True)]
+
+        zs = [z for z, *_ in seen]
+        return found.pullback(automatic(cotangents, seen, found.pushforward(vector), key, like=zs))
 
 
 def _widened(x: jax.Array, *others: jax.Array) -> jax.Array:

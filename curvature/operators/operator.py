@@ -22,6 +22,7 @@ from jax.flatten_util import ravel_pytree
 
 from curvature import _jax
 from curvature.dataset import first_batch, shares
+from curvature.meshes import automatic, divided_like, on_mesh, shape_of
 from curvature.precision import accumulator
 
 PyTree = Any
@@ -46,7 +47,7 @@ class Operator(lx.AbstractLinearOperator):
         self, product: Callable[[PyTree], PyTree], like: PyTree, *, semidefinite: bool
     ) -> None:
         """Wraps `product` as an operator on trees of the shapes and dtypes of `like`."""
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+        shapes = jax.tree.map(shape_of, like)
         leaves, treedef = jax.tree.flatten(shapes)
         self.product = product
         self.structure = (tuple(leaves), treedef)
@@ -207,7 +208,7 @@ def over_dataset(
     params = jax.tree.map(jnp.asarray, params)
 
     def zeros() -> PyTree:
-        return jax.tree.map(lambda p: jnp.zeros(p.shape, accumulator(p.dtype)), params)
+        return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=accumulator(p.dtype)), params)
 
     def total(vector: PyTree) -> PyTree:
         result = zeros()
@@ -237,7 +238,9 @@ def _add(
     vector: PyTree,
 ) -> PyTree:
     """The sum so far, plus the share of A v on one batch."""
-    terms = product(params, args, key, vector)
+    with on_mesh(params, args):
+        vector = jax.tree.map(divided_like, vector, params)
+        terms = product(params, args, key, vector)
     return jax.tree.map(
         lambda t, x: t + jnp.asarray(share, t.dtype) * x.astype(t.dtype), total, terms
     )
@@ -266,6 +269,12 @@ def to_dense(op: lx.AbstractLinearOperator, at_once: int = 64) -> jax.Array:
     return jnp.concatenate(columns).T
 
 
+@jax.jit
+def _raveled(tree: PyTree) -> jax.Array:
+    with on_mesh(tree):
+        return automatic(lambda tree: ravel_pytree(tree)[0], tree)
+
+
 class Flat:
     """An operator on flat vectors, in float32 or float64.
 
@@ -284,8 +293,7 @@ class Flat:
 
     def ravel(self, tree: PyTree) -> jax.Array:
         """A tree like the parameters as a vector, shape `(n,)`."""
-        vector: jax.Array = ravel_pytree(jax.tree.map(lambda x: x.astype(self.dtype), tree))[0]
-        return vector
+        return _raveled(jax.tree.map(lambda x: x.astype(self.dtype), tree))
 
     def mv(self, vector: jax.Array) -> jax.Array:
         """A v, shape `(n,)`."""

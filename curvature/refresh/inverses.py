@@ -27,6 +27,7 @@ from curvature.estimator import Estimator
 from curvature.estimator.bases import BASES, carried_over, identity, known, products
 from curvature.estimator.factors import Statistics
 from curvature.linalg import diagonal
+from curvature.meshes import automatic
 from curvature.refresh.batches import Job, Key, Solved, solved
 from curvature.refresh.control import finite
 from curvature.refresh.methods import QR, Eigh, Method
@@ -130,6 +131,9 @@ class Inverses:
           now: what else a refresh starts from.
           old: `part` of the turn, and what happened so far.
         """
+        return automatic(functools.partial(self._refreshed, turn), statistics, now, old)
+
+    def _refreshed(self, turn: int, statistics: Arrays, now: Now, old: Refreshed) -> Refreshed:
         group = self.schedule[turn]
         found = {
             name: {
@@ -141,12 +145,13 @@ class Inverses:
         solutions, staleness = self._solved(group, found, old.inverse, now)
         moving, inverse, failed = dict(old.statistics), dict(old.inverse), old.failed
         layers: dict[str, tuple[Statistics, Statistics]] = {}
+        depths = {unit.layer.name: len(unit.layer.stack) for unit in group}
         for unit in group:
             moved, new = self._renewed(unit, found[unit.layer.name], solutions, now)
             so_far = layers.get(unit.layer.name, ({}, {}))
             layers[unit.layer.name] = so_far[0] | moved, so_far[1] | new
         for name, (moved, new) in layers.items():
-            good = finite(_telling(new))
+            good = finite(_telling(new, depths[name]))
             failed |= ~good
             kept = _replaced(inverse[name], self._plain(name, found[name], now, new), now.first)
             inverse[name] = _replaced(kept, new, good)
@@ -250,11 +255,14 @@ def _fields(unit: Unit) -> tuple[str, ...]:
     return (*BASES, "values") if len(unit.sides) == 2 else unit.sides
 
 
-def _telling(inverse: Statistics) -> list[jax.Array]:
-    """Arrays that are finite only where all of an inverse is: it is positive semi-definite."""
+def _telling(inverse: Statistics, depth: int) -> list[jax.Array]:
+    """Arrays that are finite only where all of an inverse is: it is positive semi-definite.
+
+    A side has `depth` axes of copies in front, and then one axis where it is diagonal, else two.
+    """
     if "values" in inverse:
         return [inverse["values"]]
-    return [x if x.ndim < 2 else diagonal(x) for x in inverse.values()]
+    return [x if x.ndim == depth + 1 else diagonal(x) for x in inverse.values()]
 
 
 def _bases(statistics: Statistics) -> Statistics:

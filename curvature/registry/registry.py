@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from curvature import _jax
+from curvature.meshes import on_mesh, shape_of
 from curvature.registry import flow, table
 from curvature.registry.assemble import Gradients, assemble
 from curvature.registry.choose import overridden, ruled
@@ -180,7 +181,8 @@ class Registry:
         _check_tree("params", params, self.params, exact=True)
         _check_tree("loss_args", args, self.args, exact=False)
         search = self.batch_found
-        analysis = _analyse(self.loss_fn, self.has_aux, params, args, search=search)
+        with on_mesh(params, args):
+            analysis = _analyse(self.loss_fn, self.has_aux, params, args, search=search)
         found = [(x.name, x.kind, x.shape) for x in analysis.layers]
         expected = [(x.name, x.kind, x.shape) for x in self.layers]
         if found != expected:
@@ -228,8 +230,9 @@ def register(
     [('dense', ("['w']", "['b']"))]
     """
     shapes = _param_shapes(params)
-    arg_shapes = jax.tree.map(_shape, args)
-    analysis = _analyse(loss_fn, has_aux, shapes, args)
+    arg_shapes = jax.tree.map(shape_of, args)
+    with on_mesh(shapes, arg_shapes):
+        analysis = _analyse(loss_fn, has_aux, shapes, args)
     return Registry(
         analysis.layers,
         analysis.losses,
@@ -304,14 +307,6 @@ def _analyse(
     )
 
 
-def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of an array, scalar or shape."""
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf
-    aval = jax.typeof(leaf)
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-
-
 def _param_shapes(params: PyTree) -> PyTree:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
@@ -329,7 +324,7 @@ def _param_shapes(params: PyTree) -> PyTree:
             "point. Pass what is not trained as another argument of the loss function, and keep a "
             "complex parameter as its real and imaginary parts."
         )
-    return jax.tree.map(_shape, params)
+    return jax.tree.map(shape_of, params)
 
 
 def _check_pure(jaxpr: _jax.Jaxpr) -> None:
@@ -383,7 +378,7 @@ def _check_tree(name: str, found: PyTree, expected: PyTree, *, exact: bool) -> N
         )
     pairs = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
     for (path, leaf), shape in pairs:
-        aval = _shape(leaf)
+        aval = shape_of(leaf)
         same = aval.shape == shape.shape if exact else len(aval.shape) == len(shape.shape)
         if not same or aval.dtype != shape.dtype:
             raise ValueError(

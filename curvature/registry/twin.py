@@ -110,10 +110,12 @@ def _grown(
                     shape[a] = size + growth
             if shape == list(getattr(leaf, "shape", ())):
                 return leaf
-            weak = jax.typeof(leaf).weak_type
-            return jax.ShapeDtypeStruct(shape, leaf.dtype, weak_type=weak)
+            return _jax.resized(leaf, shape)
 
-        grown = [jax.tree.map(grow, arg) for arg in args]
+        try:
+            grown = [jax.tree.map(grow, arg) for arg in args]
+        except ValueError:  # that many examples do not divide over the mesh
+            continue
         yield tuple(grown), growth, size
         if len(args) > 1:
             for i in range(len(args)):

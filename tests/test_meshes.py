@@ -1,0 +1,329 @@
+"""Everything on a mesh, with automatic and explicit axes, is what it is on one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from meshes import CASES, MODES, entered, make_mesh, put
+
+import curvature
+from curvature import operators
+
+KINDS = (
+    "kronecker",
+    "kronecker_reduce",
+    "kronecker_weighted",
+    "foof",
+    "ekfac",
+    "diagonal",
+    "dense",
+    "identity",
+)
+EMPIRICAL = curvature.EmpiricalFisher()
+
+
+def on_mesh(case, mode):
+    """The case on a mesh, `(loss_fn, params, args)`, and the mesh."""
+    mesh = make_mesh(mode)
+    loss_fn, params, args, specs = CASES[case](mesh)
+    return (loss_fn, *put(mesh, (params, args), specs)), mesh
+
+
+def close(found, expected, tolerance=1e-9):
+    """Both trees, entry by entry, up to rounding."""
+
+    def one(a, b):
+        b = np.asarray(b)
+        scale = np.abs(b).max(initial=1e-300)
+        np.testing.assert_allclose(np.asarray(a), b, rtol=tolerance, atol=tolerance * scale)
+
+    jax.tree.map(one, found, expected)
+
+
+def can_have(layer, block):
+    return block if block in curvature.registry.layers.BLOCKS[layer.kind] else None
+
+
+def statistics(loss_fn, params, args, blocks, kind):
+    registry = curvature.register(loss_fn, params, *args)
+
+    @jax.jit
+    def run(params, args, key):
+        found = {}
+        for block in blocks:
+            chosen = registry.with_blocks(lambda layer, block=block: can_have(layer, block))
+            estimator = curvature.Estimator(chosen, kind)
+            found[block] = estimator.statistics(params, *args, key=key)
+        return found
+
+    return run(params, args, jax.random.key(3))
+
+
+@functools.cache
+def statistics_of_one(case, blocks, kind):
+    return statistics(*CASES[case](None)[:3], blocks, kind)
+
+
+def compare_statistics(case, mode, blocks, kind):
+    many, mesh = on_mesh(case, mode)
+    expected = statistics_of_one(case, blocks, kind)
+    with entered(mode, mesh):
+        found = statistics(*many, blocks, kind)
+    for block in blocks:
+        for name, arrays in expected[block].items():
+            if "input_basis" in arrays:  # eigenvectors are known up to their signs
+                arrays, there = (
+                    {k: v for k, v in s.items() if not k.endswith("basis")}
+                    for s in (arrays, found[block][name])
+                )
+            else:
+                there = found[block][name]
+            close(there, arrays, 1e-7)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES)
+def test_statistics_are_those_of_one_device(case, mode):
+    compare_statistics(case, mode, ("kronecker", "diagonal"), EMPIRICAL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind",
+    [
+        EMPIRICAL,
+        curvature.GaussNewton(),
+        curvature.GaussNewton(probes=2),
+        curvature.Fisher(samples=2),
+        curvature.Fisher(samples=None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES)
+def test_statistics_of_all_blocks_are_those_of_one_device(case, mode, kind):
+    """With one key: the draws do not depend on how the batch is divided."""
+    compare_statistics(case, mode, KINDS, kind)
+
+
+VARIANTS = {
+    "kfac": lambda r: curvature.kfac(r, 0.1, kind=EMPIRICAL, damping=0.1),
+    "ekfac": lambda r: curvature.ekfac(r, 0.1, kind=EMPIRICAL, damping=0.1),
+    "foof": lambda r: curvature.foof(r, 0.1, damping=0.1),
+    "sampled, newton-schulz": lambda r: curvature.kfac(
+        r, 0.1, damping=0.1, refresh=curvature.NewtonSchulz(), kl_clip=1e-3, weight_decay=0.1
+    ),
+    "eigh, graft": lambda r: curvature.kfac(
+        r, 0.1, kind=EMPIRICAL, damping=0.1, refresh=curvature.Eigh(), graft=optax.trace(0.9)
+    ),
+    "qr, accumulate": lambda r: curvature.kfac(
+        r, 0.1, kind=EMPIRICAL, damping=0.1, refresh=curvature.QR(), accumulate=2, burn_in=1
+    ),
+    "fallback": lambda r: curvature.kfac(
+        r,
+        0.1,
+        kind=EMPIRICAL,
+        damping=0.1,
+        fallback=optax.trace(0.9),
+        relative_damping=True,
+        max_factor_dim=4,
+        statistics_every=1,
+        refresh_every=1,
+    ),
+    "quadratic model": lambda r: curvature.kfac(
+        r,
+        curvature.QuadraticModel(),
+        damping=curvature.LevenbergMarquardt(),
+        l2=1e-3,
+        kind=curvature.GaussNewton(probes=2),
+    ),
+    "chained": lambda r: optax.chain(
+        curvature.scale_by_curvature(r, EMPIRICAL, damping=0.1), optax.scale(-0.1)
+    ),
+}
+
+
+def trained(tx, loss_fn, params, args, steps=3):
+    """The parameters after some steps of a jitted step, its state, and how often it was traced."""
+    traces = []
+
+    @jax.jit
+    def step(params, state, args, key):
+        traces.append(None)
+        grads = jax.grad(loss_fn)(params, *args)
+        updates, state = tx.update(grads, state, params, loss_args=args, key=key)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for i in range(steps):
+        params, state = step(params, state, args, jax.random.key(i))
+    return params, state, len(traces)
+
+
+@functools.cache
+def trained_on_one(case, variant):
+    loss_fn, params, args, _ = CASES[case](None)
+    tx = VARIANTS[variant](curvature.register(loss_fn, params, *args))
+    return trained(tx, loss_fn, params, args)[0]
+
+
+def types(tree):
+    return jax.tree.map(jax.typeof, tree)
+
+
+def compare_training(case, mode, variant):
+    many, mesh = on_mesh(case, mode)
+    expected = trained_on_one(case, variant)
+    with entered(mode, mesh):
+        tx = VARIANTS[variant](curvature.register(many[0], many[1], *many[2]))
+        found, state, traces = trained(tx, *many)
+        if mode != "auto":  # there the first state is on one device, as that of any optimizer
+            assert traces == 1
+            assert types(found) == types(many[1])
+            assert types(state) == types(tx.init(many[1]))
+    close(found, expected, 1e-6)
+    _, start, *_ = CASES[case](None)
+    jax.tree.map(lambda a, b: np.testing.assert_array_less(0, np.abs(a - b).max()), found, start)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("case", "variant"), [("mlp", "kfac"), ("tensor_parallel", "quadratic model")]
+)
+def test_training_is_that_of_one_device(case, mode, variant):
+    compare_training(case, mode, variant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES)
+def test_training_of_every_variant_is_that_of_one_device(case, mode, variant):
+    compare_training(case, mode, variant)
+
+
+# Operators ----------------------------------------------------------------------------------------
+
+
+def exact(loss_fn, params, args, vector):
+    """Products of every exact operator, and what is made of one of them."""
+    batches, key = [args], jax.random.key(0)
+    gauss_newton = operators.gauss_newton(loss_fn, params, batches)
+    two = jax.tree.map(lambda v: jnp.stack([v, 2 * v]), vector)
+    return {
+        "hessian": operators.hessian(loss_fn, params, [args, args]) @ vector,
+        "gauss_newton": gauss_newton @ vector,
+        "fisher": operators.fisher(loss_fn, params, batches, samples=2, key=key) @ vector,
+        "empirical": operators.empirical_fisher(loss_fn, params, batches) @ vector,
+        "two": gauss_newton.mm(two),
+        "dense": operators.to_dense(gauss_newton),
+        "diagonal": operators.diagonal(gauss_newton, key, 4)[0],
+        "top": operators.top_eigenpairs(gauss_newton, 1, key, products=4).values,
+        "solution": operators.solve(gauss_newton, vector, 1.0, tolerance=1e-9).value,
+    }
+
+
+def blockwise(loss_fn, params, args, vector):
+    """What the operator of the estimator can do, without `jit`."""
+    registry = curvature.register(loss_fn, params, *args)
+    op = curvature.Estimator(registry, EMPIRICAL)(params, *args, key=jax.random.key(0))
+    damping = jnp.asarray(0.1)
+    return {
+        "product": op @ vector,
+        "solution": op.solve(vector, damping),
+        "root": op.power(vector, 0.5, 0.1),
+        "inverse": op.damped_inverse(damping) @ vector,
+        "numbers": [op.trace(), op.logdet(damping), op.eigenvalues()],
+        "diagonal": op.diagonal(),
+    }
+
+
+def compare_operators(case, mode, make):
+    many, mesh = on_mesh(case, mode)
+    loss_fn, params, args, _ = CASES[case](None)
+    expected = make(loss_fn, params, args, jax.tree.map(lambda x: x / 2 + 1, params))
+    with entered(mode, mesh):
+        found = make(*many, jax.tree.map(lambda x: x / 2 + 1, many[1]))
+    close(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("mode", ["explicit", "explicit, set"])
+@pytest.mark.parametrize("case", ["tensor_parallel"])
+def test_the_estimators_operator_is_that_of_one_device(case, mode):
+    compare_operators(case, mode, blockwise)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", ["mlp", "scanned", "convolution", "tensor_parallel"])
+def test_exact_operators_are_those_of_one_device(case, mode):
+    compare_operators(case, mode, exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", ["mlp", "sharded_parameters"])
+def test_the_comparison_is_that_of_one_device(case, mode):
+    def table(loss_fn, params, args):
+        registry = curvature.register(loss_fn, params, *args)
+        key = jax.random.key(0)
+        return curvature.compare(
+            registry, params, [args, args], key=key, limit=12, progress=False
+        ).table()
+
+    many, mesh = on_mesh(case, mode)
+    with entered(mode, mesh):
+        found = table(*many)
+    assert found == table(*CASES[case](None)[:3])
+
+
+# Steps and shapes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["explicit", "explicit, set"])
+def test_steps_can_be_scanned_over(mode):
+    """The types of parameters and state stay the same, whether statistics are due or not."""
+    (loss_fn, params, args), mesh = on_mesh("sharded_parameters", mode)
+    with entered(mode, mesh):
+        registry = curvature.register(loss_fn, params, *args)
+        tx = curvature.kfac(registry, 0.1, kind=EMPIRICAL, statistics_every=2, refresh_every=2)
+
+        def step(carry, key):
+            params, state = carry
+            grads = jax.grad(loss_fn)(params, *args)
+            updates, state = tx.update(grads, state, params, loss_args=args, key=key)
+            return (optax.apply_updates(params, updates), state), None
+
+        @jax.jit
+        def run(carry, args, keys):
+            return jax.lax.scan(step, carry, keys)[0]
+
+        found, state = run((params, tx.init(params)), args, jax.random.split(jax.random.key(0), 3))
+    assert types(found) == types(params)
+    assert int(state.stats.skipped) == 0
+    assert all(
+        bool(jnp.any(a != b)) for a, b in zip(*map(jax.tree.leaves, (found, params)), strict=True)
+    )
+
+
+@pytest.mark.parametrize("mode", ["explicit", "explicit, set"])
+@pytest.mark.parametrize("case", CASES)
+def test_shapes_with_shardings_register_as_arrays_do(case, mode):
+    """The batch is found by a trace with twice as many examples: one more does not divide."""
+    (loss_fn, params, args), mesh = on_mesh(case, mode)
+    expected = curvature.register(*CASES[case](None)[:2], *CASES[case](None)[2])
+    with entered(mode, mesh):
+        arrays = curvature.register(loss_fn, params, *args)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (params, args)
+        )
+        from_shapes = curvature.register(loss_fn, shapes[0], *shapes[1])
+    described = [
+        [(x.name, x.kind, x.examples, x.stack) for x in r.layers]
+        for r in (expected, arrays, from_shapes)
+    ]
+    assert described[0] == described[1] == described[2]
+    assert arrays.batch_found and from_shapes.batch_found
