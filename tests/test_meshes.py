@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from meshes import CASES, MODES, entered, make_mesh, put
 
 import curvature
@@ -278,6 +279,33 @@ def test_the_comparison_is_that_of_one_device(case, mode):
     with entered(mode, mesh):
         found = table(*many)
     assert found == table(*CASES[case](None)[:3])
+
+
+@pytest.mark.parametrize("mode", ["explicit", "explicit, set"])
+def test_a_part_of_the_loss_may_be_automatic(mode):
+    """A scan over layers in `auto_axes`, with the tagged loss inside and a layer outside."""
+    mesh = make_mesh(mode)
+    loss_fn, params, args, specs = CASES["mlp"](mesh)
+    params, args = put(mesh, (params, args), specs)
+
+    def partly(p, x, y):
+        whole = NamedSharding(mesh, PartitionSpec())
+        return jax.sharding.auto_axes(loss_fn, out_sharding=whole)(p, jnp.sin(x), y)
+
+    def all_of_it(p, x, y):
+        return loss_fn(p, jnp.sin(x), y)
+
+    vector = jax.tree.map(lambda x: x / 2 + 1, params)
+
+    def run(loss_fn, params, args):
+        op = operators.gauss_newton(loss_fn, params, [args])
+        return statistics(loss_fn, params, args, ("kronecker",), EMPIRICAL), op @ vector
+
+    with entered(mode, mesh):
+        found = run(partly, params, args)
+    _, params, args, _ = CASES["mlp"](None)
+    vector = jax.tree.map(lambda x: x / 2 + 1, params)
+    close(found, run(all_of_it, params, args), 1e-7)
 
 
 # Steps and shapes ---------------------------------------------------------------------------------
