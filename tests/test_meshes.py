@@ -164,6 +164,17 @@ def trained(tx, loss_fn, params, args, steps=3):
     return params, state, len(traces)
 
 
+def check_differentiable(mode, mesh, loss_fn, params, args):
+    """Skips what JAX itself has no gradient of: a weight in a loop, in 0.12 without `set_mesh`."""
+    try:
+        with entered(mode, mesh):
+            jax.jit(jax.grad(loss_fn)).lower(params, *args)
+    except Exception as error:
+        if type(error).__name__ != "ShardingTypeError":
+            raise
+        pytest.skip("JAX has no gradient of this loss without set_mesh")
+
+
 @functools.cache
 def trained_on_one(case, variant):
     loss_fn, params, args, _ = CASES[case](None)
@@ -177,6 +188,7 @@ def types(tree):
 
 def compare_training(case, mode, variant):
     many, mesh = on_mesh(case, mode)
+    check_differentiable(mode, mesh, *many)
     expected = trained_on_one(case, variant)
     with entered(mode, mesh):
         tx = VARIANTS[variant](curvature.register(many[0], many[1], *many[2]))
@@ -190,9 +202,12 @@ def compare_training(case, mode, variant):
     jax.tree.map(lambda a, b: np.testing.assert_array_less(0, np.abs(a - b).max()), found, start)
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("case", "variant"), [("mlp", "kfac"), ("tensor_parallel", "quadratic model")]
+    ("case", "mode", "variant"),
+    [
+        ("convolution", "explicit", "kfac"),
+        ("tensor_parallel", "explicit, set", "quadratic model"),
+    ],
 )
 def test_training_is_that_of_one_device(case, mode, variant):
     compare_training(case, mode, variant)
