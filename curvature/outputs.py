@@ -19,7 +19,7 @@ import jax
 
 from curvature import _jax
 from curvature.losses import TAG, OutputLoss, Targets
-from curvature.meshes import bind, divided_zeros
+from curvature.meshes import bind, divided_zeros, here
 from curvature.registry import flow
 
 PyTree = Any
@@ -185,7 +185,7 @@ def _run(
         with _jax.context(equation):
             outs, found = _step(equation, [read(v) for v in equation.invars], added[len(taps) :])
         env.update(zip(equation.outvars, outs, strict=True))
-        taps += found
+        taps += here(found)  # out of a part in a mode of its own
     return [read(v) for v in jaxpr.outvars], taps
 
 
@@ -195,16 +195,16 @@ def _step(
     if equation.primitive.name == TAG:
         z, *targets = values
         value = equation.params["loss"].value(jax.lax.stop_gradient(z), tuple(targets))
-        return [value + added[0]], [(z, tuple(targets))]
+        return [value + here(added[0])], [(z, tuple(targets))]
     if not _tagged(equation):
         return bind(equation, values), []
     call = _jax.call_of(equation)
     assert call is not None  # `_tags` refuses what cannot be looked into
-    added = list(added[: sum(_count(body) for body in call.bodies)])
+    inside: list[jax.Array] = here(list(added[: sum(_count(body) for body in call.bodies)]))
     if call.kind == "scan":
-        return _scan(equation, call, values, added)
+        return _scan(equation, call, values, inside)
     if call.kind == "cond":
-        return _cond(call, values, added)
+        return _cond(call, values, inside)
     (body,) = call.bodies
     if call.kind == "remat":
         run = jax.checkpoint(
@@ -212,8 +212,8 @@ def _step(
             policy=equation.params["policy"],
             prevent_cse=equation.params["prevent_cse"],
         )
-        return run(values, added)
-    return _run(body, values, added)
+        return run(values, inside)
+    return _run(body, values, inside)
 
 
 def _scan(

@@ -192,7 +192,7 @@ def test_training_is_that_of_one_device(way, variant):
     compare_training(way, variant)
 
 
-@pytest.mark.parametrize("way", ["shard_map", "shard_map, unchecked"])
+@pytest.mark.parametrize("way", ["shard_map, unchecked"])
 def test_kfac_is_that_of_one_device(way):
     compare_training(way, "kfac")
 
@@ -278,8 +278,8 @@ def test_an_ensemble_stays_apart(axis_name):
 
     seeds = jax.tree.map(lambda x: jnp.stack([x * (1 + i) for i in range(DEVICES)]), PARAMS)
     mapped = jax.pmap(trace, axis_name="i") if axis_name == () else jax.vmap(trace, axis_name="i")
-    expected = [trace(jax.tree.map(lambda x, i=i: x[i], seeds)) for i in range(DEVICES)]
-    np.testing.assert_allclose(mapped(seeds), jnp.stack(expected), rtol=1e-8)
+    expected = jax.jit(lambda seeds: jax.lax.map(trace, seeds))(seeds)
+    np.testing.assert_allclose(jax.jit(mapped)(seeds), expected, rtol=1e-8)
 
 
 def test_what_is_the_same_on_all_devices_needs_no_word():

@@ -138,6 +138,7 @@ def test_imports_run_downward_only(path):
     order = [
         "examples",
         "_jax",
+        "meshes",
         "precision",
         "losses",
         "metrics",

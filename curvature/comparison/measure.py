@@ -23,7 +23,7 @@ from curvature.comparison.result import WHOLE
 from curvature.estimator.columns import columns
 from curvature.estimator.kinds import Kind
 from curvature.meshes import automatic, off_mesh, on_mesh
-from curvature.precision import HIGHEST
+from curvature.precision import HIGHEST, accumulator
 from curvature.registry import Layer, Registry
 from curvature.registry.registry import Analysis
 
@@ -296,7 +296,8 @@ def _grouped(
 
 
 def _dtype(analysis: Analysis, layer: Layer, params: PyTree) -> Any:
-    return jax.eval_shape(lambda p: layer.gather(jax.tree.leaves(p)), params).dtype
+    leaves = jax.tree.leaves(params)
+    return accumulator(*(leaves[view.source].dtype for view in layer.leaves))
 
 
 @jax.jit

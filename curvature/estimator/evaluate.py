@@ -62,6 +62,12 @@ class Sweep:
     bases: Mapping[str, Statistics] = dataclasses.field(default_factory=dict)
     devices: tuple[tuple[str, ...], bool] = ((), False)
 
+    def here(self) -> Sweep:
+        """The same with the types of the mesh that is set."""
+        moved = here((dict(self.tokens), dict(self.draws), dict(self.alive), dict(self.bases)))
+        tokens, draws, alive, bases = moved
+        return dataclasses.replace(self, tokens=tokens, draws=draws, alive=alive, bases=bases)
+
 
 def evaluate(
     plan: Plan, inputs: Sequence[Any], sweep: Sweep, slopes: Sequence[Any] = ()
@@ -110,6 +116,7 @@ def _step(
     if step.call is None:
         gate = step.gate if sweep.marking else None
         return bind(step.equation, values) if gate is None else _opened(step, values, gate), []
+    sweep = sweep.here()
     if step.call.kind == "scan":
         return _scan(step, values, slopes, sweep), []
     if step.call.kind == "shard_map":
@@ -164,7 +171,7 @@ def _scan(step: Step, values: list[Any], slopes: list[Any], sweep: Sweep) -> lis
     carry, ys = jax.lax.scan(
         one,
         init,
-        (scanned, *here((stacked, bases, draws, rows))),
+        (scanned, stacked, bases, draws, rows),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
@@ -183,7 +190,7 @@ def _sharded(step: Step, values: list[Any], slopes: list[Any], sweep: Sweep) -> 
         inner = dataclasses.replace(sweep, tokens=tokens, bases=bases, draws=draws, devices=devices)
         return evaluate(body, inputs, inner, slopes)[0]
 
-    rest = here((dict(sweep.tokens), dict(sweep.bases), dict(sweep.draws), slopes))
+    rest = (dict(sweep.tokens), dict(sweep.bases), dict(sweep.draws), slopes)
     return _jax.shard_map(step.equation, run, values, rest)
 
 
