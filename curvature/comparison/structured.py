@@ -26,7 +26,7 @@ from curvature.comparison.measure import Plan, estimates
 from curvature.comparison.result import Figure, Structured
 from curvature.estimator import Estimator
 from curvature.estimator.bases import BASES
-from curvature.estimator.factors import Statistics
+from curvature.estimator.factors import Statistics, counted, factors_of
 from curvature.linalg import eigh
 from curvature.meshes import off_mesh
 from curvature.precision import HIGHEST
@@ -143,7 +143,11 @@ class Approximations:
         """The eigenbases of an approximation's Kronecker factors, in the shapes of EKFAC's."""
 
         def make() -> dict[str, Statistics]:
-            factors, zeros = self._statistics(name, 0), self._estimator("ekfac").zeros()
+            found, zeros = self._statistics(name, 0), self._estimator("ekfac").zeros()
+            factors = {
+                layer.name: factors_of(layer, found[layer.name])
+                for layer in self._estimator(name).layers
+            }
             return {layer: _eigenbases(factors[layer], zeros[layer]) for layer in zeros}
 
         return self._once(("bases", name), make)
@@ -169,7 +173,9 @@ class Approximations:
         for i, args, share in self._batches():
             folded = jax.random.fold_in(key, i)
             found = off_mesh(_statistics(estimator, self._params, args, folded, bases))
-            found = jax.tree.map(lambda x, share=share: share * x, found)
+            found = {
+                layer.name: counted(layer, found[layer.name], share) for layer in estimator.layers
+            }
             total = found if total is None else jax.tree.map(jnp.add, total, found)
             mass += share
         mean: dict[str, Statistics] = jax.tree.map(lambda x: x / mass, total)

@@ -18,7 +18,7 @@ from curvature.estimator.alive import alive_rows
 from curvature.estimator.bases import BASES, of_factors, rebased, without_noise
 from curvature.estimator.devices import Axes
 from curvature.estimator.evaluate import Sweep, evaluate
-from curvature.estimator.factors import Statistics
+from curvature.estimator.factors import Statistics, factors_of
 from curvature.estimator.kinds import Draw, Fisher, Kind
 from curvature.meshes import automatic, on_mesh
 from curvature.precision import accumulator
@@ -116,8 +116,8 @@ class Estimator:
     ) -> dict[str, Statistics]:
         """The statistics of every block, by layer name; linear averages of these are meaningful.
 
-        A Kronecker block has `input` (mean over rows of a a') and `output` (sum over rows of g g'),
-        a diagonal one `values`. The sum over examples is weighted by dL/dl: the curvature of the
+        A Kronecker block has sums over rows, `input` of a a' and `output` of g g', and `rows`, their
+        number: `operator` divides. A diagonal one has `values`. The sum over examples is weighted by dL/dl: the curvature of the
         loss itself, not of a single example.
 
         An EKFAC block has the factors, their eigenvectors `input_basis` and `output_basis`, and
@@ -175,16 +175,17 @@ class Estimator:
           restart: whether corrections become the products of the factors' eigenvalues instead,
             scaled to their trace: where they were taken in an arbitrary basis.
         """
-        depth = {x.name: len(x.stack) for x in self.layers if x.block == "ekfac"}
+        corrected = {x.name: x for x in self.layers if x.block == "ekfac"}
         return {
-            name: _rebased(found, depth[name], restart) if name in depth else found
+            name: _rebased(corrected[name], found, restart) if name in corrected else found
             for name, found in statistics.items()
         }
 
     def operator(self, statistics: dict[str, Statistics]) -> BlockDiagonal:
         """The operator made from (averages of) `statistics`."""
         layers = tuple(self.layers)
-        blocks = {layer.name: block_of(layer, statistics[layer.name]) for layer in layers}
+        found = {layer.name: factors_of(layer, statistics[layer.name]) for layer in layers}
+        blocks = {layer.name: block_of(layer, found[layer.name]) for layer in layers}
         return BlockDiagonal(blocks, layers, jax.tree.structure(self.registry.params))
 
     def zeros(self) -> dict[str, Statistics]:
@@ -248,10 +249,6 @@ class Estimator:
             early = {n: {k: x for k, x in tokens[n].items() if k not in later} for n in corrected}
             first = tokens | early
 
-        def combined(name: str, summed: Statistics) -> Statistics:
-            layer, averaged = layers[name], self.kind.averaged
-            return automatic(lambda s: stats.combined(layer, s, passes, averaged), summed)
-
         def sweep(
             tokens: dict[str, Statistics], generic: list[str], bases: dict[str, Statistics]
         ) -> dict[str, Statistics]:
@@ -264,21 +261,19 @@ class Estimator:
                 analysis.plan.jaxpr.outvars[0].aval,
                 [tag.z for tag in analysis.losses],
             )
-            return {name: combined(name, found) for name, found in summed.items()}
+            averaged = self.kind.averaged
+            return {name: stats.combined(x, passes, averaged) for name, x in summed.items()}
 
         found = sweep(first, generic, bases or {})
         if bases is None:
-            depths = {n: len(layers[n].stack) for n in corrected}
             bases = {
-                n: automatic(functools.partial(of_factors, stack_ndim=depth), found[n])
-                for n, depth in depths.items()
+                name: automatic(functools.partial(_bases, layers[name]), found[name])
+                for name in corrected
             }
-            if corrected:
-                values = sweep(second, [], bases)
-                found |= {name: found[name] | values[name] for name in corrected}
+            values = sweep(second, [], bases) if corrected else {}
             for name in corrected:
-                clean = functools.partial(without_noise, stack_ndim=depths[name])
-                found[name] = automatic(clean, found[name] | bases[name])
+                clean = functools.partial(_known, layers[name])
+                found[name] |= automatic(clean, found[name] | values[name] | bases[name])
         return {name: found[name] | bases.get(name, {}) for name in layers}
 
     def _pass(
@@ -325,9 +320,25 @@ class Estimator:
         return automatic(finished, raw, gradients, bases)
 
 
-def _rebased(statistics: Statistics, stack_ndim: int, restart: ArrayLike) -> Statistics:
+def _bases(layer: Layer, statistics: Statistics) -> Statistics:
+    return of_factors(factors_of(layer, statistics), len(layer.stack))
+
+
+def _known(layer: Layer, statistics: Statistics) -> Statistics:
+    """The corrections of an EKFAC layer without what is a rounding error."""
+    known = without_noise(factors_of(layer, statistics), len(layer.stack))
+    return {"values": known["values"]}
+
+
+def _rebased(layer: Layer, statistics: Statistics, restart: ArrayLike) -> Statistics:
+    """Statistics with new bases, and the corrections taken over to them."""
+
+    def moved(statistics: Statistics, restart: ArrayLike) -> Statistics:
+        found = rebased(factors_of(layer, statistics), len(layer.stack), restart)
+        return {name: found[name] for name in (*BASES, "values")}
+
     with on_mesh(statistics):
-        return automatic(lambda s, r: rebased(s, stack_ndim, r), statistics, restart)
+        return statistics | automatic(moved, statistics, restart)
 
 
 def _sum_passes(one: Any, draws: PyTree, passes: int) -> dict[str, Statistics]:

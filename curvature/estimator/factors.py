@@ -1,4 +1,4 @@
-"""Kronecker factors of a layer: what one use adds to them, and how sums over passes become factors.
+"""Kronecker factors of a layer: what one use adds to them, and how sums become factors.
 
 For input rows a_r (a last entry 1 where there is a bias) and output cotangents g_r, which carry the
 square root of the loss weights, the factors A (x) B of the blocks are
@@ -10,6 +10,10 @@ square root of the loss weights, the factors A (x) B of the blocks are
   side, A = sum_r |g|^2 a a' / sum_r |g|^2 and B ~ sum_r |a|^2 g g', scaled so that A (x) B has the
   partial traces, and with them the trace, of sum_r (a a') (x) (g g');
 - `foof` (Benzing 2022): A = mean_r a a', B = c I with c = tr(sum_r g g') / d_out.
+
+The statistics are the sums over rows, and `rows`, what the mean is taken over: their number, of
+`kronecker_weighted` sum_r |g|^2. All of it is linear in the data, so that averages over batches,
+micro-batches and devices are those of all their rows; `factors_of` makes the factors of them.
 
 A wide or one-hot side keeps the diagonal of its factor. Where uses of a transposed weight are
 pooled with those of the weight itself, statistics of the former have the suffix `_flipped`, and the
@@ -34,9 +38,18 @@ _SUFFIXES = ("", "_flipped")
 
 
 def zeros(layer: Layer, dtype: Any, max_factor_dim: int) -> Statistics:
-    """Factors of nothing, as `combined` returns them."""
+    """Statistics of nothing, as `combined` returns them."""
     first, second = _shapes(layer, max_factor_dim)
-    return {"input": jnp.zeros(first, dtype), "output": jnp.zeros(second, dtype)}
+    sums = {
+        "input": jnp.zeros(first, dtype),
+        "output": jnp.zeros(second, dtype),
+        "rows": jnp.zeros(layer.stack, dtype),
+    }
+    return sums | _flipped(sums) if layer.flipped else sums
+
+
+def _flipped(sums: Statistics) -> Statistics:
+    return {f"{name}_flipped": zero for name, zero in sums.items()}
 
 
 def tokens(layer: Layer, dtype: Any, max_factor_dim: int) -> Statistics:
@@ -51,11 +64,8 @@ def tokens(layer: Layer, dtype: Any, max_factor_dim: int) -> Statistics:
             "output_sums": jnp.zeros((*each, d_out), dtype),
             "rows": jnp.zeros(each, dtype),
         }
-    else:
-        token = zeros(layer, dtype, max_factor_dim) | {"rows": jnp.zeros(layer.stack, dtype)}
-    if layer.flipped:
-        return token | {f"{name}_flipped": zero for name, zero in token.items()}
-    return token
+        return token | _flipped(token) if layer.flipped else token
+    return zeros(layer, dtype, max_factor_dim)
 
 
 def of_rows(layer: Layer, rows: Rows, token: Statistics, *, flipped: bool) -> Statistics:
@@ -110,15 +120,39 @@ def finished(layer: Layer, raw: Statistics, max_factor_dim: int) -> Statistics:
     return found
 
 
-def combined(layer: Layer, summed: Statistics, share: float) -> Statistics:
-    """The factors from their sums over passes, `share` being 1 / passes where they are averaged."""
-    factors = _normalised(layer, summed, "", share)
+def factors_of(layer: Layer, statistics: Statistics) -> Statistics:
+    """`input` and `output` as the factors A and B, from (averages of) a layer's statistics.
+
+    Not linear, so that it comes last. What else is among the statistics stays; factors, which have
+    no `rows` beside them, and blocks without factors stay as they are.
+    """
+    if "rows" not in statistics:
+        return statistics
+    factors = _normalised(layer, statistics, "")
     if layer.flipped:
-        factors = _pooled(layer, factors, _normalised(layer, summed, "_flipped", share))
+        factors = _pooled(layer, factors, _normalised(layer, statistics, "_flipped"))
     if layer.block == "foof":
         mean = jnp.mean(factors["output"], axis=-1, keepdims=True)
         factors["output"] = jnp.broadcast_to(mean, factors["output"].shape)
-    return factors
+    sums = [name + suffix for name in ("input", "output", "rows") for suffix in _SUFFIXES]
+    return {name: x for name, x in statistics.items() if name not in sums} | factors
+
+
+def counted(layer: Layer, statistics: Statistics, share: float) -> Statistics:
+    """A batch's statistics times its share, to be added to those of batches with other shares.
+
+    What is linear in the loss's weights is as it is. Rows, which are not, count by the share of
+    their batch instead of by their number.
+    """
+    found = {name: x * share for name, x in statistics.items()}
+    if "rows" not in statistics or layer.block == "kronecker_weighted":
+        return found
+    for suffix in _SUFFIXES[: 1 + layer.flipped]:
+        data, rows = _sides(suffix)[0] + suffix, statistics[f"rows{suffix}"]
+        each = share / jnp.where(rows > 0, rows, 1)
+        found[data] = statistics[data] * _lifted(each, statistics[data])
+        found[f"rows{suffix}"] = rows * each
+    return found
 
 
 def _shapes(layer: Layer, max_factor_dim: int) -> tuple[Shape, Shape]:
@@ -143,18 +177,15 @@ def _mean_moment(sums: jax.Array, counts: jax.Array, diagonal: bool) -> jax.Arra
     return moment(means[..., None, :], diagonal)
 
 
-def _normalised(layer: Layer, summed: Statistics, suffix: str, share: float) -> Statistics:
+def _normalised(layer: Layer, sums: Statistics, suffix: str) -> Statistics:
     """The factors of one orientation: of the data a mean, of the cotangents a sum."""
     data, cotangent = _sides(suffix)
-    rows, first, second = (summed[name + suffix] for name in ("rows", data, cotangent))
-    scale = jnp.full_like(rows, share)
+    rows, first, second = (sums[name + suffix] for name in ("rows", data, cotangent))
     if layer.block == "kronecker_weighted":
         total = _trace(layer, second)
-        scale = scale * rows / jnp.where(total > 0, total, 1)
-    return {
-        data: first / _lifted(jnp.where(rows > 0, rows, 1), first),  # no rows: the sum is zero, too
-        cotangent: second * _lifted(scale, second),
-    }
+        second = second * _lifted(rows / jnp.where(total > 0, total, 1), second)
+    # Without rows the sum is zero, too.
+    return {data: first / _lifted(jnp.where(rows > 0, rows, 1), first), cotangent: second}
 
 
 def _pooled(layer: Layer, one: Statistics, other: Statistics) -> Statistics:

@@ -178,11 +178,7 @@ def of_generic(layer: Layer, gradient: jax.Array) -> Statistics:
     return {"values": _summary(layer, gradient**2, 0)}
 
 
-def combined(layer: Layer, summed: Statistics, passes: int, averaged: bool) -> Statistics:
-    """A block's statistics from their sums over passes: the input factor becomes a mean over rows.
-
-    The input is the same in every pass; cotangents of samples are averaged, of columns summed.
-    """
+def combined(summed: Statistics, passes: int, averaged: bool) -> Statistics:
+    """A block's statistics from their sums over passes: of samples the mean, of columns the sum."""
     share = 1 / passes if averaged else 1.0
-    found = factors.combined(layer, summed, share) if "rows" in summed else {}
-    return found | ({"values": summed["values"] * share} if "values" in summed else {})
+    return {name: x * share for name, x in summed.items()}

@@ -25,7 +25,7 @@ from curvature.blocks import BlockDiagonal, Dense, EigenKronecker, Kronecker, bl
 from curvature.blocks.block import safe_power
 from curvature.estimator import Estimator
 from curvature.estimator.bases import BASES, carried_over, identity, known, products
-from curvature.estimator.factors import Statistics
+from curvature.estimator.factors import Statistics, factors_of
 from curvature.linalg import diagonal
 from curvature.meshes import automatic
 from curvature.refresh.batches import Job, Key, Solved, solved
@@ -33,6 +33,7 @@ from curvature.refresh.control import finite
 from curvature.refresh.methods import QR, Eigh, Method
 from curvature.refresh.plain import plain
 from curvature.refresh.turns import SIDES, Unit, dealt, units
+from curvature.registry import Layer
 
 Arrays = dict[str, Statistics]
 
@@ -135,25 +136,28 @@ class Inverses:
 
     def _refreshed(self, turn: int, statistics: Arrays, now: Now, old: Refreshed) -> Refreshed:
         group = self.schedule[turn]
-        found = {
+        layers = {unit.layer.name: unit.layer for unit in group}
+        averages = {
             name: {
                 field: x if field in BASES else x / now.weight.astype(x.dtype)
                 for field, x in statistics[name].items()
             }
             for name in old.inverse
         }
+        found = {name: factors_of(layers[name], x) for name, x in averages.items()}
         solutions, staleness = self._solved(group, found, old.inverse, now)
         moving, inverse, failed = dict(old.statistics), dict(old.inverse), old.failed
-        layers: dict[str, tuple[Statistics, Statistics]] = {}
-        depths = {unit.layer.name: len(unit.layer.stack) for unit in group}
+        renewed: dict[str, tuple[Statistics, Statistics]] = {}
         for unit in group:
             moved, new = self._renewed(unit, found[unit.layer.name], solutions, now)
-            so_far = layers.get(unit.layer.name, ({}, {}))
-            layers[unit.layer.name] = so_far[0] | moved, so_far[1] | new
-        for name, (moved, new) in layers.items():
-            good = finite(_telling(new, depths[name]))
+            so_far = renewed.get(unit.layer.name, ({}, {}))
+            renewed[unit.layer.name] = so_far[0] | moved, so_far[1] | new
+        for name, (moved, new) in renewed.items():
+            layer = layers[name]
+            good = finite(_telling(new, len(layer.stack)))
             failed |= ~good
-            kept = _replaced(inverse[name], self._plain(name, found[name], now, new), now.first)
+            # A first inverse that cannot be had must not freeze its layer.
+            kept = _replaced(inverse[name], self._plain(layer, found[name], now, new), now.first)
             inverse[name] = _replaced(kept, new, good)
             if moved:
                 moved["values"] *= now.weight.astype(moved["values"].dtype)
@@ -213,9 +217,8 @@ class Inverses:
         damping = _in_eigenbasis(values, tuple(shifts[side] for side in SIDES))
         return moved, kept | {"values": block.damped_inverse(damping).values}
 
-    def _plain(self, name: str, found: Statistics, now: Now, fields: Statistics) -> Statistics:
+    def _plain(self, layer: Layer, found: Statistics, now: Now, fields: Statistics) -> Statistics:
         """What `plain` gives for some fields of a layer's inverse."""
-        (layer,) = (x for x in self.estimator.layers if x.name == name)
         shifts = self._shifts(Unit(layer, SIDES if layer.factored else (), 0), found, now.damping)
         arrays = plain(layer, found, shifts, now.damping)
         return {field: arrays[field].astype(x.dtype) for field, x in fields.items()}
