@@ -20,6 +20,11 @@ def at(value: Any, count: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.asarray(value(count) if callable(value) else value).astype(like.dtype)
 
 
+def default_damping(*, relative: bool) -> float:
+    """What `damping="auto"` stands for; a multiple of each block's mean eigenvalue if relative."""
+    return 0.1 if relative else 1e-3
+
+
 def check_update(params: PyTree | None, loss_args: Any) -> tuple[PyTree, ...]:
     """The arguments of the loss; raises where `update` was called without them or `params`."""
     if params is None:

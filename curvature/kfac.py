@@ -20,6 +20,7 @@ from curvature.arguments import (
     check_range,
     check_state,
     check_update,
+    default_damping,
     own,
 )
 from curvature.estimator import Fisher, Kind
@@ -120,7 +121,7 @@ def kfac(
     registry: Registry,
     learning_rate: ScalarOrSchedule | QuadraticModel,
     momentum: ScalarOrSchedule = 0.9,
-    damping: ScalarOrSchedule | LevenbergMarquardt = 1e-3,
+    damping: ScalarOrSchedule | LevenbergMarquardt | Literal["auto"] = "auto",
     *,
     kind: Kind = _FISHER,
     l2: ScalarOrSchedule = 0.0,
@@ -155,7 +156,8 @@ def kfac(
         the learning rate and the momentum of every step together.
       momentum: the coefficient of the step before, in [0, 1), or a schedule; with
         `QuadraticModel()` zero says that there is none, any other number that it is chosen.
-      damping: added to the curvature; a number, a schedule, or `LevenbergMarquardt()`.
+      damping: added to the curvature; a number, a schedule, or `LevenbergMarquardt()`. `"auto"` is
+        1e-3, and 0.1 with `relative_damping`.
       kind: what is averaged: `Fisher`, `EmpiricalFisher` or `GaussNewton`.
       l2: of a penalty 1/2 l2 |params|^2 that is trained on beside the loss: its gradient is added
         to the gradient, its curvature to the damping. A number or a schedule.
@@ -207,10 +209,12 @@ def kfac(
     check_range("l2", l2, 0.0, float("inf"))
     check_range("weight_decay", weight_decay, 0.0, float("inf"))
     check_instance("learning_rate", learning_rate)
+    if isinstance(damping, str) and damping == "auto":
+        damping = default_damping(relative=relative_damping)
     by_model, adapts = isinstance(learning_rate, QuadraticModel), None
     if not by_model:
         check_range("learning_rate", learning_rate, 0.0, float("inf"))
-    if kl_clip == "auto":
+    if isinstance(kl_clip, str) and kl_clip == "auto":
         kl_clip = None if by_model else _KL_CLIP
     if kl_clip is not None:
         check_range("kl_clip", kl_clip, 0.0, float("inf"))

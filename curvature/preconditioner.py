@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from curvature.arguments import (
     check_state,
     check_transformation,
     check_update,
+    default_damping,
     own,
 )
 from curvature.estimator import Estimator, Fisher, Kind, devices
@@ -96,7 +97,7 @@ def scale_by_curvature(
     registry: Registry,
     kind: Kind = _FISHER,
     *,
-    damping: ScalarOrSchedule = 1e-3,
+    damping: ScalarOrSchedule | Literal["auto"] = "auto",
     relative_damping: bool = False,
     decay: float = 0.95,
     burn_in: int = 0,
@@ -131,7 +132,8 @@ def scale_by_curvature(
     Args:
       registry: what is in the model, from `curvature.register`.
       kind: what is averaged: `Fisher`, `EmpiricalFisher` or `GaussNewton`.
-      damping: added to the curvature; a number or a schedule of the step count. Factored in
+      damping: added to the curvature; a number or a schedule of the step count; `"auto"` is 1e-3,
+        and 0.1 with `relative_damping`. Factored in
         Kronecker blocks, corrected ones among them (Martens and Grosse 2015), but exactly under
         `Eigh(factored=False)` and `QR(factored=False)`.
       relative_damping: whether damping is a multiple of every block's mean eigenvalue.
@@ -166,6 +168,8 @@ def scale_by_curvature(
         or a needed `key`, with arguments that differ from what was registered, or inside
         `shard_map` or `pmap` without `axis_name`.
     """
+    if isinstance(damping, str) and damping == "auto":
+        damping = default_damping(relative=relative_damping)
     preconditioner = Preconditioner.create(
         registry,
         kind,
@@ -378,8 +382,11 @@ class Preconditioner:
         left, fallback = self.rest.update(gradient, state.fallback, params, **extra)
         others = jax.tree.map(lambda out, x, y: x if out else y, self.left, left, apart)
         squared = squared.astype(damping.dtype) + dot(others, others, damping.dtype) / scale
+        direction = jax.tree.map(
+            lambda out, d, x: x if out else d + x, self.left, direction, others
+        )
         state = state._replace(step=state.step + 1, fallback=fallback, graft=graft)
-        return jax.tree.map(jnp.add, direction, others), squared, state
+        return direction, squared, state
 
     def _averaged(
         self,

@@ -4,6 +4,7 @@ The references are NumPy on recorded inputs and output Jacobians (`reference.row
 of dense float64 matrices through `numpy.linalg`.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -15,6 +16,7 @@ from reference import rows
 
 import curvature
 from curvature import _jax
+from curvature.estimator.factors import factors_of
 
 FACTORED = ("kronecker", "kronecker_reduce", "kronecker_weighted", "foof", "ekfac")
 KINDS = (*FACTORED, "diagonal", "dense", "identity")
@@ -335,6 +337,9 @@ def test_tied_weights():
     assert ekfac["input_basis"].shape == (5,)  # one-hot in the first use
     q = np.kron(np.eye(5), ekfac["output_basis"])
     close(ekfac["values"].ravel(), np.diag(q.T @ exact @ q))
+    (layer,) = (x for x in registry.layers if x.name == "w")
+    foof = factors_of(dataclasses.replace(layer, block="foof"), foof)
+    ekfac, plain, reduced = (factors_of(layer, x) for x in (ekfac, plain, reduced))
     close(ekfac["output"], plain["output"], 1e-12)
     close(foof["input"], plain["input"], 1e-12)
     close(foof["output"], np.full(3, np.trace(plain["output"]) / 3), 1e-12)

@@ -120,7 +120,9 @@ class BlockDiagonal:
 
     def _map(self, apply: Callable[..., jax.Array], tree: PyTree, *rest: ArrayLike) -> PyTree:
         leaves, structure = jax.tree.flatten(tree)
-        differs = difference(tree, jax.tree.unflatten(self.structure, [0] * len(leaves)))
+        differs = difference(
+            tree, jax.tree.unflatten(self.structure, [0] * self.structure.num_leaves)
+        )
         if differs is not None:
             raise ValueError(f"The operator acts on trees like the parameters: {differs}.")
         self._check_shapes(leaves)

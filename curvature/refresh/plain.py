@@ -35,8 +35,8 @@ def plain(
     if not layer.factored:
         curvature = block_of(layer, found).diagonal()
         axes = tuple(range(depth, curvature.ndim))
-        inverse = safe_power(jnp.mean(curvature, axis=axes) + damping, -1.0)
         values = found["values"]
+        inverse = safe_power(jnp.mean(curvature, axis=axes) + damping.astype(values.dtype), -1.0)
         spread = inverse.reshape(inverse.shape + (1,) * (values.ndim - depth))
         if layer.block == "dense":
             spread = spread * jnp.eye(values.shape[-1], dtype=values.dtype)
