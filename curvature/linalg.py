@@ -47,6 +47,18 @@ def diagonal(matrices: jax.Array) -> jax.Array:
     return matrices.reshape((*stack, size * size))[..., :: size + 1]
 
 
+def diagonal_matrices(values: jax.Array) -> jax.Array:
+    """The matrices with these diagonals, `stack + (size, size)`."""
+    *stack, size = values.shape
+    identity = jnp.eye(size, dtype=values.dtype).reshape((*(1 for _ in stack), size, size))
+    return values[..., None] * identity
+
+
+def multiples_of_identity(scale: jax.Array, size: int) -> jax.Array:
+    """Scale I for every entry of an array, `stack + (size, size)`."""
+    return diagonal_matrices(jnp.broadcast_to(scale[..., None], (*scale.shape, size)))
+
+
 def _inverse(matrix: jax.Array) -> jax.Array:
     size, dot = matrix.shape[-1], functools.partial(jnp.matmul, precision=HIGHEST)
     if size < _LARGE:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from curvature.blocks.block import safe_power
+from curvature.linalg import diagonal_matrices
 
 
 @jax.tree_util.register_dataclass
@@ -55,7 +56,7 @@ class Diagonal:
     def to_dense(self) -> jax.Array:
         """The matrix, shape `stack + (size, size)`."""
         flat = self._flat()
-        return flat[..., None] * jnp.eye(flat.shape[-1], dtype=flat.dtype)
+        return diagonal_matrices(flat)
 
     def damped_inverse(self, damping: ArrayLike) -> Diagonal:
         """(G + damping I)^-1."""

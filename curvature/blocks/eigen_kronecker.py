@@ -19,6 +19,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from curvature.blocks.block import safe_power
+from curvature.linalg import diagonal_matrices
 from curvature.precision import HIGHEST
 
 
@@ -102,7 +103,7 @@ class EigenKronecker:
 
     def _full(self, basis: jax.Array) -> jax.Array:
         if basis.ndim == self.stack_ndim + 1:
-            return basis[..., None] * jnp.eye(basis.shape[-1], dtype=basis.dtype)
+            return diagonal_matrices(basis)
         return basis
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from curvature.blocks.block import safe_power
+from curvature.linalg import multiples_of_identity
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +61,7 @@ class Identity:
 
     def to_dense(self) -> jax.Array:
         """The matrix, shape `stack + (size, size)`."""
-        return self.values[..., None, None] * jnp.eye(self._size, dtype=self.values.dtype)
+        return multiples_of_identity(self.values, self._size)
 
     def damped_inverse(self, damping: ArrayLike) -> Identity:
         """(G + damping I)^-1."""

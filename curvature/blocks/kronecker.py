@@ -18,7 +18,13 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from curvature.blocks.block import safe_power
-from curvature.linalg import cholesky_inverse, diagonal, eigh
+from curvature.linalg import (
+    cholesky_inverse,
+    diagonal,
+    diagonal_matrices,
+    eigh,
+    multiples_of_identity,
+)
 from curvature.precision import HIGHEST
 
 
@@ -134,7 +140,7 @@ class Kronecker:
 
     def _full(self, factor: jax.Array) -> jax.Array:
         if self._is_diagonal(factor):
-            return factor[..., None] * jnp.eye(factor.shape[-1], dtype=factor.dtype)
+            return diagonal_matrices(factor)
         return factor
 
     def _eigh(self, factor: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -155,6 +161,4 @@ def _rotate(vectors: jax.Array | None, v: jax.Array, *, back: bool) -> jax.Array
 def _damped_inverse(factor: jax.Array, shift: jax.Array, diagonal: bool) -> jax.Array:
     if diagonal:
         return safe_power(factor + shift[..., None], -1.0)
-    return cholesky_inverse(
-        factor + shift[..., None, None] * jnp.eye(factor.shape[-1], dtype=factor.dtype)
-    )
+    return cholesky_inverse(factor + multiples_of_identity(shift, factor.shape[-1]))

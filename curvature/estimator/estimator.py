@@ -116,9 +116,9 @@ class Estimator:
     ) -> dict[str, Statistics]:
         """The statistics of every block, by layer name; linear averages of these are meaningful.
 
-        A Kronecker block has sums over rows, `input` of a a' and `output` of g g', and `rows`, their
-        number: `operator` divides. A diagonal one has `values`. The sum over examples is weighted by dL/dl: the curvature of the
-        loss itself, not of a single example.
+        A Kronecker block has sums over rows, `input` of a a' and `output` of g g', and `rows`,
+        their number: `operator` divides. A diagonal one has `values`. The sum over examples is
+        weighted by dL/dl: the curvature of the loss itself, not of a single example.
 
         An EKFAC block has the factors, their eigenvectors `input_basis` and `output_basis`, and
         `values`, the second moments of per-example gradients in that basis (George et al. 2018).

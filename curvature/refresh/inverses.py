@@ -26,7 +26,7 @@ from curvature.blocks.block import safe_power
 from curvature.estimator import Estimator
 from curvature.estimator.bases import BASES, carried_over, identity, known, products
 from curvature.estimator.factors import Statistics, factors_of
-from curvature.linalg import diagonal
+from curvature.linalg import diagonal, multiples_of_identity
 from curvature.meshes import automatic
 from curvature.refresh.batches import Job, Key, Solved, solved
 from curvature.refresh.control import finite
@@ -185,8 +185,7 @@ class Inverses:
                 elif eigen:
                     solutions[key] = (factor, jnp.ones_like(factor))
                 elif matrix:
-                    identity = jnp.eye(factor.shape[-1], dtype=factor.dtype)
-                    damped = factor + shifts[side][..., None, None] * identity
+                    damped = factor + multiples_of_identity(shifts[side], factor.shape[-1])
                     jobs[key] = Job(damped, kept[side], eigen=False)
                 else:
                     solutions[key] = (safe_power(factor + shifts[side][..., None], -1.0),)

@@ -19,7 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvature.linalg import cholesky_inverse, diagonal, eigh, orthonormal
+from curvature.linalg import (
+    cholesky_inverse,
+    diagonal,
+    diagonal_matrices,
+    eigh,
+    orthonormal,
+)
 from curvature.precision import HIGHEST
 
 
@@ -43,7 +49,7 @@ class Cholesky:
         """Inverses and the staleness, `(batch,)`, of the previous ones."""
         if self.tolerance == 0:
             return cholesky_inverse(matrices), jnp.zeros(len(matrices), matrices.dtype)
-        shape = (matrices.shape[-1], 8)
+        shape = (1, matrices.shape[-1], 8)
         probe = np.random.default_rng(0).choice([-1.0, 1.0], shape).astype(matrices.dtype)
         there = jnp.matmul(previous, probe, precision=HIGHEST)
         there = jnp.matmul(matrices, there, precision=HIGHEST)
@@ -178,7 +184,7 @@ def _by_need(tolerance: float, stale: jax.Array, renew: Callable[[], Any], kept:
 
 
 def _residual(matrices: jax.Array, x: jax.Array) -> jax.Array:
-    identity = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
+    identity = diagonal_matrices(jnp.ones(matrices.shape[:-1], matrices.dtype))
     return identity - jnp.matmul(matrices, x, precision=HIGHEST)
 
 
@@ -189,7 +195,7 @@ def _in_basis(
     product = jnp.matmul(factors, basis, precision=HIGHEST)
     rotated = jnp.matmul(basis.mT, product, precision=HIGHEST)
     values = diagonal(rotated)
-    off = rotated - values[..., None] * jnp.eye(values.shape[-1], dtype=values.dtype)
+    off = rotated - diagonal_matrices(values)
     whole = _norm(factors)
     stale = _norm(off) / jnp.where(whole > 0, whole, 1)
     return product, values, jnp.where(first, 1.0, stale)

@@ -15,7 +15,7 @@ from curvature.blocks import block_of
 from curvature.blocks.block import safe_power
 from curvature.estimator.bases import identity
 from curvature.estimator.factors import Statistics
-from curvature.linalg import diagonal
+from curvature.linalg import diagonal, multiples_of_identity
 from curvature.refresh.turns import SIDES
 from curvature.registry import Layer
 
@@ -37,9 +37,9 @@ def plain(
         axes = tuple(range(depth, curvature.ndim))
         values = found["values"]
         inverse = safe_power(jnp.mean(curvature, axis=axes) + damping.astype(values.dtype), -1.0)
-        spread = inverse.reshape(inverse.shape + (1,) * (values.ndim - depth))
         if layer.block == "dense":
-            spread = spread * jnp.eye(values.shape[-1], dtype=values.dtype)
+            return {"values": multiples_of_identity(inverse, values.shape[-1])}
+        spread = inverse.reshape(inverse.shape + (1,) * (values.ndim - depth))
         return {"values": jnp.broadcast_to(spread, values.shape)}
     sides = {}
     for side in SIDES:
@@ -55,4 +55,4 @@ def _scaled(like: jax.Array, scale: jax.Array, depth: int) -> jax.Array:
     """A multiple of the identity for every copy, as a matrix or as its diagonal."""
     if like.ndim == depth + 1:
         return jnp.broadcast_to(scale[..., None], like.shape)
-    return scale[..., None, None] * jnp.eye(like.shape[-1], dtype=like.dtype)
+    return multiples_of_identity(scale, like.shape[-1])
