@@ -95,6 +95,11 @@ def check_range(name: str, value: Any, low: float, high: float) -> None:
         raise ValueError(f"{name} is {value}, expected a number in [{low:g}, {high:g}).")
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Raises for a number that is not positive."""
+    check_range(name, value, float(np.finfo(np.float64).tiny), float("inf"))
+
+
 def check_instance(name: str, value: Any) -> None:
     """Raises for a class where an instance of it is meant."""
     if isinstance(value, type):

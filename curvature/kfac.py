@@ -17,6 +17,7 @@ from curvature.arguments import (
     ScalarOrSchedule,
     at,
     check_instance,
+    check_positive,
     check_range,
     check_state,
     check_update,
@@ -32,10 +33,11 @@ from curvature.preconditioner import (
     Preconditioner,
     masked,
     settled,
+    shortening,
 )
 from curvature.refresh import Cholesky, Method
 from curvature.refresh.control import when
-from curvature.registry import Registry
+from curvature.registry import Registry, check_registry
 
 PyTree = Any
 _FISHER, _CHOLESKY = Fisher(), Cholesky()
@@ -217,7 +219,7 @@ def kfac(
     if isinstance(kl_clip, str) and kl_clip == "auto":
         kl_clip = None if by_model else _KL_CLIP
     if kl_clip is not None:
-        check_range("kl_clip", kl_clip, 0.0, float("inf"))
+        check_positive("kl_clip", kl_clip)
     given: Any = damping
     if isinstance(damping, LevenbergMarquardt):
         adapts, given = damping, damping.initial
@@ -358,7 +360,7 @@ def kfac(
         rate, beta = at(learning_rate, count, lam), at(momentum, count, lam)
         clip = jnp.ones_like(lam)
         if kl_clip is not None:
-            clip = _clip(at(kl_clip, count, lam), rate**2 * squared)
+            clip = shortening(at(kl_clip, count, lam), rate**2 * squared)
         step = combined((rate * clip, beta), (descent, state.previous))
         return _Step(step, rate * clip, beta, clip, jnp.zeros_like(lam))
 
@@ -373,7 +375,7 @@ def kfac(
         clip = jnp.ones_like(lam)
         if kl_clip is not None:
             bound = at(kl_clip, state.curvature.step, lam)
-            clip = _clip(bound, found.length(best).astype(lam.dtype))
+            clip = shortening(bound, found.length(best).astype(lam.dtype))
             best = best * clip.astype(best.dtype)
         rate, *others = best.astype(lam.dtype)
         beta = others[0] if others else jnp.zeros_like(rate)
@@ -397,6 +399,7 @@ def ekfac(
     Returns:
       An optax transformation with extra arguments; its state is a `KFACState`.
     """
+    check_registry(registry)
     return kfac(registry.with_blocks("ekfac"), learning_rate, *args, **options)
 
 
@@ -417,16 +420,12 @@ def foof(
     Returns:
       An optax transformation with extra arguments; its state is a `KFACState`.
     """
+    check_registry(registry)
     return kfac(registry.with_blocks("foof"), learning_rate, *args, **options)
 
 
 # Wrappers such as `optax.inject_hyperparams` go by the names of the arguments.
 ekfac.__signature__ = foof.__signature__ = inspect.signature(kfac)  # type: ignore[attr-defined]
-
-
-def _clip(bound: jax.Array, length: jax.Array) -> jax.Array:
-    """What shortens a step v with v'Gv = length to 1/2 v'Gv <= bound."""
-    return jnp.sqrt(2 * bound / jnp.maximum(length, 2 * bound))
 
 
 def _everything(params: PyTree) -> PyTree:

@@ -20,6 +20,7 @@ from curvature.arguments import (
     at,
     check_not_masked,
     check_period,
+    check_positive,
     check_range,
     check_state,
     check_transformation,
@@ -35,7 +36,7 @@ from curvature.precision import accumulator
 from curvature.quadratic import dot
 from curvature.refresh import Arrays, Cholesky, Inverses, Method, Now, Refreshed
 from curvature.refresh.control import finite, when
-from curvature.registry import Layer, Registry
+from curvature.registry import Layer, Registry, check_registry
 from curvature.trees import difference, different_shape
 from curvature.uncovered import scaled, set_apart, typical
 
@@ -105,6 +106,7 @@ def scale_by_curvature(
     statistics_every: int = 1,
     refresh_every: int = 1,
     warmup_steps: int = 20,
+    kl_clip: ScalarOrSchedule | None = None,
     refresh: Method = _CHOLESKY,
     spread: bool = True,
     graft: optax.GradientTransformation | None = None,
@@ -144,6 +146,9 @@ def scale_by_curvature(
         would leave the statistics to the last micro-batch.
       statistics_every: steps between statistics.
       refresh_every: steps in which every inverse is renewed once.
+      kl_clip: bound on 1/2 d'(G + damping I)d of what is returned, as the blocks see it; a longer d
+        is shortened. With a learning rate behind it a step is bounded by the rate squared times
+        that. A number, a schedule, or None for no bound.
       warmup_steps: steps at the start that all take statistics and renew every inverse: the
         curvature of a new net may grow a thousandfold in ten steps.
       refresh: how: `Cholesky()`, `NewtonSchulz()`, `Eigh()` or `QR()`.
@@ -168,6 +173,8 @@ def scale_by_curvature(
         or a needed `key`, with arguments that differ from what was registered, or inside
         `shard_map` or `pmap` without `axis_name`.
     """
+    if kl_clip is not None:
+        check_positive("kl_clip", kl_clip)
     if isinstance(damping, str) and damping == "auto":
         damping = default_damping(relative=relative_damping)
     preconditioner = Preconditioner.create(
@@ -206,7 +213,10 @@ def scale_by_curvature(
         def act(carry: tuple[PyTree, CurvatureState]) -> tuple[PyTree, CurvatureState]:
             _, state = carry
             lam = at(damping, state.step, state.stats.damping)
-            direction, _, new = preconditioner.direction(gathered, state, params, lam, extra)
+            direction, squared, new = preconditioner.direction(gathered, state, params, lam, extra)
+            if kl_clip is not None:
+                clip = shortening(at(kl_clip, state.step, lam), squared)
+                direction = jax.tree.map(lambda d: d * clip.astype(d.dtype), direction)
             good = gathered.sound & finite(direction)
             return masked(good, direction), settled(good, new, state)
 
@@ -214,6 +224,11 @@ def scale_by_curvature(
         return when(gathered.due, act, (zeros, gathered.state))
 
     return entering(optax.GradientTransformationExtraArgs(preconditioner.init, update))
+
+
+def shortening(bound: jax.Array, squared: jax.Array) -> jax.Array:
+    """What shortens a step v with v'Gv = `squared` to 1/2 v'Gv <= `bound`."""
+    return jnp.sqrt(2 * bound / jnp.maximum(squared, 2 * bound))
 
 
 class Gathered(NamedTuple):
@@ -252,6 +267,7 @@ class Preconditioner:
     @classmethod
     def create(cls, registry: Registry, kind: Kind, **options: Any) -> Preconditioner:
         """The arguments are those of `scale_by_curvature`, and are checked here."""
+        check_registry(registry)
         check_range("damping", options["damping"], 0.0, float("inf"))
         check_range("decay", options["decay"], 0.0, 1.0)
         for name in ("accumulate", "statistics_every", "refresh_every"):

@@ -22,7 +22,7 @@ from curvature.estimator.factors import Statistics, factors_of
 from curvature.estimator.kinds import Draw, Fisher, Kind
 from curvature.meshes import automatic, on_mesh
 from curvature.precision import accumulator
-from curvature.registry import Layer, Registry
+from curvature.registry import Layer, Registry, check_registry
 from curvature.registry.layers import EXCLUDED
 from curvature.registry.registry import Analysis
 
@@ -61,11 +61,7 @@ class Estimator:
     axis_name: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.registry, Registry):
-            raise TypeError(
-                f"registry is {self.registry!r}, expected what curvature.register(loss_fn, params, "
-                "batch) returns."
-            )
+        check_registry(self.registry)
         if isinstance(self.kind, type):
             raise TypeError(
                 f"kind is the class {self.kind.__name__}, expected an instance: "

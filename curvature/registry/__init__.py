@@ -2,6 +2,6 @@
 
 from curvature.registry.layers import Layer
 from curvature.registry.plan import LossTag
-from curvature.registry.registry import Registry, register
+from curvature.registry.registry import Registry, check_registry, register
 
-__all__ = ["Layer", "LossTag", "Registry", "register"]
+__all__ = ["Layer", "LossTag", "Registry", "check_registry", "register"]

@@ -196,6 +196,15 @@ class Registry:
         return dataclasses.replace(analysis, layers=layers)
 
 
+def check_registry(registry: Any) -> None:
+    """Raises for what is no registry, such as the loss function itself."""
+    if not isinstance(registry, Registry):
+        raise TypeError(
+            f"registry is {registry!r}, expected what curvature.register(loss_fn, params, batch) "
+            "returns."
+        )
+
+
 def register(
     loss_fn: Callable[..., Any], params: PyTree, *args: PyTree, has_aux: bool = False
 ) -> Registry:

@@ -155,7 +155,7 @@ def train(
 
     With a folder it goes on from the checkpoint there, and leaves measurements and checkpoints, to
     which `watch` adds its own. A run whose loss is no longer finite stops there, and says so in
-    `Run.stopped`.
+    `Run.stopped`; so does one that takes no steps any more.
     """
     began = time.perf_counter()
     first = folder.step if folder else 0
@@ -205,6 +205,11 @@ def train(
             due = due or (watch is not None and watch.due(done))
             if due and not math.isfinite(record(done)):
                 stopped = f"the training loss was no longer finite after {done} steps"
+                break
+            try:
+                curvature.check_progress(state.opt_state)
+            except RuntimeError as error:
+                stopped = str(error)
                 break
             if folder:
                 folder.save_if_due(done, state, seconds)
