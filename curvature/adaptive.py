@@ -23,8 +23,9 @@ class LevenbergMarquardt:
     a loss with a large part that cannot go down, it is trusted.
 
     A step whose rho is below -1 raises its own batch's loss by more than it was to lower it. It is
-    not taken, and the damping grows by sqrt(-rho), at most a hundredfold. A step more than twice as
-    long as the one before, as the first one is, is measured for this before it is taken.
+    not taken, and the damping grows by sqrt(-rho), at least twofold and at most a hundredfold. A
+    step more than twice as long as the one before, as the first one is, is measured for this before
+    it is taken, and must not raise that loss at all.
 
     A small batch confirms its own model even of a step that is far too long for all others. So the
     step is also measured on the next batch, where rho is -1 on average if the gradient is nothing
@@ -53,7 +54,7 @@ class LevenbergMarquardt:
     factor: float = 0.95
     low: float = 0.25
     high: float = 0.75
-    minimum: float = 1e-8
+    minimum: float = 1e-6
     maximum: float = 1e8
 
     def __post_init__(self) -> None:
@@ -76,7 +77,11 @@ class LevenbergMarquardt:
         return jnp.clip(moved, self.minimum, self.maximum)
 
     def judged(
-        self, damping: jax.Array, ratio: jax.Array, regular: jax.Array
+        self,
+        damping: jax.Array,
+        ratio: jax.Array,
+        regular: jax.Array,
+        leap: jax.Array | bool = False,
     ) -> tuple[jax.Array, jax.Array]:
         """The next damping after a step on its own batch, and whether the step is not to be taken.
 
@@ -84,9 +89,11 @@ class LevenbergMarquardt:
           damping: of the step.
           ratio: the reduction ratio there, see `objective.Problem.ratio`.
           regular: whether it is time to move the damping also after a step that is taken.
+          leap: whether the step is so much longer than the one before.
         """
-        rejected = ~(ratio >= -1)
+        rejected = ~(ratio >= jnp.where(leap, 0, -1))
         grown = self.checked(damping, jnp.where(jnp.isnan(ratio), -jnp.inf, ratio))
+        grown = jnp.maximum(grown, jnp.minimum(2 * damping, self.maximum))
         moved = jnp.where(regular, self.updated(damping, ratio), damping)
         return jnp.where(rejected, grown, moved), rejected
 

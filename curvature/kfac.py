@@ -306,10 +306,11 @@ def kfac(
         if adapts:
             measure = functools.partial(measured, problem, taken, extra.get("value"))
             regular = (count + 1) % adapts.every == 0
-            due = good & (regular | adapts.is_leap(norm, state.latest.update_norm))
+            leap = adapts.is_leap(norm, state.latest.update_norm)
+            due = good & (regular | leap)
             ratio, predicted = when(due, measure, (ratio, predicted))
             known = jnp.where(due & (predicted < 0), ratio, 0)
-            after, rejected = adapts.judged(lam, known, regular)
+            after, rejected = adapts.judged(lam, known, regular, due & leap)
         latest = StepStats(
             taken.rate,
             taken.momentum,
@@ -322,7 +323,7 @@ def kfac(
         )
         before = masked(~rejected, taken.step)
         kept = KFACState(
-            settled(good, curvature, state.curvature, ~rejected),
+            settled(good, curvature, state.curvature, rejected),
             *jax.tree.map(
                 functools.partial(jnp.where, good), (before, after, latest), tuple(state[1:])
             ),

@@ -90,10 +90,14 @@ class Problem(NamedTuple):
         # 1/2 |w + v|^2 - 1/2 |w|^2 without the difference of large numbers.
         doubled = jax.tree.map(lambda w, v: 2 * w + v, self.params, step)
         penalty = self.l2 * quadratic.dot(doubled, step, dtype) / 2
-        change = self._loss(moved).astype(dtype) - before.astype(dtype) + penalty
+        after = self._loss(moved)
+        known = jnp.where(jnp.isfinite(before), before, after)  # one of them, if one is finite
+        change = after.astype(dtype) - before.astype(dtype) + penalty
         noise = 10 * float(np.finfo(before.dtype).eps) * jnp.abs(before).astype(dtype)
         noise = jnp.where(predicted < 0, -noise, noise)
-        return jnp.where(jnp.isnan(change), -jnp.inf, (change + noise) / (predicted + noise))
+        ratio = (change + noise) / (predicted + noise)
+        # A batch that has no finite loss either way says nothing of the step.
+        return jnp.where(jnp.isnan(change), jnp.where(jnp.isfinite(known), -jnp.inf, 0), ratio)
 
     def _loss(self, params: PyTree) -> jax.Array:
         out = self.registry.loss_fn(params, *self.args)

@@ -472,27 +472,30 @@ class Preconditioner:
 
 
 def settled(
-    good: jax.Array, new: CurvatureState, old: CurvatureState, taken: jax.Array | bool = True
+    good: jax.Array,
+    new: CurvatureState,
+    old: CurvatureState,
+    rejected: jax.Array | bool = False,
 ) -> CurvatureState:
     """The state after a step, or after a skipped one: what depends on the gradient as before.
 
     Args:
-      good: whether the step is not skipped.
+      good: whether everything was finite, so that the step is not skipped.
       new: the state with the step.
       old: the state before it.
-      taken: whether a step that is not skipped is taken.
+      rejected: whether the step is not taken all the same.
     """
 
     def choose(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(good, new, old)
 
     skipped = old.stats.skipped + jnp.where(good, 0, 1).astype(jnp.int32)
-    idle = jnp.where(good & taken, 0, old.stats.idle + 1)
+    taken = good & ~jnp.asarray(rejected)
     return new._replace(
         step=choose(new.step, old.step),
         fallback=jax.tree.map(choose, new.fallback, old.fallback),
         graft=jax.tree.map(choose, new.graft, old.graft),
-        stats=new.stats._replace(skipped=skipped, idle=idle),
+        stats=new.stats._replace(skipped=skipped, idle=jnp.where(taken, 0, old.stats.idle + 1)),
     )
 
 

@@ -208,7 +208,8 @@ def test_the_damping_grows_by_what_the_step_does_to_the_next_batch(rate, monkeyp
     # The own batch never counts: no step is a leap, and no ratio low.
     monkeypatch.setattr(LM, "is_leap", lambda *_: jnp.asarray(False))
     lm = LM(initial=1e-2, every=2, factor=0.9, low=-1e9, high=1e9)
-    tx = curvature.kfac(REGISTRY, rate, damping=lm, l2=1e-3, momentum=0.0, kl_clip=None)
+    options = {"l2": 1e-3, "momentum": 0.0, "kl_clip": None, "warmup_steps": 0}
+    tx = curvature.kfac(REGISTRY, rate, damping=lm, **options)
     objective = lambda p, x, y: loss_fn(p, x, y) + 5e-4 * jnp.sum(flat(p) ** 2)  # noqa: E731
     before, params, state, damping, ratios = None, PARAMS, tx.init(PARAMS), 1e-2, []
     update = jax.jit(tx.update)
