@@ -28,6 +28,7 @@ from curvature.registry import Layer, Registry
 from curvature.registry.registry import Analysis
 
 PyTree = Any
+_REPEATS = 8  # draws of signs for each of an estimate, where examples meet
 _FEW = 20  # large layers; with more of them, eigendecompositions would take most of the time
 
 
@@ -103,9 +104,10 @@ class Plan:
         return [tuple(group) for group in groups]
 
 
-def estimates(kind: Kind) -> int:
+def estimates(kind: Kind, layers: Sequence[Layer]) -> int:
     """How many independent estimates are made of a kind: one of what is exact."""
-    return PARTS if kind.needs_key(pooled=False) else 1
+    mixed = any(layer.mixed for layer in layers)
+    return PARTS if kind.needs_key(pooled=mixed) else 1
 
 
 class Measurement:
@@ -257,6 +259,9 @@ def _grouped(
 ) -> tuple[dict[str, jax.Array], jax.Array | None]:
     kind, analysis = plan.kinds[kind_name], plan.registry.analyse(params, args)
     whole = plan.maps.get(WHOLE, {})
+    mixed = any(layer.mixed for layer in plan.layers)
+    # Where examples meet, a column is the sum over all of them, with random signs: of many draws.
+    repeats = _REPEATS if mixed and not kind.needs_key(pooled=False) else 1
 
     def one(total: dict[str, jax.Array], draw: PyTree) -> Any:
         found = columns(analysis, kind, params, args, draw, names)
@@ -267,6 +272,8 @@ def _grouped(
         for name, x in flat.items():
             projected = plan.maps[name][name](x, signs.folds[name], signs.parts[name])
             total = total | {name: total[name] + _outer(projected)}
+        if mixed:  # the whole network's columns are sums then, too
+            flat = {name: x.sum(axis=0, keepdims=True) for name, x in flat.items()}
         parts = [
             whole[name](x, signs.folds[name], signs.parts[WHOLE])
             for name, x in flat.items()
@@ -282,17 +289,21 @@ def _grouped(
             if layer.name in names
         }
         total, rows = jax.lax.scan(one, zeros, draws)
-        scale = 1 / passes if kind.averaged else 1.0
+        scale = 1 / passes if kind.averaged else 1 / repeats
         if rows is not None:
             rows = rows.reshape((-1, rows.shape[-1])) * scale**0.5
         return {name: matrix * scale for name, matrix in total.items()}, rows
 
-    count = estimates(kind)
+    def drawn(key: jax.Array) -> PyTree:
+        if repeats == 1:
+            return kind.draw(analysis.losses, key)
+        draws = jax.vmap(lambda k: kind.draw(analysis.losses, k))(jax.random.split(key, repeats))
+        return jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), draws)
+
+    count = estimates(kind, plan.layers)
     if count == 1:
         return jax.tree.map(lambda x: x[None], estimate(kind.draw(analysis.losses, None)))
-    return jax.lax.map(
-        lambda k: estimate(kind.draw(analysis.losses, k)), jax.random.split(key, count)
-    )
+    return jax.lax.map(lambda k: estimate(drawn(k)), jax.random.split(key, count))
 
 
 def _dtype(analysis: Analysis, layer: Layer, params: PyTree) -> Any:

@@ -36,6 +36,7 @@ PyTree = Any
 T = TypeVar("T")
 Batches = Callable[[], Iterator[tuple[int, tuple[PyTree, ...], float]]]  # number, args, share
 NAMES = (*FACTORED, "diagonal", "identity")
+_SQUARES = ("ekfac", "diagonal", "identity")
 _STUDENT = 2.776  # the 97.5 % quantile of Student's t with one degree of freedom less than draws
 
 
@@ -92,12 +93,19 @@ class Approximations:
         self._plan, self._kind_name = plan, kind_name
         self._params, self._batches, self._key = params, batches, key
         self._sizes = {layer.name: layer.size for layer in plan.layers}
-        count = estimates(plan.kinds[kind_name])
+        count = estimates(plan.kinds[kind_name], plan.layers)
         self._draws = range(1, 1 + count) if count > 1 else range(1)
         self._made: dict[tuple[Any, ...], Any] = {}  # what several approximations need
 
     def blocks(self, name: str) -> dict[str, Block]:
-        """The blocks of one approximation, by layer."""
+        """The blocks of one approximation, by layer.
+
+        Where examples meet, those of squared gradients are one draw, too noisy to compare.
+        """
+        noisy = {x.name for x in self._plan.layers if x.mixed} if name in _SQUARES else set()
+        return {layer: block for layer, block in self._blocks(name).items() if layer not in noisy}
+
+    def _blocks(self, name: str) -> dict[str, Block]:
         estimator = self._estimator(name)
         if not estimator.layers:
             return {}

@@ -87,6 +87,17 @@ class Estimator:
         """Whether calls need a random key."""
         return self.kind.needs_key(pooled=any(layer.pooled for layer in self.layers))
 
+    def _why(self) -> str:
+        """Why a key is needed."""
+        mixed = next((layer for layer in self.layers if layer.mixed), None)
+        if self.kind.needs_key(pooled=False) or mixed is None:
+            return "Sampling needs one, and so does every kind where some parameters are generic."
+        return (
+            f"Between layer {mixed.name!r} and its loss examples meet ({mixed.meeting}), so each "
+            "gets a random sign: without, what one example's output owes to the rows of another "
+            "would be lost. The curvature is then an estimate, right in the mean."
+        )
+
     @property
     def layers(self) -> list[Layer]:
         """The layers that have a block."""
@@ -139,8 +150,7 @@ class Estimator:
         """
         if self.needs_key and key is None:
             raise ValueError(
-                f"{self.kind} needs a random key here: pass key=jax.random.key(...). Sampling "
-                "needs one, and so does every kind where some parameters are generic."
+                f"{self.kind} needs a random key here: pass key=jax.random.key(...). {self._why()}"
             )
         if key is not None and not hasattr(key, "dtype"):
             raise TypeError(f"key is {key!r}, expected a random key: jax.random.key({key!r}).")

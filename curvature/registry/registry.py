@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from curvature import _jax
 from curvature.meshes import on_mesh, shape_of
-from curvature.registry import flow, table
+from curvature.registry import flow, mixing, table
 from curvature.registry.assemble import Gradients, assemble
 from curvature.registry.choose import overridden, ruled
 from curvature.registry.find import Finder
@@ -294,6 +294,7 @@ def _analyse(
         frozenset(finder.stopped),
     )
     check_covered(jaxpr, finder.losses, terms, used=bool(finder.uses))
+    mixing.mark(plan, twin, len(leaves), examples, growth)
     layers = assemble(finder.uses, [path for path, _ in leaves], shapes, gradients)
     settle(plan)
     return Analysis(
