@@ -306,20 +306,24 @@ class Estimator:
         layers = {layer.name: layer for layer in analysis.layers}
         leaves = jax.tree.leaves(params)
 
-        def loss(tokens: dict[str, Statistics], generic: dict[str, jax.Array]) -> jax.Array:
+        def loss(
+            tokens: dict[str, Statistics], generic: dict[str, jax.Array], ground: jax.Array
+        ) -> jax.Array:
             inputs = list(leaves)
             for name, leaf in generic.items():
                 inputs[layers[name].views[0].source] = leaf
             draw = dict(enumerate(draws))
             around = devices.around(self.axes)
-            sweep = Sweep(layers, self.kind, tokens, draw, alive, bases=bases, devices=around)
+            sweep = Sweep(
+                layers, self.kind, tokens, draw, alive, bases=bases, devices=around, ground=ground
+            )
             outs, _ = evaluate(analysis.plan, [*inputs, *jax.tree.leaves(args)], sweep)
             value: jax.Array = outs[0]
             return value
 
         whole = {name: leaves[layers[name].views[0].source] for name in generic}
-        tokens, whole = devices.own((tokens, whole), self.axes)
-        raw, gradients = jax.grad(loss, argnums=(0, 1))(tokens, whole)
+        own = devices.own((tokens, whole, jnp.zeros(())), self.axes)
+        raw, gradients, _ = jax.grad(loss, argnums=(0, 1, 2))(*own)
 
         def finished(raw: Any, gradients: Any, bases: Any) -> dict[str, Statistics]:
             done = {
