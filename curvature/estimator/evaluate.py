@@ -239,6 +239,7 @@ def _derived(step: Step, values: list[Any], slope: Any) -> list[jax.Array]:
     """
     position = step.derive
     assert position is not None
+
     def one(x: Any) -> Any:
         operands = [*values[:position], x, *values[position + 1 :]]
         return bind(step.equation, operands)

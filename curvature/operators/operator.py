@@ -58,8 +58,8 @@ class Operator(lx.AbstractLinearOperator):
         """A v, for a tree v like the parameters; the result has the dtypes of v.
 
         Raises:
-          ValueError: v has another structure or other shapes than the parameters.
-      TypeError: v is complex, or of whole numbers.
+            ValueError: v has another structure or other shapes than the parameters.
+        TypeError: v is complex, or of whole numbers.
         """
         check_like(vector, self.in_structure())
         return self.product(vector)
