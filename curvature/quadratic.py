@@ -47,7 +47,8 @@ class Quadratic(NamedTuple):
 
     def length(self, coefficients: jax.Array) -> jax.Array:
         """v'(G + lam I)v of a step."""
-        return jnp.dot(coefficients, jnp.dot(self.matrix, coefficients, precision=HIGHEST))
+        product = jnp.dot(self.matrix, coefficients, precision=HIGHEST)
+        return jnp.dot(coefficients, product, precision=HIGHEST)
 
     def minimiser(self) -> jax.Array:
         """The coefficients of the smallest value; zero along directions that are zero."""
