@@ -193,11 +193,13 @@ def test_statistics_and_operators(block: str) -> None:
     assert of_block(block)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_with_every_refresh(method: str) -> None:
     assert of_step(METHODS[method], 0.1, "kronecker")
 
 
+@pytest.mark.slow
 def test_steps_that_measure_themselves() -> None:
     assert of_measured_step()
     assert of_quadratic()

@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from curvature.comparison import projection
+from curvature.comparison.compiled import compiled
 from curvature.comparison.projection import PARTS, Projection
 from curvature.comparison.result import WHOLE
 from curvature.estimator.columns import columns
@@ -28,6 +29,7 @@ from curvature.registry import Layer, Registry
 from curvature.registry.registry import Analysis
 
 PyTree = Any
+T = TypeVar("T")
 _REPEATS = 8  # draws of signs for each of an estimate, where examples meet
 _FEW = 20  # large layers; with more of them, eigendecompositions would take most of the time
 
@@ -54,7 +56,7 @@ class Plan:
 
     def _identity(self) -> tuple[Any, ...]:
         names = tuple(layer.name for layer in self.layers)
-        kinds = tuple(self.kinds.items())
+        kinds = tuple((name, _identity_of(kind)) for name, kind in self.kinds.items())
         return (id(self.registry), kinds, names, self.whole, self.limit, self.memory)
 
     def __hash__(self) -> int:
@@ -104,6 +106,15 @@ class Plan:
         return [tuple(group) for group in groups]
 
 
+def _identity_of(kind: Kind) -> Any:
+    """What makes two kinds the same: their fields, or being one object where these are arrays."""
+    try:
+        hash(kind)
+    except TypeError:
+        return "one object", id(kind)
+    return kind
+
+
 def estimates(kind: Kind, layers: Sequence[Layer]) -> int:
     """How many independent estimates are made of a kind: one of what is exact."""
     mixed = any(layer.mixed for layer in layers)
@@ -132,7 +143,7 @@ class Measurement:
 
     def add(self, params: PyTree, args: tuple[PyTree, ...], share: float, key: jax.Array) -> None:
         """Adds a batch, or nothing where that fails."""
-        loss, gradient = off_mesh(_gradient(self.plan, params, args, self.signs))
+        loss, gradient = off_mesh(_compiled(self.plan, _gradient)(params, args, self.signs))
         if not math.isfinite(float(loss)):
             raise FloatingPointError(f"the loss is {float(loss)}")
         found: dict[tuple[str, str], jax.Array] = {}
@@ -141,9 +152,8 @@ class Measurement:
             whole: jax.Array | None = None
             for group in groups:
                 folded = jax.random.fold_in(key, i)
-                matrices, part = off_mesh(
-                    _group(self.plan, name, group, params, args, folded, self.signs)
-                )
+                run = _compiled(self.plan, _group, name, group)
+                matrices, part = off_mesh(run(params, args, folded, self.signs))
                 found |= {(name, block): matrix for block, matrix in matrices.items()}
                 if part is not None:
                     whole = part if whole is None else whole + part
@@ -203,7 +213,15 @@ def _signs(plan: Plan, key: jax.Array) -> Signs:
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+def _compiled(plan: Plan, function: Callable[..., T], *fixed: Any) -> Callable[..., T]:
+    """A function of the plan and other fixed arguments, compiled once for equal ones."""
+
+    def make() -> Callable[..., T]:
+        return jax.jit(functools.partial(function, plan, *fixed))
+
+    return compiled(plan.registry, (function, plan, *fixed), make)
+
+
 def _gradient(
     plan: Plan, params: PyTree, args: tuple[PyTree, ...], signs: Signs
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -230,7 +248,6 @@ def _gradient(
     return out[0] if registry.has_aux else out, gradient
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _group(
     plan: Plan,
     kind_name: str,

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvature.blocks import Block, Diagonal, EigenKronecker, Identity, Kronecker
+from curvature.comparison.compiled import compiled
 from curvature.comparison.figures import TINY, Estimate, View, jackknife
 from curvature.comparison.measure import Plan, estimates
 from curvature.comparison.result import Figure, Structured
@@ -166,7 +167,9 @@ class Approximations:
         return found
 
     def _estimator(self, name: str) -> Estimator:
-        return _estimator(self._plan, self._kind_name, name)
+        plan, kind_name = self._plan, self._kind_name
+        what = (_estimator, plan, kind_name, name)
+        return compiled(plan.registry, what, lambda: _estimator(plan, kind_name, name))
 
     def _mean(
         self, name: str, draw: int, bases: Mapping[str, Statistics] | None
@@ -174,9 +177,14 @@ class Approximations:
         """The mean of statistics over the data."""
         total, mass = None, 0.0
         estimator, key = self._estimator(name), jax.random.fold_in(self._key, draw)
+        run = compiled(
+            self._plan.registry,
+            (_statistics, estimator),
+            lambda: jax.jit(functools.partial(_statistics, estimator)),
+        )
         for i, args, share in self._batches():
             folded = jax.random.fold_in(key, i)
-            found = off_mesh(_statistics(estimator, self._params, args, folded, bases))
+            found = off_mesh(run(self._params, args, folded, bases))
             found = jax.tree.map(lambda x, share=share: share * x, found)
             total = found if total is None else jax.tree.map(jnp.add, total, found)
             mass += share
@@ -184,7 +192,6 @@ class Approximations:
         return mean
 
 
-@functools.lru_cache(maxsize=64)  # what has been compiled goes with it
 def _estimator(plan: Plan, kind_name: str, name: str) -> Estimator:
     """The estimator of the layers that can have a block; the others are excluded."""
     names = {layer.name for layer in plan.layers if name in BLOCKS[layer.kind]}
@@ -192,7 +199,6 @@ def _estimator(plan: Plan, kind_name: str, name: str) -> Estimator:
     return Estimator(registry, plan.kinds[kind_name])
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _statistics(
     estimator: Estimator, params: PyTree, args: tuple[PyTree, ...], key: jax.Array, bases: PyTree
 ) -> dict[str, Statistics]:
