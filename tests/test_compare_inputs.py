@@ -53,6 +53,7 @@ def test_kinds_may_hold_arrays() -> None:
         np.testing.assert_allclose(value, trace, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_the_loss_closes_over_is_let_go() -> None:
     class Data:
         x = jnp.ones((8, 4))
@@ -109,6 +110,7 @@ def test_other_trees_than_were_registered_are_refused_in_short() -> None:
         assert params is p or names[0] in str(error.value)
 
 
+@pytest.mark.slow
 def test_steps_from_samples_name_the_samples() -> None:
     def loss_fn(p: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         return losses.l2_loss(x @ p["w"], y).sum(-1).mean()

@@ -322,8 +322,8 @@ class Estimator:
             return value
 
         whole = {name: leaves[layers[name].views[0].source] for name in generic}
-        own = devices.own((tokens, whole, jnp.zeros(())), self.axes)
-        raw, gradients, _ = jax.grad(loss, argnums=(0, 1, 2))(*own)
+        tokens, whole = devices.own((tokens, whole), self.axes)
+        raw, gradients, _ = jax.grad(loss, argnums=(0, 1, 2))(tokens, whole, jnp.zeros(()))
 
         def finished(raw: Any, gradients: Any, bases: Any) -> dict[str, Statistics]:
             done = {

@@ -159,12 +159,10 @@ def _grounded(value: Any, ground: jax.Array | None) -> Any:
         return value
 
     def backward(ground: jax.Array, g: jax.Array) -> Any:
-        return None, _jax.varying_like(jnp.zeros(ground.shape, ground.dtype), ground)
+        return None, jnp.zeros_like(ground)
 
     grounded.defvjp(lambda value, ground: (value, ground), backward)
-    value = jnp.asarray(value)
-    (ground,) = here((ground,))
-    return grounded(_jax.varying_like(value, ground), _jax.varying_like(ground, value))
+    return grounded(jnp.asarray(value), *here((ground,)))
 
 
 @jax.custom_jvp
