@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,9 +13,20 @@ PyTree = Any
 
 
 def shares(
-    batches: Iterable[Any], weights: Sequence[float] | None, averaged: bool
+    batches: Iterable[Any],
+    weights: Sequence[float] | None,
+    averaged: bool,
+    count_of: Callable[[tuple[PyTree, ...]], float | None] | None = None,
 ) -> Iterator[tuple[int, tuple[PyTree, ...], float]]:
-    """Every batch's index, arguments and coefficient, up to normalisation."""
+    """Every batch's index, arguments and coefficient, up to normalisation.
+
+    Args:
+      batches: the data.
+      weights: the coefficients; None for the sizes of the batches, or ones.
+      averaged: whether they are the sizes.
+      count_of: how many examples there are in arguments whose arrays have different leading axes,
+        None where it cannot be told.
+    """
     known = None if weights is None else [float(w) for w in weights]
     count, shapes = 0, None
     for i, batch in enumerate(batches):
@@ -24,7 +35,9 @@ def shares(
             yield i, args, known[i] if i < len(known) else 0.0
         elif averaged:
             shapes = _shapes(args) if shapes is None else shapes
-            yield i, args, _examples(_shapes(args), shapes)
+            several = len({shape[0] for shape in _shapes(args) if shape}) > 1
+            size = count_of(args) if several and count_of is not None else None
+            yield i, args, _examples(_shapes(args), shapes) if size is None else size
         else:
             yield i, args, 1.0
     if known is not None and count != len(known):

@@ -194,7 +194,7 @@ def _step(
 ) -> tuple[list[Any], list[Tap]]:
     if equation.primitive.name == TAG:
         z, *targets = values
-        value = equation.params["loss"].value(jax.lax.stop_gradient(z), tuple(targets))
+        value = equation.params["loss"].value(z, tuple(targets))
         return [value + here(added[0])], [(z, tuple(targets))]
     if not _tagged(equation):
         return bind(equation, values), []

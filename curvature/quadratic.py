@@ -47,7 +47,8 @@ class Quadratic(NamedTuple):
 
     def length(self, coefficients: jax.Array) -> jax.Array:
         """v'(G + lam I)v of a step."""
-        return jnp.dot(coefficients, jnp.dot(self.matrix, coefficients, precision=HIGHEST))
+        product = jnp.dot(self.matrix, coefficients, precision=HIGHEST)
+        return jnp.dot(coefficients, product, precision=HIGHEST)
 
     def minimiser(self) -> jax.Array:
         """The coefficients of the smallest value; zero along directions that are zero."""
@@ -55,8 +56,8 @@ class Quadratic(NamedTuple):
 
 
 def _minimiser(linear: jax.Array, matrix: jax.Array) -> jax.Array:
-    scale = jnp.sqrt(jnp.diagonal(matrix))
-    scale = jnp.where(scale > 0, scale, 1)
+    squares = jnp.diagonal(matrix)
+    scale = jnp.sqrt(jnp.where(squares > 0, squares, 1))  # in this order it has a derivative
     cosines = matrix / jnp.outer(scale, scale)
     tolerance = 10 * len(scale) * np.finfo(scale.dtype).eps
     inverse = jnp.linalg.pinv(cosines, rtol=tolerance, hermitian=True)

@@ -47,6 +47,25 @@ def different_shape(found: PyTree, expected: PyTree) -> str | None:
     return None
 
 
+def check_real(tree: PyTree, what: str) -> None:
+    """Raises where a leaf is complex or of whole numbers: results have the dtypes of the tree.
+
+    Raises:
+      TypeError: they would lose their imaginary part, or fraction.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = jnp.result_type(leaf)
+        if jnp.issubdtype(dtype, jnp.floating):
+            continue
+        hint = "convert it, x.astype(jnp.float32): results have the dtypes of the vector"
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            hint = "apply the operator to its real and imaginary parts"
+        raise TypeError(
+            f"{what}{jax.tree_util.keystr(path)} is of {dtype}, expected real floating point: "
+            f"{hint}."
+        )
+
+
 def _paths(tree: PyTree) -> dict[str, None]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return dict.fromkeys(jax.tree_util.keystr(path) for path, _ in leaves)

@@ -275,7 +275,10 @@ def test_damping_never_shrinks_after_the_next_batch(ratio, expected):
 
 def test_a_step_that_its_own_batch_forbids_is_not_taken():
     """The first step is measured, and so is every leap: with rho below -1 it is a step of zero."""
-    params, lm = jax.tree.map(lambda p: 0.3 * p, PARAMS), LM(1e-8, every=99, factor=0.99, minimum=1e-9)
+    params, lm = (
+        jax.tree.map(lambda p: 0.3 * p, PARAMS),
+        LM(1e-8, every=99, factor=0.99, minimum=1e-9),
+    )
     key, grads = jax.random.key(0), jax.grad(loss_fn)(params, X, Y)
 
     def start(damping, weight_decay=0.0):

@@ -45,7 +45,8 @@ def block_of(layer: Layer, statistics: dict[str, jax.Array]) -> Block:
 class BlockDiagonal:
     """A block-diagonal linear operator on trees of the parameters' structure.
 
-    Results have the structure and dtypes of the tree that was given. Excluded parameters are
+    Results have the structure and dtypes of the tree that was given; of whole numbers they are
+    floats, and complex if any of its leaves is. Excluded parameters are
     outside the operator: zero in results.
 
     Attributes:
@@ -126,6 +127,12 @@ class BlockDiagonal:
         if differs is not None:
             raise ValueError(f"The operator acts on trees like the parameters: {differs}.")
         self._check_shapes(leaves)
+        if any(jnp.iscomplexobj(leaf) for leaf in leaves):
+            real, imag = (jax.tree.map(part, tree) for part in (jnp.real, jnp.imag))
+            both = self._map(apply, real, *rest), self._map(apply, imag, *rest)
+            return jax.tree.map(lambda *xs: jax.lax.complex(*_alike(list(xs))), *both)
+        # A product of whole numbers is none.
+        leaves = [v if _inexact(v) else jnp.asarray(v, float) for v in leaves]
 
         def applied(
             blocks: dict[str, Block], leaves: list[jax.Array], *rest: ArrayLike
@@ -159,6 +166,10 @@ class BlockDiagonal:
             for leaf, x in layer.scatter(part).items():
                 leaves[leaf] = x if leaves[leaf] is None else leaves[leaf] + x
         return leaves
+
+
+def _inexact(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def _alike(parts: list[jax.Array]) -> list[jax.Array]:

@@ -119,6 +119,7 @@ def planned(
             f"The layers are: {names}."
         )
     notes = [f"{name} is left out: {reason}." for name, reason in obstacles.items() if reason]
+    notes += _meetings(kept)
     whole: tuple[str, ...] = ()
     if patterns is None:
         examples = registry.analyse(params, args).losses[0].examples
@@ -130,6 +131,21 @@ def planned(
                 "than the loss's."
             )
     return Plan(registry, kinds, kept, whole, limit, int(memory)), notes
+
+
+def _meetings(layers: Sequence[Layer]) -> list[str]:
+    """What there is to say of layers whose examples meet on the way to the loss."""
+    mixed = [layer for layer in layers if layer.mixed]
+    if not mixed:
+        return []
+    places = ", ".join(dict.fromkeys(layer.meeting for layer in mixed))
+    names = ", ".join(layer.name for layer in mixed)
+    return [
+        f"Examples meet ({places}) before the loss: figures of {names}, and of the whole network, "
+        "are estimates for every kind, from random signs of the examples. Their errors say how far "
+        "off they are, but rank and directions are those of a few dozen draws. Approximations that "
+        "square gradients (EKFAC, diagonal) are left out there: one draw of them is too noisy."
+    ]
 
 
 def _matches(layer: Layer, pattern: str) -> bool:

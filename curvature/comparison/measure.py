@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from curvature.comparison import projection
+from curvature.comparison.compiled import compiled
 from curvature.comparison.projection import PARTS, Projection
 from curvature.comparison.result import WHOLE
 from curvature.estimator.columns import columns
@@ -28,6 +29,8 @@ from curvature.registry import Layer, Registry
 from curvature.registry.registry import Analysis
 
 PyTree = Any
+T = TypeVar("T")
+_REPEATS = 8  # draws of signs for each of an estimate, where examples meet
 _FEW = 20  # large layers; with more of them, eigendecompositions would take most of the time
 
 
@@ -53,7 +56,7 @@ class Plan:
 
     def _identity(self) -> tuple[Any, ...]:
         names = tuple(layer.name for layer in self.layers)
-        kinds = tuple(self.kinds.items())
+        kinds = tuple((name, _identity_of(kind)) for name, kind in self.kinds.items())
         return (id(self.registry), kinds, names, self.whole, self.limit, self.memory)
 
     def __hash__(self) -> int:
@@ -103,9 +106,19 @@ class Plan:
         return [tuple(group) for group in groups]
 
 
-def estimates(kind: Kind) -> int:
+def _identity_of(kind: Kind) -> Any:
+    """What makes two kinds the same: their fields, or being one object where these are arrays."""
+    try:
+        hash(kind)
+    except TypeError:
+        return "one object", id(kind)
+    return kind
+
+
+def estimates(kind: Kind, layers: Sequence[Layer]) -> int:
     """How many independent estimates are made of a kind: one of what is exact."""
-    return PARTS if kind.needs_key(pooled=False) else 1
+    mixed = any(layer.mixed for layer in layers)
+    return PARTS if kind.needs_key(pooled=mixed) else 1
 
 
 class Measurement:
@@ -130,7 +143,7 @@ class Measurement:
 
     def add(self, params: PyTree, args: tuple[PyTree, ...], share: float, key: jax.Array) -> None:
         """Adds a batch, or nothing where that fails."""
-        loss, gradient = off_mesh(_gradient(self.plan, params, args, self.signs))
+        loss, gradient = off_mesh(_compiled(self.plan, _gradient)(params, args, self.signs))
         if not math.isfinite(float(loss)):
             raise FloatingPointError(f"the loss is {float(loss)}")
         found: dict[tuple[str, str], jax.Array] = {}
@@ -139,9 +152,8 @@ class Measurement:
             whole: jax.Array | None = None
             for group in groups:
                 folded = jax.random.fold_in(key, i)
-                matrices, part = off_mesh(
-                    _group(self.plan, name, group, params, args, folded, self.signs)
-                )
+                run = _compiled(self.plan, _group, name, group)
+                matrices, part = off_mesh(run(params, args, folded, self.signs))
                 found |= {(name, block): matrix for block, matrix in matrices.items()}
                 if part is not None:
                     whole = part if whole is None else whole + part
@@ -201,7 +213,15 @@ def _signs(plan: Plan, key: jax.Array) -> Signs:
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+def _compiled(plan: Plan, function: Callable[..., T], *fixed: Any) -> Callable[..., T]:
+    """A function of the plan and other fixed arguments, compiled once for equal ones."""
+
+    def make() -> Callable[..., T]:
+        return jax.jit(functools.partial(function, plan, *fixed))
+
+    return compiled(plan.registry, (function, plan, *fixed), make)
+
+
 def _gradient(
     plan: Plan, params: PyTree, args: tuple[PyTree, ...], signs: Signs
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -228,7 +248,6 @@ def _gradient(
     return out[0] if registry.has_aux else out, gradient
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _group(
     plan: Plan,
     kind_name: str,
@@ -257,6 +276,9 @@ def _grouped(
 ) -> tuple[dict[str, jax.Array], jax.Array | None]:
     kind, analysis = plan.kinds[kind_name], plan.registry.analyse(params, args)
     whole = plan.maps.get(WHOLE, {})
+    mixed = any(layer.mixed for layer in plan.layers)
+    # Where examples meet, a column is the sum over all of them, with random signs: of many draws.
+    repeats = _REPEATS if mixed and not kind.needs_key(pooled=False) else 1
 
     def one(total: dict[str, jax.Array], draw: PyTree) -> Any:
         found = columns(analysis, kind, params, args, draw, names)
@@ -267,6 +289,8 @@ def _grouped(
         for name, x in flat.items():
             projected = plan.maps[name][name](x, signs.folds[name], signs.parts[name])
             total = total | {name: total[name] + _outer(projected)}
+        if mixed:  # the whole network's columns are sums then, too
+            flat = {name: x.sum(axis=0, keepdims=True) for name, x in flat.items()}
         parts = [
             whole[name](x, signs.folds[name], signs.parts[WHOLE])
             for name, x in flat.items()
@@ -282,17 +306,21 @@ def _grouped(
             if layer.name in names
         }
         total, rows = jax.lax.scan(one, zeros, draws)
-        scale = 1 / passes if kind.averaged else 1.0
+        scale = 1 / passes if kind.averaged else 1 / repeats
         if rows is not None:
             rows = rows.reshape((-1, rows.shape[-1])) * scale**0.5
         return {name: matrix * scale for name, matrix in total.items()}, rows
 
-    count = estimates(kind)
+    def drawn(key: jax.Array) -> PyTree:
+        if repeats == 1:
+            return kind.draw(analysis.losses, key)
+        draws = jax.vmap(lambda k: kind.draw(analysis.losses, k))(jax.random.split(key, repeats))
+        return jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), draws)
+
+    count = estimates(kind, plan.layers)
     if count == 1:
         return jax.tree.map(lambda x: x[None], estimate(kind.draw(analysis.losses, None)))
-    return jax.lax.map(
-        lambda k: estimate(kind.draw(analysis.losses, k)), jax.random.split(key, count)
-    )
+    return jax.lax.map(lambda k: estimate(drawn(k)), jax.random.split(key, count))
 
 
 def _dtype(analysis: Analysis, layer: Layer, params: PyTree) -> Any:

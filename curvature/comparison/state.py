@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import xlogy
 
+from curvature.comparison.compiled import compiled
 from curvature.comparison.result import ModelState
 from curvature.losses import Bernoulli, Categorical, Targets
 from curvature.outputs import linearise
@@ -26,7 +27,9 @@ class Prediction:
 
     def add(self, params: PyTree, args: tuple[PyTree, ...]) -> None:
         """Adds a batch."""
-        self._sums = self._sums + _sums(self._registry, params, args)
+        registry = self._registry
+        run = compiled(registry, _sums, lambda: jax.jit(functools.partial(_sums, registry)))
+        self._sums = self._sums + run(params, args)
 
     def state(self, examples: float, loss: float) -> ModelState:
         """What was found."""
@@ -35,7 +38,6 @@ class Prediction:
         return ModelState(round(examples), loss, wrong, nll, entropy)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _sums(registry: Registry, params: PyTree, args: tuple[PyTree, ...]) -> jax.Array:
     """The sums of `_of_units`."""
     total = jnp.zeros(4)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvature.blocks import Block, Diagonal, EigenKronecker, Identity, Kronecker
+from curvature.comparison.compiled import compiled
 from curvature.comparison.figures import TINY, Estimate, View, jackknife
 from curvature.comparison.measure import Plan, estimates
 from curvature.comparison.result import Figure, Structured
@@ -36,6 +37,7 @@ PyTree = Any
 T = TypeVar("T")
 Batches = Callable[[], Iterator[tuple[int, tuple[PyTree, ...], float]]]  # number, args, share
 NAMES = (*FACTORED, "diagonal", "identity")
+_SQUARES = ("ekfac", "diagonal", "identity")
 _STUDENT = 2.776  # the 97.5 % quantile of Student's t with one degree of freedom less than draws
 
 
@@ -92,12 +94,19 @@ class Approximations:
         self._plan, self._kind_name = plan, kind_name
         self._params, self._batches, self._key = params, batches, key
         self._sizes = {layer.name: layer.size for layer in plan.layers}
-        count = estimates(plan.kinds[kind_name])
+        count = estimates(plan.kinds[kind_name], plan.layers)
         self._draws = range(1, 1 + count) if count > 1 else range(1)
         self._made: dict[tuple[Any, ...], Any] = {}  # what several approximations need
 
     def blocks(self, name: str) -> dict[str, Block]:
-        """The blocks of one approximation, by layer."""
+        """The blocks of one approximation, by layer.
+
+        Where examples meet, those of squared gradients are one draw, too noisy to compare.
+        """
+        noisy = {x.name for x in self._plan.layers if x.mixed} if name in _SQUARES else set()
+        return {layer: block for layer, block in self._blocks(name).items() if layer not in noisy}
+
+    def _blocks(self, name: str) -> dict[str, Block]:
         estimator = self._estimator(name)
         if not estimator.layers:
             return {}
@@ -162,7 +171,9 @@ class Approximations:
         return found
 
     def _estimator(self, name: str) -> Estimator:
-        return _estimator(self._plan, self._kind_name, name)
+        plan, kind_name = self._plan, self._kind_name
+        what = (_estimator, plan, kind_name, name)
+        return compiled(plan.registry, what, lambda: _estimator(plan, kind_name, name))
 
     def _mean(
         self, name: str, draw: int, bases: Mapping[str, Statistics] | None
@@ -170,9 +181,14 @@ class Approximations:
         """The mean of statistics over the data."""
         total, mass = None, 0.0
         estimator, key = self._estimator(name), jax.random.fold_in(self._key, draw)
+        run = compiled(
+            self._plan.registry,
+            (_statistics, estimator),
+            lambda: jax.jit(functools.partial(_statistics, estimator)),
+        )
         for i, args, share in self._batches():
             folded = jax.random.fold_in(key, i)
-            found = off_mesh(_statistics(estimator, self._params, args, folded, bases))
+            found = off_mesh(run(self._params, args, folded, bases))
             found = {
                 layer.name: counted(layer, found[layer.name], share) for layer in estimator.layers
             }
@@ -182,7 +198,6 @@ class Approximations:
         return mean
 
 
-@functools.lru_cache(maxsize=64)  # what has been compiled goes with it
 def _estimator(plan: Plan, kind_name: str, name: str) -> Estimator:
     """The estimator of the layers that can have a block; the others are excluded."""
     names = {layer.name for layer in plan.layers if name in BLOCKS[layer.kind]}
@@ -190,7 +205,6 @@ def _estimator(plan: Plan, kind_name: str, name: str) -> Estimator:
     return Estimator(registry, plan.kinds[kind_name])
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _statistics(
     estimator: Estimator, params: PyTree, args: tuple[PyTree, ...], key: jax.Array, bases: PyTree
 ) -> dict[str, Statistics]:

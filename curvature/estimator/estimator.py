@@ -83,6 +83,17 @@ class Estimator:
         """Whether calls need a random key."""
         return self.kind.needs_key(pooled=any(layer.pooled for layer in self.layers))
 
+    def _why(self) -> str:
+        """Why a key is needed."""
+        mixed = next((layer for layer in self.layers if layer.mixed), None)
+        if self.kind.needs_key(pooled=False) or mixed is None:
+            return "Sampling needs one, and so does every kind where some parameters are generic."
+        return (
+            f"Between layer {mixed.name!r} and its loss examples meet ({mixed.meeting}), so each "
+            "gets a random sign: without, what one example's output owes to the rows of another "
+            "would be lost. The curvature is then an estimate, right in the mean."
+        )
+
     @property
     def layers(self) -> list[Layer]:
         """The layers that have a block."""
@@ -135,8 +146,7 @@ class Estimator:
         """
         if self.needs_key and key is None:
             raise ValueError(
-                f"{self.kind} needs a random key here: pass key=jax.random.key(...). Sampling "
-                "needs one, and so does every kind where some parameters are generic."
+                f"{self.kind} needs a random key here: pass key=jax.random.key(...). {self._why()}"
             )
         if key is not None and not hasattr(key, "dtype"):
             raise TypeError(f"key is {key!r}, expected a random key: jax.random.key({key!r}).")
@@ -287,20 +297,24 @@ class Estimator:
         layers = {layer.name: layer for layer in analysis.layers}
         leaves = jax.tree.leaves(params)
 
-        def loss(tokens: dict[str, Statistics], generic: dict[str, jax.Array]) -> jax.Array:
+        def loss(
+            tokens: dict[str, Statistics], generic: dict[str, jax.Array], ground: jax.Array
+        ) -> jax.Array:
             inputs = list(leaves)
             for name, leaf in generic.items():
                 inputs[layers[name].views[0].source] = leaf
             draw = dict(enumerate(draws))
             around = devices.around(self.axes)
-            sweep = Sweep(layers, self.kind, tokens, draw, alive, bases=bases, devices=around)
+            sweep = Sweep(
+                layers, self.kind, tokens, draw, alive, bases=bases, devices=around, ground=ground
+            )
             outs, _ = evaluate(analysis.plan, [*inputs, *jax.tree.leaves(args)], sweep)
             value: jax.Array = outs[0]
             return value
 
         whole = {name: leaves[layers[name].views[0].source] for name in generic}
         tokens, whole = devices.own((tokens, whole), self.axes)
-        raw, gradients = jax.grad(loss, argnums=(0, 1))(tokens, whole)
+        raw, gradients, _ = jax.grad(loss, argnums=(0, 1, 2))(tokens, whole, jnp.zeros(()))
 
         def finished(raw: Any, gradients: Any, bases: Any) -> dict[str, Statistics]:
             done = {

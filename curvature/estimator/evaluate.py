@@ -7,6 +7,10 @@ The loss keeps its value. Two kinds of equations get another backward rule:
 - a *loss*: whatever cotangent w = dL/dl arrives for its units, sqrt(|w|) v leaves towards the
   network, with v as the kind of curvature says.
 
+Statistics can be differentiated themselves, with respect to the parameters (the gradient of a
+trace, of the loss after a step): nothing here is cut off for good. What must not send cotangents to
+the tokens ends in a rule of its own, which the outer derivative, of another order, does not see.
+
 Everything between them is differentiated by JAX: a token of a layer whose weight is scanned is
 scanned along and comes out stacked, one of a weight shared over time comes out summed, and remat,
 jit and cond need no thought. Weight gradients are never asked for, so none are computed.
@@ -51,6 +55,8 @@ class Sweep:
       bases: for each EKFAC layer whose corrections are taken, the eigenbases.
       devices: axes of devices around, each with examples of its own, and whether what varies over
         them is tracked.
+      ground: zero, with respect to which the tokens' gradient is taken, too: what tells that
+        derivative from any other (see `_grounded`). None where there is no other.
     """
 
     layers: Mapping[str, Layer]
@@ -61,6 +67,7 @@ class Sweep:
     marking: bool = False
     bases: Mapping[str, Statistics] = dataclasses.field(default_factory=dict)
     devices: tuple[tuple[str, ...], bool] = ((), False)
+    ground: jax.Array | None = None
 
     def here(self) -> Sweep:
         """The same with the types of the mesh that is set."""
@@ -92,7 +99,7 @@ def evaluate(
         values = [read(v) for v in step.equation.invars]
         known = [read_slope(v) for v in step.equation.invars]
         with _jax.context(step.equation):
-            values = _cut(values, step.cut)
+            values = _cut(values, step.cut, sweep)
             for position, use in () if sweep.marking else step.taps:
                 if use.layer in sweep.tokens:
                     values[position] = _broadcast(step, position, use, values, known, sweep)
@@ -124,7 +131,7 @@ def _step(
     if step.call.kind == "cond":
         index, *operands = values
         branches = [
-            lambda *xs, b=body, cut=cut: _cut(evaluate(b, xs, sweep, slopes[1:])[0], cut)
+            lambda *xs, b=body, cut=cut: _cut(evaluate(b, xs, sweep, slopes[1:])[0], cut, sweep)
             for body, cut in zip(step.bodies, step.cut_outs, strict=True)
         ]
         return jax.lax.switch(index, branches, *operands), []
@@ -140,9 +147,43 @@ def _step(
     return evaluate(body, values, sweep, slopes)
 
 
-def _cut(values: list[Any], cut: Sequence[bool]) -> list[Any]:
+def _cut(values: list[Any], cut: Sequence[bool], sweep: Sweep) -> list[Any]:
     pairs = zip(values, cut, strict=True)
-    return [jax.lax.stop_gradient(v) if off else v for v, off in pairs]
+    return [_grounded(v, sweep.ground) if off else v for v, off in pairs]
+
+
+def _grounded(value: Any, ground: jax.Array | None) -> Any:
+    """A value that sends no cotangent to the tokens, as under `stop_gradient`.
+
+    A derivative of the statistics, as of a learned weight of the loss, passes: its rule is asked
+    for by whoever differentiates in `ground`, and by nobody else.
+    """
+    if ground is None or not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
+        return jax.lax.stop_gradient(value)
+
+    @jax.custom_vjp
+    def grounded(value: jax.Array, ground: jax.Array) -> jax.Array:
+        return value
+
+    def backward(ground: jax.Array, g: jax.Array) -> Any:
+        return None, jnp.zeros_like(ground)
+
+    grounded.defvjp(lambda value, ground: (value, ground), backward)
+    return grounded(jnp.asarray(value), *here((ground,)))
+
+
+@jax.custom_jvp
+def _root(weight: jax.Array) -> jax.Array:
+    """The square root of |w|, constant where it is zero: a unit that does not count never does."""
+    return jnp.sqrt(jnp.abs(weight))
+
+
+@_root.defjvp
+def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (weight,), (tangent,) = primals, tangents
+    root = jnp.sqrt(jnp.abs(weight))
+    slope = jnp.where(root > 0, jnp.sign(weight) / jnp.where(root > 0, 2 * root, 1), 0)
+    return root, slope * tangent
 
 
 def _scan(step: Step, values: list[Any], slopes: list[Any], sweep: Sweep) -> list[Any]:
@@ -184,13 +225,15 @@ def _sharded(step: Step, values: list[Any], slopes: list[Any], sweep: Sweep) -> 
     (body,) = step.bodies
 
     def run(*operands: Any) -> list[Any]:
-        *inputs, (tokens, bases, draws, slopes) = operands
+        *inputs, (tokens, bases, draws, slopes, ground) = operands
         axes, tracked = _jax.devices_apart(step.equation)
         devices = ((*sweep.devices[0], *axes), tracked)
-        inner = dataclasses.replace(sweep, tokens=tokens, bases=bases, draws=draws, devices=devices)
+        inner = dataclasses.replace(
+            sweep, tokens=tokens, bases=bases, draws=draws, devices=devices, ground=ground
+        )
         return evaluate(body, inputs, inner, slopes)[0]
 
-    rest = (dict(sweep.tokens), dict(sweep.bases), dict(sweep.draws), slopes)
+    rest = (dict(sweep.tokens), dict(sweep.bases), dict(sweep.draws), slopes, sweep.ground)
     return _jax.shard_map(step.equation, run, values, rest)
 
 
@@ -201,7 +244,6 @@ def _derived(step: Step, values: list[Any], slope: Any) -> list[jax.Array]:
     """
     position = step.derive
     assert position is not None
-    values = [jax.lax.stop_gradient(v) for v in values]
 
     def one(x: Any) -> Any:
         operands = [*values[:position], x, *values[position + 1 :]]
@@ -242,7 +284,7 @@ def _contraction(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.A
         return dx, None, _statistics(layer, use, x, g, token, known), None
 
     tapped.defvjp(forward, backward)
-    x, w = values[how.operand], jax.lax.stop_gradient(values[1 - how.operand])
+    x, w = values[how.operand], values[1 - how.operand]
     known = here((alive, sweep.bases.get(layer.name, {})))
     return tapped(x, w, _varying_like(here(sweep.tokens[layer.name]), x), known)
 
@@ -345,7 +387,6 @@ def _broadcast(
     tapped.defvjp(forward, backward)
 
     def wide(x: jax.Array) -> jax.Array:
-        x = jax.lax.stop_gradient(x)
         if x.shape == how.shape:
             return x
         x = jnp.broadcast_to(x, how.shape)
@@ -374,7 +415,7 @@ def _loss(tag: LossTag, sweep: Sweep, draw: Draw, operands: list[Any]) -> jax.Ar
         z, targets, draw = kept
         exact = z.astype(accumulator(z.dtype))
         v = sweep.kind.cotangent(tag, draw, exact, targets)
-        root = jnp.sqrt(jnp.abs(w.astype(exact.dtype)))
+        root = _root(w.astype(exact.dtype))
         v = v * root.reshape(root.shape + (1,) * loss.event_ndim)
         return v.astype(z.dtype)
 

@@ -52,7 +52,7 @@ class Kind(Protocol):
         """Whether `draw` needs a random key.
 
         Args:
-          pooled: whether some block sees only cotangents summed over examples, so that those of
+          pooled: whether some block sees cotangents of several examples added up, so that those of
             different examples have to be uncorrelated.
         """
         ...

@@ -140,6 +140,24 @@ class Rows:
         products = jnp.einsum("...nti,...nto->n...io", a, self.g, precision=HIGHEST)
         return products
 
+    def total(self) -> jax.Array:
+        """The sum of the gradients of all examples, `members + (d_in [+ 1], d_out)`."""
+        if isinstance(self.how, Lookup):
+            return self._scattered(self.g) * self.how.scale
+        if isinstance(self.how, Convolution):
+
+            def of_images(x: jax.Array, g: jax.Array) -> jax.Array:
+                a, g = self._inputs(x), jnp.moveaxis(g, 0, -3)
+                rows = (*self.how.members, -1)
+                a, g = a.reshape((*rows, a.shape[-1])), g.reshape((*rows, g.shape[-1]))
+                return jnp.einsum("...ri,...ro->...io", a, g, precision=HIGHEST)
+
+            per_image = self.g.reshape((*self.how.members, len(self.x), -1, self.how.d_out))
+            chunk = max(1, len(self.x) // math.prod(self.how.window))
+            return _sum_over_examples(of_images, chunk, self.x, jnp.moveaxis(per_image, -3, 0))
+        a = self._inputs(self.x)
+        return jnp.einsum("...nti,...nto->...io", a, self.g, precision=HIGHEST)
+
     def squares(self) -> jax.Array:
         """Sum over examples of the squared per-example gradients."""
         if isinstance(self.how, Lookup):

@@ -37,7 +37,7 @@ def tokens(layer: Layer, dtype: Any, max_factor_dim: int) -> Statistics:
     token = factors.tokens(layer, dtype, max_factor_dim) if layer.factored else {}
     if layer.factored and layer.block != "ekfac":
         return token
-    if not layer.shared:
+    if not layer.summed:
         return token | {"values": jnp.zeros(_values_shape(layer), dtype)}
     return token | gradient_tokens(layer, dtype)
 
@@ -45,7 +45,7 @@ def tokens(layer: Layer, dtype: Any, max_factor_dim: int) -> Statistics:
 def gradient_tokens(layer: Layer, dtype: Any) -> Statistics:
     """Zeros of the shape of a layer's per-example gradients."""
     lead = layer.views[0].stacked
-    return {"gradients": jnp.zeros((*lead, layer.examples, *layer.shape[len(lead) :]), dtype)}
+    return {"gradients": jnp.zeros((*lead, layer.apart, *layer.shape[len(lead) :]), dtype)}
 
 
 def per_example(layer: Layer, raw: Statistics) -> jax.Array:
@@ -100,7 +100,7 @@ def of_contraction(
             else _summary(layer, bases.turned_rows(rows, turn).squares(), members)
         )
     if "gradients" in token:
-        gradients = rows.gradients()
+        gradients = rows.total()[None] if layer.mixed else rows.gradients()
         found |= _handed_on(layer, gradients.mT if flipped else gradients)
     return {name: found.get(name, jnp.zeros_like(zero)) for name, zero in token.items()}
 
@@ -130,7 +130,7 @@ def of_elementwise(
 
 def _handed_on(layer: Layer, gradients: jax.Array) -> Statistics:
     """Per-example gradients of one of several uses, to be summed over them."""
-    if gradients.shape[0] != layer.examples:  # uses differ in what their examples are: pool them
+    if gradients.shape[0] != layer.apart:  # uses differ in what their examples are, or these meet
         gradients = gradients.sum(axis=0, keepdims=True)
     return {"gradients": gradients}
 

@@ -24,6 +24,7 @@ from curvature import _jax
 from curvature.dataset import first_batch, shares
 from curvature.meshes import automatic, divided_like, on_mesh, shape_of
 from curvature.precision import accumulator
+from curvature.trees import check_real, difference
 
 PyTree = Any
 
@@ -57,7 +58,8 @@ class Operator(lx.AbstractLinearOperator):
         """A v, for a tree v like the parameters; the result has the dtypes of v.
 
         Raises:
-          ValueError: v has another structure or other shapes than the parameters.
+            ValueError: v has another structure or other shapes than the parameters.
+        TypeError: v is complex, or of whole numbers.
         """
         check_like(vector, self.in_structure())
         return self.product(vector)
@@ -126,12 +128,10 @@ for _view in (lx.linearise, lx.conj):
 
 def check_like(found: PyTree, expected: PyTree) -> None:
     """Raises where a tree has another structure or other shapes than the parameters."""
-    have: Any = jax.tree.structure(found)
-    want: Any = jax.tree.structure(expected)
-    if have != want:
-        raise ValueError(
-            f"The operator acts on trees of the parameters' structure {want}, found {have}."
-        )
+    differs = difference(found, expected)
+    if differs is not None:
+        raise ValueError(f"The operator acts on trees of the parameters' structure: {differs}.")
+    check_real(found, "The tree's ")
     pairs = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
     for (path, leaf), shape in pairs:
         if jnp.shape(leaf) != shape.shape:

@@ -57,19 +57,19 @@ def live_variables(
     jaxpr: Jaxpr, out_live: Sequence[bool], *, tags: bool = True
 ) -> tuple[list[bool], set[Any]]:
     """`reaches_loss` for each equation, and the variables that curvature flows through."""
-    live = {v for v, keep in zip(jaxpr.outvars, out_live, strict=True) if keep and _carries(v)}
+    live = {v for v, keep in zip(jaxpr.outvars, out_live, strict=True) if keep and carries(v)}
     equations = [False] * len(jaxpr.equations)
     for i in range(len(jaxpr.equations) - 1, -1, -1):
         equation = jaxpr.equations[i]
         operands = _live_operands(equation, [v in live for v in equation.outvars], tags)
         equations[i] = any(operands)
         live |= {
-            v for v, keep in zip(equation.invars, operands, strict=True) if keep and _carries(v)
+            v for v, keep in zip(equation.invars, operands, strict=True) if keep and carries(v)
         }
     return equations, live
 
 
-def _carries(variable: object) -> bool:
+def carries(variable: object) -> bool:
     """Whether a variable can carry a cotangent: not a literal, floating point."""
     if isinstance(variable, Literal):
         return False

@@ -56,6 +56,8 @@ class Layer:
       one_hot: whether its input is one-hot, so that the input factor is diagonal.
       flipped: whether some uses are of the transposed weight (an embedding as output head).
       unbatched: whether some uses do not see the data, such as a layer of learned queries.
+      meeting: where examples meet on the way from this layer to a tagged loss, as batch norm makes
+        them; empty if nowhere. Rows of one example then hold something of every example's output.
       reached: whether a gradient of the loss reaches it at all: it does not reach what is unused,
         frozen, or a row of a table that is never read.
     """
@@ -73,6 +75,7 @@ class Layer:
     one_hot: bool = False
     flipped: bool = False
     unbatched: bool = False
+    meeting: str = ""
     reached: bool = True
 
     @property
@@ -98,10 +101,25 @@ class Layer:
 
     @property
     def pooled(self) -> bool:
-        """Whether its block sees only cotangents summed over examples."""
+        """Whether its block sees only cotangents of several examples, added up."""
         squares = self.block in (*_VECTOR, "ekfac")
         whole = not self.structured or self.unbatched or (squares and self.examples == 1)
-        return self.uses > 0 and whole
+        return self.uses > 0 and (whole or self.mixed)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether its rows see the outputs of other examples than their own."""
+        return bool(self.meeting)
+
+    @property
+    def apart(self) -> int:
+        """Examples whose gradients can be told apart; 1 where the sum over all is what there is."""
+        return 1 if self.mixed else self.examples
+
+    @property
+    def summed(self) -> bool:
+        """Whether gradients are added up over rows, uses or devices before they are squared."""
+        return self.shared or self.mixed
 
     @property
     def factored(self) -> bool:
@@ -161,6 +179,7 @@ def build(group: Sequence[Use], paths: Sequence[Any], suffix: str) -> Layer:
         one_hot=not elementwise and any(getattr(u.how, "one_hot", False) for u in group),
         flipped=any(u.flipped for u in group),
         unbatched=any(u.unbatched for u in group),
+        meeting=next((u.meeting for u in group if u.meeting), ""),
     )
 
 

@@ -38,6 +38,7 @@ class Use:
       lead: lengths of the scans around the use, outermost first.
       local: whether it is inside a `shard_map`: other devices have other examples.
       unbatched: whether its output has no batch axis: it sees cotangents summed over examples.
+      meeting: where its examples meet on the way to a tagged loss (see `mixing`); empty if nowhere.
       index: its place among all uses.
     """
 
@@ -54,6 +55,7 @@ class Use:
     lead: Shape = ()
     local: bool = False
     unbatched: bool = False
+    meeting: str = ""
     index: int = -1
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from curvature import _jax
 from curvature.meshes import on_mesh, shape_of
-from curvature.registry import flow, table
+from curvature.registry import flow, mixing, table
 from curvature.registry.assemble import Gradients, assemble
 from curvature.registry.choose import overridden, ruled
 from curvature.registry.find import Finder
@@ -303,6 +303,7 @@ def _analyse(
         frozenset(finder.stopped),
     )
     check_covered(jaxpr, finder.losses, terms, used=bool(finder.uses))
+    mixing.mark(plan, twin, len(leaves), examples, growth)
     layers = assemble(finder.uses, [path for path, _ in leaves], shapes, gradients)
     settle(plan)
     return Analysis(
@@ -370,20 +371,21 @@ def _check_scalar(loss: Any) -> None:
         )
 
 
-_ADAPTERS = (
-    " For a model of Flax NNX use curvature_flax.nnx.Optimizer, which adds the model's state to "
-    "loss_args; for Flax linen curvature_flax.linen.TrainState; for a transformed Haiku function "
-    "curvature_haiku.register."
+_ADAPTERS = (  # with what differs, at most 300 characters
+    "Pass trees like those given to register. (Flax NNX: curvature_flax.nnx.Optimizer; linen: "
+    "curvature_flax.linen.TrainState; Haiku: curvature_haiku.register.)"
 )
+_LONGEST = 90
 
 
 def _check_tree(name: str, found: PyTree, expected: PyTree, *, exact: bool) -> None:
     """Raises where a tree is not of the registered kind, naming the first difference."""
     differs = difference(found, expected)
     if differs is not None:
+        if len(differs) > _LONGEST:
+            differs = f"{differs[: _LONGEST - 3]}..."
         raise ValueError(
-            f"{name} has another structure than was registered: {differs}. Pass trees like those "
-            f"given to register.{_ADAPTERS}"
+            f"{name} has another structure than was registered: {differs}. {_ADAPTERS}"
         )
     pairs = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
     for (path, leaf), shape in pairs:

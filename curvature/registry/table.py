@@ -69,6 +69,7 @@ def render(
             f"The loss has a gradient that no tagged loss covers: {named} in {term.what} at "
             f"{term.where}."
         )
+    text += meetings(layers)
     if not batch_found:
         text.append(
             "The loss could not be traced with one more example: axes of the batch's size, or else "
@@ -76,6 +77,20 @@ def render(
             "and to kronecker_reduce only)."
         )
     return "\n".join(text)
+
+
+def meetings(layers: Sequence[Layer]) -> list[str]:
+    """Where examples meet each other, before which layers, and what that does to their blocks."""
+    mixed = [layer for layer in layers if layer.mixed]
+    if not mixed:
+        return []
+    places = list(dict.fromkeys(layer.meeting for layer in mixed))
+    return [
+        f"Examples meet ({_some(places)}) between a loss and {_some([x.name for x in mixed])}: "
+        "every kind of curvature takes a random sign for each example there. Blocks of per-example "
+        "gradients (diagonal, dense, identity, EKFAC) then square the sum over the batch: right in "
+        "the mean, and noisy. Kronecker blocks add up rows as ever, as if none had met."
+    ]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ number with its error, or says that it cannot be told.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 
 from curvature.comparison.report import reasons
@@ -83,6 +84,18 @@ def _pair(comparison: Comparison, key: tuple[str, str]) -> list[tuple[str, list[
     return [(names.topic, _whole(comparison, key)), ("Layer by layer", _layers(comparison, key))]
 
 
+_DRAWN = re.compile(r"(samples|probes)=(\d+)")
+
+
+def _drawn(comparison: Comparison, kind: str) -> str:
+    """`4 samples of the Fisher`: figures of steps are those of so many, not of their limit."""
+    found = _DRAWN.search(comparison.kinds.get(kind, ""))
+    if found is None:
+        return ""
+    word, count = found.groups()
+    return f"{count} {word[:-1] if count == '1' else word} of {spoken(comparison, kind)}"
+
+
 class _Names:
     """How a pair's two kinds are spoken of."""
 
@@ -91,6 +104,8 @@ class _Names:
         self.topic = topic(comparison, key[1])
         if sum(b == key[1] for _, b in pairs(comparison)) > 1:
             self.topic += f" against {labels(comparison).get(key[0], key[0])}"
+        told = [text for kind in key if (text := _drawn(comparison, kind))]
+        self.samples = f", from {' and '.join(told)}," if told else ""
         # Only the empirical Fisher is meant to be the other one, and so can be "too" small.
         empirical = is_empirical(comparison, key[1])
         self.sizes = ("too small", "too large") if empirical else ("smaller", "larger")
@@ -158,7 +173,7 @@ def _training(directions: Directions, names: _Names, damping: float) -> list[str
     if points := away(directions.cosine):
         says.append(points)
     if says:
-        found.append(f"At damping {damping:.3g} its step {' and '.join(says)}.")
+        found.append(f"At damping {damping:.3g}{names.samples} its step {' and '.join(says)}.")
     found.append(_decrease(directions, names))
     low, high = interval(directions.agreement)
     if low > damping and math.isfinite(high):

@@ -1,0 +1,239 @@
+"""Every contraction of curvature's own is at full precision, and stays so.
+
+The model's contractions have a precision of their own here, HIGH, which their derivatives inherit:
+so whatever is at the default is one of ours where it was forgotten.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import curvature
+from curvature import _jax, losses
+from curvature.quadratic import Quadratic
+
+DEFAULT, HIGH, HIGHEST = (
+    getattr(jax.lax.Precision, name) for name in ("DEFAULT", "HIGH", "HIGHEST")
+)
+ROOT = pathlib.Path(curvature.__file__).parent
+# What is done in every step and refresh; reports and exact operators have tests of their figures.
+FILES = sorted(
+    path
+    for path in ROOT.rglob("*.py")
+    if not {"comparison", "operators", "proximal", "metrics", "losses", "examples"}
+    & set(path.relative_to(ROOT).parts)
+)
+
+
+def normal(i: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(i), shape)
+
+
+PARAMS = {
+    "k": normal(0, 2, 2, 2, 4),
+    "groups": normal(10, 2, 2, 1, 4),
+    "c": normal(1, 4),
+    "table": normal(2, 5, 4),
+    "w": normal(3, 4, 4),
+    "b": normal(4, 4),
+    "recurrent": normal(5, 4, 4),
+    "stacked": normal(6, 2, 4, 4),
+    "scale": normal(7, 4),
+    "experts": normal(8, 2, 4, 3),
+}
+BATCH = (normal(9, 6, 3, 3, 2), jnp.arange(12).reshape(6, 2) % 5, jnp.arange(6) % 3)
+
+
+def loss_fn(
+    p: Any, images: jax.Array, ids: jax.Array, labels: jax.Array, *, centred: bool = False
+) -> jax.Array:
+    numbers = ("NHWC", "HWIO", "NHWC")
+    h = images
+    for name, groups in (("k", 1), ("groups", 4)):
+        h = jax.lax.conv_general_dilated(
+            h,
+            p[name],
+            (1, 1),
+            "SAME",
+            dimension_numbers=numbers,
+            feature_group_count=groups,
+            precision=HIGH,
+        )
+    h = jnp.tanh(h + p["c"]).mean((1, 2))
+    words = jnp.einsum("ntd,de->nte", p["table"][ids], p["w"], precision=HIGH) + p["b"]
+    h = h + jnp.tanh(words).sum(1) * p["scale"]
+
+    def cell(h: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+        h = jnp.tanh(jnp.matmul(h, w, precision=HIGH))
+        return jnp.tanh(jnp.matmul(h, p["recurrent"], precision=HIGH)), None
+
+    h, _ = jax.lax.scan(cell, h, p["stacked"])
+    z = jnp.einsum("nd,edf->enf", h, p["experts"], precision=HIGH).sum(0)
+    z = z - z.mean(0) if centred else z
+    return losses.softmax_cross_entropy_with_integer_labels(z, labels).mean()
+
+
+def contractions(jaxpr: _jax.Jaxpr) -> Iterator[Any]:
+    for equation in jaxpr.equations:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield equation
+        for inner in _jax.nested(equation):
+            yield from contractions(inner)
+
+
+def traced(function: Any, *args: Any) -> set[tuple[str, int]]:
+    """The lines of curvature that were run to trace a function; its contractions are checked."""
+    lines: set[tuple[str, int]] = set()
+    files = set(map(str, FILES))
+
+    def on_line(frame: Any, event: str, _: Any) -> Any:
+        lines.add((frame.f_code.co_filename, frame.f_lineno))
+        return on_line
+
+    def on_call(frame: Any, event: str, _: Any) -> Any:
+        return on_line if frame.f_code.co_filename in files else None
+
+    before = sys.gettrace()
+    sys.settrace(on_call)
+    try:
+        jaxpr, _ = _jax.trace(function, *args)
+    finally:
+        sys.settrace(before)
+    # JAX's own patches of images have a kernel of ones and zeros, which has no more digits.
+    allowed = [(HIGH, HIGH), (HIGHEST, HIGHEST)]
+    for equation in contractions(jaxpr):
+        patches = [(HIGHEST, DEFAULT)] if equation.primitive.name.startswith("conv") else []
+        precision = equation.params["precision"]
+        where = _jax.source_info_util.summarize(equation.source_info, num_frames=12)
+        assert precision in allowed + patches, f"{equation.primitive} at {precision}, {where}"
+    return lines
+
+
+BLOCKS = (
+    "kronecker",
+    "kronecker_reduce",
+    "kronecker_weighted",
+    "ekfac",
+    "foof",
+    "diagonal",
+    "identity",
+    "dense",
+)
+METHODS = {
+    "cholesky": curvature.Cholesky(tolerance=0.1),
+    "newton": curvature.NewtonSchulz(),
+    "eigh": curvature.Eigh(tolerance=0.1),
+    "qr": curvature.QR(),
+}
+
+
+def of_block(block: str, *, centred: bool = False) -> set[tuple[str, int]]:
+    loss = functools.partial(loss_fn, centred=centred)
+    registry = curvature.register(loss, PARAMS, *BATCH)
+    registry = registry.with_blocks(lambda x: block_for(x, block))
+    estimator = curvature.Estimator(registry)
+    narrow = curvature.Estimator(registry, max_factor_dim=3)
+
+    def everything(p: Any, key: jax.Array) -> Any:
+        out = []
+        for one in (estimator, narrow):
+            op = one(p, *BATCH, key=key)
+            inverse = op.damped_inverse(0.1)
+            out += [op @ p, op.solve(p, 0.1), op.power(p, -0.5, 0.1), op.trace(), inverse @ p]
+            out += [op.logdet(0.1), op.eigenvalues(), op.diagonal(), inverse.diagonal()]
+            out += [one.rebased(one.statistics(p, *BATCH, key=key), restart) for restart in (0, 1)]
+            out += [[b.to_dense() for b in op.blocks.values()]]
+        return out
+
+    return traced(everything, PARAMS, jax.random.key(0))
+
+
+def block_for(layer: curvature.Layer, block: str) -> str | None:
+    from curvature.registry.choose import _obstacle
+
+    return None if _obstacle(layer, block) else block
+
+
+def of_measured_step() -> set[tuple[str, int]]:
+    damping = curvature.LevenbergMarquardt(0.1)
+    return of_step(METHODS["eigh"], curvature.QuadraticModel(), "ekfac", damping=damping)
+
+
+def of_quadratic() -> set[tuple[str, int]]:
+    def values(linear: jax.Array, matrix: jax.Array) -> Any:
+        model = Quadratic(linear, matrix)
+        return model(model.minimiser()), model.length(linear)
+
+    return traced(values, jnp.ones(2), jnp.eye(2))
+
+
+def of_step(method: Any, rate: Any, block: str, **options: Any) -> set[tuple[str, int]]:
+    registry = curvature.register(loss_fn, PARAMS, *BATCH)
+    registry = registry.with_blocks(lambda x: block_for(x, block))
+    tx = curvature.kfac(registry, rate, refresh=method, **options)
+
+    def step(p: Any, key: jax.Array) -> Any:
+        state, gradient = tx.init(p), jax.grad(loss_fn)(p, *BATCH)
+        return tx.update(gradient, state, p, loss_args=BATCH, key=key)
+
+    return traced(step, PARAMS, jax.random.key(0))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_statistics_and_operators(block: str) -> None:
+    assert of_block(block)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_with_every_refresh(method: str) -> None:
+    assert of_step(METHODS[method], 0.1, "kronecker")
+
+
+@pytest.mark.slow
+def test_steps_that_measure_themselves() -> None:
+    assert of_measured_step()
+    assert of_quadratic()
+
+
+def test_examples_that_meet() -> None:
+    assert of_block("diagonal", centred=True)
+
+
+def declared() -> dict[tuple[str, int, int], str]:
+    """Every call in the library that asks for full precision, by file and lines."""
+    found = {}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and any(k.arg == "precision" for k in node.keywords):
+                assert node.end_lineno is not None
+                where = (str(path), node.lineno, node.end_lineno)
+                found[where] = f"{path.relative_to(ROOT)}:{node.lineno}"
+    return found
+
+
+@pytest.mark.slow
+def test_no_place_can_lose_its_precision_unnoticed() -> None:
+    seen: set[tuple[str, int]] = set()
+    for block in BLOCKS:
+        seen |= of_block(block)
+    for method in METHODS.values():
+        for block in ("kronecker", "ekfac"):
+            seen |= of_step(method, 0.1, block)
+    seen |= of_block("diagonal", centred=True)
+    seen |= of_measured_step() | of_quadratic()
+    missed = [
+        name
+        for (path, first, last), name in declared().items()
+        if not any(file == path and first <= line <= last for file, line in seen)
+    ]
+    assert not missed, f"No test traces {missed}"
