@@ -47,7 +47,15 @@ BY_MODEL = {
     "QuadraticModel": {},
     "QuadraticModel and LevenbergMarquardt": {"damping": LM},
 }
-CASES = [(net, setting) for net in NEWCOMERS for setting in (*SETTINGS, *BY_MODEL)]
+# What differs little from `kfac` is tried on the two nets that are compiled quickly.
+ALIKE = {"foof", "Eigh", "QR", "NewtonSchulz", "fallback", "weight decay", "empirical Fisher"}
+LARGE = {"linen CNN", "NNX transformer"}
+CASES = [
+    (net, setting)
+    for net in NEWCOMERS
+    for setting in (*SETTINGS, *BY_MODEL)
+    if not (net in LARGE and setting in ALIKE)
+]
 QUICK = [("plain regression", "kfac")]
 
 
