@@ -91,20 +91,27 @@ def test_statistics_are_those_of_one_device(case, mode):
     compare_statistics(case, mode, ("kronecker", "diagonal"), EMPIRICAL)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind",
-    [
-        EMPIRICAL,
-        curvature.GaussNewton(),
-        curvature.GaussNewton(probes=2),
-        curvature.Fisher(samples=2),
-        curvature.Fisher(samples=None),
-    ],
-    ids=str,
+def rotated(others):
+    """Every case with every one of the others, in turns in each of the modes."""
+    modes = list(MODES)
+    return [
+        (case, modes[(i + j) % len(modes)], other)
+        for i, case in enumerate(CASES)
+        for j, other in enumerate(others)
+    ]
+
+
+SOURCES = (
+    EMPIRICAL,
+    curvature.GaussNewton(),
+    curvature.GaussNewton(probes=2),
+    curvature.Fisher(samples=2),
+    curvature.Fisher(samples=None),
 )
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", CASES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "mode", "kind"), rotated(SOURCES), ids=str)
 def test_statistics_of_all_blocks_are_those_of_one_device(case, mode, kind):
     """With one key: the draws do not depend on how the batch is divided."""
     compare_statistics(case, mode, KINDS, kind)
@@ -214,9 +221,7 @@ def test_training_is_that_of_one_device(case, mode, variant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "mode", "variant"), rotated(VARIANTS))
 def test_training_of_every_variant_is_that_of_one_device(case, mode, variant):
     compare_training(case, mode, variant)
 
