@@ -138,6 +138,7 @@ def test_imports_run_downward_only(path):
     order = [
         "examples",
         "_jax",
+        "trees",
         "meshes",
         "precision",
         "losses",
@@ -156,9 +157,11 @@ def test_imports_run_downward_only(path):
         "arguments",
         "objective",
         "grafting",
+        "uncovered",
         "refresh",
         "preconditioner",
         "kfac",
+        "progress",
         "checkpoint",
         "comparison",
     ]
