@@ -85,19 +85,18 @@ class Problem(NamedTuple):
           value: the loss without the step, if known.
         """
         before = self._loss(self.params) if value is None else mean(value, self.axes)
-        moved = optax.apply_updates(self.params, step)
-        dtype = self.l2.dtype
+        dtype, eps = self.l2.dtype, float(np.finfo(before.dtype).eps)
+        before = before.astype(dtype)
+        after = self._loss(optax.apply_updates(self.params, step)).astype(dtype)
         # 1/2 |w + v|^2 - 1/2 |w|^2 without the difference of large numbers.
         doubled = jax.tree.map(lambda w, v: 2 * w + v, self.params, step)
         penalty = self.l2 * quadratic.dot(doubled, step, dtype) / 2
-        after = self._loss(moved)
-        known = jnp.where(jnp.isfinite(before), before, after)  # one of them, if one is finite
-        change = after.astype(dtype) - before.astype(dtype) + penalty
-        noise = 10 * float(np.finfo(before.dtype).eps) * jnp.abs(before).astype(dtype)
-        noise = jnp.where(predicted < 0, -noise, noise)
+        change = after - before + penalty
+        noise = jnp.where(predicted < 0, -10, 10) * eps * jnp.abs(before)
         ratio = (change + noise) / (predicted + noise)
         # A batch that has no finite loss either way says nothing of the step.
-        return jnp.where(jnp.isnan(change), jnp.where(jnp.isfinite(known), -jnp.inf, 0), ratio)
+        either = jnp.isfinite(before) | jnp.isfinite(after)
+        return jnp.where(jnp.isnan(change), jnp.where(either, -jnp.inf, 0), ratio)
 
     def _loss(self, params: PyTree) -> jax.Array:
         out = self.registry.loss_fn(params, *self.args)
