@@ -12,6 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 from test_block_kinds import KINDS
 
 import curvature
+from curvature.estimator.factors import factors_of
 
 P = PartitionSpec
 N, DEVICES = 8, 4
@@ -123,7 +124,9 @@ def run_statistics(loss, kind, blocks, axis_name, params, batch):
     for block in blocks:
         chosen = registry.with_blocks(lambda layer, b=block: b if layer.name in MATRICES else None)
         estimator = curvature.Estimator(chosen, kind, axis_name=axis_name)
-        found[block] = without_bases(estimator.statistics(params, *batch, key=jax.random.key(0)))
+        statistics = estimator.statistics(params, *batch, key=jax.random.key(0))
+        factors = {x.name: factors_of(x, statistics[x.name]) for x in estimator.layers}
+        found[block] = without_bases(factors)
     return found
 
 

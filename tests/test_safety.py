@@ -194,7 +194,7 @@ def test_idle_steps_are_counted_in_a_row_and_stop_a_run():
 
 
 def test_rejected_steps_are_idle(monkeypatch):
-    never = lambda self, damping, ratio, regular: (damping, jnp.asarray(True))  # noqa: E731
+    never = lambda self, damping, *_: (damping, jnp.asarray(True))  # noqa: E731
     monkeypatch.setattr(curvature.LevenbergMarquardt, "judged", never)
     tx = curvature.kfac(REGISTRY, 0.1, damping=curvature.LevenbergMarquardt(), kind=EXACT)
     _, state = first_step(tx)

@@ -302,7 +302,8 @@ def _analyse(
         frozenset(i for term in terms for i in term.leaves),
         frozenset(finder.stopped),
     )
-    check_covered(jaxpr, finder.losses, terms, used=bool(finder.uses))
+    live = flow.reaches_loss(jaxpr, [False] * len(jaxpr.outvars))[1][: len(leaves)]
+    check_covered(jaxpr, finder.losses, terms, used=any(live))
     mixing.mark(plan, twin, len(leaves), examples, growth)
     layers = assemble(finder.uses, [path for path, _ in leaves], shapes, gradients)
     settle(plan)
