@@ -533,9 +533,7 @@ def test_what_is_no_dataset_is_refused(batches, error, message):
 
 def test_trees_that_are_not_like_the_parameters_are_refused():
     op = operators.hessian(lambda p, x: jnp.sum(p["a"] ** 2), {"a": jnp.ones(2)}, [jnp.ones(1)])
-    with pytest.raises(
-        ValueError, match=r"trees like the parameters: found \['b'\], expected \['a'\]"
-    ):
+    with pytest.raises(ValueError, match=r"structure: found \['b'\], expected \['a'\]"):
         op @ {"b": jnp.ones(2)}
     with pytest.raises(ValueError, match=r"\['a'\] has shape \[3\], expected .*\[2\]"):
         op @ {"a": jnp.ones(3)}
