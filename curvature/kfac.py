@@ -201,7 +201,7 @@ def kfac(
     >>> params = {"w": jnp.zeros((2, 1))}
     >>> registry = curvature.register(loss_fn, params, x, y)
     >>> kind = curvature.GaussNewton()
-    >>> tx = curvature.kfac(registry, 1.0, momentum=0.0, damping=1e-6, kind=kind)
+    >>> tx = curvature.kfac(registry, 1.0, 0.0, 1e-6, kind=kind, kl_clip=None)
     >>> grads = jax.grad(loss_fn)(params, x, y)
     >>> updates, _ = tx.update(grads, tx.init(params), params, loss_args=(x, y))
     >>> bool(loss_fn(optax.apply_updates(params, updates), x, y) < 1e-4)  # one Newton step
