@@ -167,7 +167,7 @@ def kfac(
         by the factor 1 - learning_rate * weight_decay. A number or a schedule.
       weight_decay_mask: which parameters that shrinks, as `optax.add_decayed_weights` takes it.
       kl_clip: bound on 1/2 v'Gv, the change of the model's predictions as a KL divergence: a longer
-        step is shortened (Osawa et al. 2023; Ba et al. 2017). With a given learning rate it is
+        step is shortened (Ba et al. 2017). With a given learning rate it is
         taken of the part without momentum, and as the blocks see it. A number, a schedule, or None
         for no bound. `"auto"` is 1e-3 with a given learning rate, without which a rate that is too
         large loses the run, and None with `QuadraticModel()`, which chooses the length itself.
