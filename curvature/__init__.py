@@ -13,12 +13,14 @@ from curvature.blocks import (
 )
 from curvature.checkpoint import factors, with_factors
 from curvature.comparison import Comparison, compare
+from curvature.eigenbasis import EigenbasisState, EigenbasisStats, in_eigenbasis
 from curvature.estimator import EmpiricalFisher, Estimator, Fisher, GaussNewton
 from curvature.kfac import KFACState, KFACStats, ekfac, foof, kfac
 from curvature.preconditioner import CurvatureState, CurvatureStats, scale_by_curvature
 from curvature.progress import check_progress
 from curvature.refresh import QR, Cholesky, Eigh, NewtonSchulz
 from curvature.registry import Layer, LossTag, Registry, register
+from curvature.shampoo import Shampoo
 from curvature.tags import tag_layer
 
 __all__ = [
@@ -32,6 +34,8 @@ __all__ = [
     "Dense",
     "Diagonal",
     "EigenKronecker",
+    "EigenbasisState",
+    "EigenbasisStats",
     "Eigh",
     "EmpiricalFisher",
     "Estimator",
@@ -47,11 +51,13 @@ __all__ = [
     "NewtonSchulz",
     "QuadraticModel",
     "Registry",
+    "Shampoo",
     "check_progress",
     "compare",
     "ekfac",
     "factors",
     "foof",
+    "in_eigenbasis",
     "kfac",
     "losses",
     "metrics",

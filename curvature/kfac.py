@@ -24,12 +24,12 @@ from curvature.arguments import (
     default_damping,
     own,
 )
+from curvature.averaging import Gathered
 from curvature.estimator import Fisher, Kind
 from curvature.meshes import entering
 from curvature.objective import Objective, Problem, combined, is_zero
 from curvature.preconditioner import (
     CurvatureState,
-    Gathered,
     Preconditioner,
     masked,
     settled,

@@ -28,11 +28,10 @@ from curvature.arguments import (
     default_damping,
     own,
 )
-from curvature.estimator import Estimator, Fisher, Kind, devices
-from curvature.estimator.bases import BASES
+from curvature.averaging import Averaging, Gathered
+from curvature.estimator import Estimator, Fisher, Kind
 from curvature.grafting import grafted
 from curvature.meshes import entering
-from curvature.precision import accumulator
 from curvature.quadratic import dot
 from curvature.refresh import Arrays, Cholesky, Inverses, Method, Now, Refreshed
 from curvature.refresh.control import finite, when
@@ -231,34 +230,13 @@ def shortening(bound: jax.Array, squared: jax.Array) -> jax.Array:
     return jnp.sqrt(2 * bound / jnp.maximum(squared, 2 * bound))
 
 
-class Gathered(NamedTuple):
-    """What a call of `update` has to act on.
-
-    Attributes:
-      state: with the statistics of the call, and its gradient where several make a step.
-      gradient: the gradient of the step.
-      due: whether it is time for a step; True where every call is one.
-      sound: whether gradient and statistics were finite.
-    """
-
-    state: CurvatureState
-    gradient: PyTree
-    due: jax.Array | bool
-    sound: jax.Array
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Preconditioner:
     """The parts of `scale_by_curvature`, for transformations that do more."""
 
-    estimator: Estimator
+    averaging: Averaging
     inverses: Inverses
-    decay: float
-    burn_in: int
-    accumulate: int
-    statistics_every: int
     refresh_every: int
-    warmup_steps: int
     graft: optax.GradientTransformationExtraArgs | None
     rest: optax.GradientTransformationExtraArgs
     left: PyTree
@@ -269,11 +247,7 @@ class Preconditioner:
         """The arguments are those of `scale_by_curvature`, and are checked here."""
         check_registry(registry)
         check_range("damping", options["damping"], 0.0, float("inf"))
-        check_range("decay", options["decay"], 0.0, 1.0)
-        for name in ("accumulate", "statistics_every", "refresh_every"):
-            check_period(name, options[name])
-        for name in ("burn_in", "warmup_steps"):
-            check_period(name, options[name], smallest=0)
+        check_period("refresh_every", options["refresh_every"])
         refresh = options["refresh"]
         if not isinstance(refresh, Method):
             raise TypeError(
@@ -290,20 +264,21 @@ class Preconditioner:
         estimator = Estimator(registry, kind, options["max_factor_dim"], options["axis_name"])
         turns = options["refresh_every"] if options["spread"] else 1
         left = jax.tree.unflatten(jax.tree.structure(registry.params), excluded)
+        names = ("decay", "burn_in", "accumulate", "statistics_every", "warmup_steps")
         return cls(
-            estimator,
+            Averaging(estimator, **{name: options[name] for name in names}),
             Inverses(estimator, refresh, turns, options["relative_damping"]),
-            options["decay"],
-            options["burn_in"],
-            options["accumulate"],
-            options["statistics_every"],
             options["refresh_every"],
-            options["warmup_steps"],
             None if graft is None else optax.with_extra_args_support(graft),
             optax.with_extra_args_support(optax.masked(fallback or optax.identity(), left)),
             left,
             uncovered,
         )
+
+    @property
+    def estimator(self) -> Estimator:
+        """Whose statistics are averaged."""
+        return self.averaging.estimator
 
     def init(self, params: PyTree) -> CurvatureState:
         """The state before the first step."""
@@ -311,13 +286,9 @@ class Preconditioner:
         zero = jnp.zeros((), jnp.int32)
         scalar = jnp.zeros((), jnp.result_type(float))
         state = CurvatureState(
-            step=zero - self.burn_in,
-            weight=scalar,
-            statistics=self.estimator.zeros(),
+            **self.averaging.zeros(params),
             inverse=self.inverses.zeros(),
             refreshed=jnp.zeros((), bool),
-            micro=zero,
-            gradient=jax.tree.map(_wide_zeros, params) if self.accumulate > 1 else (),
             fallback=self.rest.init(params),
             graft=() if self.graft is None else self.graft.init(params),
             stats=CurvatureStats(zero, zero, zero, scalar, scalar),
@@ -350,26 +321,7 @@ class Preconditioner:
     ) -> Gathered:
         """Averages statistics and gathers gradients, until there is a step to take."""
         self.check(state)
-        devices.check(self.estimator.axes, gradient, params, args, key)
-        averages, weight, sound = self._averaged(finite(gradient), state, params, args, key)
-        state = state._replace(statistics=averages, weight=weight)
-        due: jax.Array | bool = True
-        if self.burn_in:
-            due = state.step >= 0
-            state = state._replace(step=jnp.where(due, state.step, state.step + 1))
-        if self.accumulate > 1:
-            one, ready = 1 / self.accumulate, due
-            summed = jax.tree.map(
-                lambda total, g: jnp.where(ready, total + g.astype(total.dtype) * one, total),
-                state.gradient,
-                gradient,
-            )
-            micro = jnp.where(ready, state.micro + 1, state.micro)
-            due = micro == self.accumulate
-            left = jax.tree.map(lambda g: jnp.where(due, jnp.zeros_like(g), g), summed)
-            gradient = jax.tree.map(lambda total, g: total.astype(g.dtype), summed, gradient)
-            state = state._replace(micro=jnp.where(due, 0, micro), gradient=left)
-        return Gathered(state, gradient, due, sound)
+        return self.averaging.gathered(gradient, state, params, args, key)
 
     def direction(
         self,
@@ -404,49 +356,12 @@ class Preconditioner:
         state = state._replace(step=state.step + 1, fallback=fallback, graft=graft)
         return direction, squared, state
 
-    def _averaged(
-        self,
-        sound: jax.Array,
-        state: CurvatureState,
-        params: PyTree,
-        args: tuple[PyTree, ...],
-        key: jax.Array | None,
-    ) -> tuple[Arrays, jax.Array, jax.Array]:
-        """The averages with what this call adds, their weight, and whether that was finite."""
-        share = (1 - self.decay) / self.accumulate
-        past = jnp.where(state.micro == 0, self.decay, 1.0)
-
-        def sample(
-            carry: tuple[Arrays, jax.Array, jax.Array],
-        ) -> tuple[Arrays, jax.Array, jax.Array]:
-            old, weight, sound = carry
-            fresh = self.estimator.statistics(params, *args, key=key, bases=old)
-            # The factors are Gram matrices: none of their entries is beyond their traces.
-            sound &= jnp.isfinite(self.estimator.operator(fresh).trace())
-
-            def mix(old: jax.Array, new: jax.Array) -> jax.Array:
-                return jnp.where(sound, past.astype(old.dtype) * old + share * new, old)
-
-            averages = {
-                layer: {
-                    name: x if name in BASES else mix(x, fresh[layer][name])
-                    for name, x in arrays.items()
-                }
-                for layer, arrays in old.items()
-            }
-            return averages, mix(weight, jnp.ones_like(weight)), sound
-
-        due: jax.Array | bool = True
-        if self.statistics_every > 1:
-            due = (state.step % self.statistics_every == 0) | (state.step < self.warmup_steps)
-        return when(due, sample, (state.statistics, state.weight, sound))
-
     def _refreshed(
         self, state: CurvatureState, damping: jax.Array, sound: jax.Array
     ) -> CurvatureState:
         """Renews the inverses whose turn it is; all of them where there are none yet."""
         first = ~state.refreshed
-        early = first | (state.step < self.warmup_steps)
+        early = first | (state.step < self.averaging.warmup_steps)
         now = Now(state.weight, damping, first, restart=first & (state.step <= 0))
         statistics, inverse = dict(state.statistics), dict(state.inverse)
         acted = failed = jnp.asarray(False)
@@ -502,8 +417,3 @@ def settled(
 def masked(good: jax.Array, tree: PyTree) -> PyTree:
     """The tree, or zeros."""
     return jax.tree.map(lambda x: jnp.where(good, x, jnp.zeros_like(x)), tree)
-
-
-def _wide_zeros(x: jax.Array) -> jax.Array:
-    """Zeros in which many small numbers can be added up."""
-    return jnp.zeros(x.shape, accumulator(x.dtype))

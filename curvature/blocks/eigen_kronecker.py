@@ -12,6 +12,7 @@ that is diagonal in this basis is closer to the exact block in Frobenius norm (t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -88,9 +89,8 @@ class EigenKronecker:
         return dataclasses.replace(self, values=safe_power(self._shifted(damping), -1.0))
 
     def _scaled(self, values: jax.Array, v: jax.Array) -> jax.Array:
-        depth, left, right = self.stack_ndim, self.input_basis, self.output_basis
-        inside = turned(_back(left, depth), turned(_back(right, depth), v.mT, depth).mT, depth)
-        return turned(left, turned(right, (values * inside).mT, depth).mT, depth)
+        bases, depth = (self.input_basis, self.output_basis), self.stack_ndim
+        return from_basis(bases, values * into_basis(bases, v, depth), depth)
 
     def _shifted(self, damping: ArrayLike) -> jax.Array:
         return self._cleaned() + jnp.asarray(damping, self.values.dtype)
@@ -105,6 +105,17 @@ class EigenKronecker:
         if basis.ndim == self.stack_ndim + 1:
             return diagonal_matrices(basis)
         return basis
+
+
+def into_basis(bases: Sequence[jax.Array], v: jax.Array, stack_ndim: int) -> jax.Array:
+    """Q_A' V Q_B, for the bases of both sides as an `EigenKronecker` has them."""
+    return from_basis([_back(basis, stack_ndim) for basis in bases], v, stack_ndim)
+
+
+def from_basis(bases: Sequence[jax.Array], v: jax.Array, stack_ndim: int) -> jax.Array:
+    """Q_A V Q_B'."""
+    left, right = bases
+    return turned(left, turned(right, v.mT, stack_ndim).mT, stack_ndim)
 
 
 def turned(basis: jax.Array, v: jax.Array, stack_ndim: int) -> jax.Array:

@@ -10,12 +10,14 @@ A diagonal factor has the coordinates themselves as its eigenbasis: ones in plac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from curvature.blocks.eigen_kronecker import turned
+from curvature.blocks.eigen_kronecker import from_basis
 from curvature.estimator.factors import Statistics
 from curvature.estimator.rows import Rows
 from curvature.linalg import eigh
@@ -63,14 +65,25 @@ def carried_over(
       stack_ndim: number of leading stack axes.
       restart: whether the corrections start anew.
     """
-    overlaps = [_overlap(statistics[basis], new[basis], stack_ndim) for basis in BASES]
+    overlaps = [overlap(statistics[basis], new[basis], stack_ndim) for basis in BASES]
     kfac = products(*eigenvalues)
-    moved = turned(overlaps[1], statistics["values"].mT, stack_ndim).mT
-    moved = turned(overlaps[0], moved, stack_ndim)
+    moved = moved_diagonal(overlaps, statistics["values"], stack_ndim)
     exact, found = (jnp.sum(x, axis=(-2, -1), keepdims=True) for x in (moved, kfac))
     kfac = kfac * (exact / jnp.where(found > 0, found, 1))
     changed = new | {"values": jnp.where(restart, kfac, moved)}
     return changed | {"values": without_noise(statistics | changed, stack_ndim)["values"]}
+
+
+def overlap(old: jax.Array, new: jax.Array, stack_ndim: int) -> jax.Array:
+    """Inner products (new_i, old_k) of two bases; ones where both are the identity."""
+    if old.ndim == stack_ndim + 1:
+        return old
+    return jnp.matmul(new.mT, old, precision=HIGHEST)
+
+
+def moved_diagonal(overlaps: Sequence[jax.Array], values: jax.Array, stack_ndim: int) -> jax.Array:
+    """The diagonal, in new bases, of the operator that is `values` on the diagonal in the old."""
+    return from_basis([x**2 for x in overlaps], values, stack_ndim)
 
 
 def products(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -133,10 +146,3 @@ def _basis(factor: jax.Array, stack_ndim: int) -> jax.Array:
     if factor.ndim == stack_ndim + 1:
         return jnp.ones_like(factor)
     return jnp.broadcast_to(jnp.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
-
-
-def _overlap(old: jax.Array, new: jax.Array, stack_ndim: int) -> jax.Array:
-    """Squared inner products (new_i, old_k)^2; ones where both are the identity."""
-    if old.ndim == stack_ndim + 1:
-        return old
-    return jnp.matmul(new.mT, old, precision=HIGHEST) ** 2

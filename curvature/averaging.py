@@ -1,0 +1,157 @@
+"""What is gathered until there is a step to take: averages of statistics, sums of gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from curvature.arguments import check_period, check_range
+from curvature.estimator import Estimator, devices
+from curvature.estimator.bases import BASES
+from curvature.precision import accumulator
+from curvature.refresh import Arrays
+from curvature.refresh.control import finite, when
+
+PyTree = Any
+_Averages = tuple[Arrays, jax.Array, jax.Array]
+
+
+class Gathered(NamedTuple):
+    """What a call of `update` has to act on.
+
+    Attributes:
+      state: with the statistics of the call, and its gradient where several make a step.
+      gradient: the gradient of the step.
+      due: whether it is time for a step; True where every call is one.
+      sound: whether gradient and statistics were finite.
+    """
+
+    state: Any
+    gradient: PyTree
+    due: jax.Array | bool
+    sound: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Averaging:
+    """Running averages of an estimator's statistics, and micro-batches.
+
+    States are named tuples with `step`, `weight`, `statistics`, `micro` and `gradient`, as
+    `CurvatureState` has them.
+    """
+
+    estimator: Estimator
+    decay: float
+    burn_in: int
+    accumulate: int
+    statistics_every: int
+    warmup_steps: int
+
+    def __post_init__(self) -> None:
+        check_range("decay", self.decay, 0.0, 1.0)
+        for name in ("accumulate", "statistics_every"):
+            check_period(name, getattr(self, name))
+        for name in ("burn_in", "warmup_steps"):
+            check_period(name, getattr(self, name), smallest=0)
+
+    def zeros(self, params: PyTree) -> dict[str, Any]:
+        """The entries of a state before the first step."""
+        return {
+            "step": jnp.zeros((), jnp.int32) - self.burn_in,
+            "weight": jnp.zeros((), jnp.result_type(float)),
+            "statistics": self.estimator.zeros(),
+            "micro": jnp.zeros((), jnp.int32),
+            "gradient": jax.tree.map(_wide_zeros, params) if self.accumulate > 1 else (),
+        }
+
+    def gathered(
+        self,
+        gradient: PyTree,
+        state: Any,
+        params: PyTree,
+        args: tuple[PyTree, ...],
+        key: jax.Array | None,
+    ) -> Gathered:
+        """Averages statistics and gathers gradients, until there is a step to take."""
+        devices.check(self.estimator.axes, gradient, params, args, key)
+        averages, weight, sound = self._averaged(finite(gradient), state, params, args, key)
+        state = state._replace(statistics=averages, weight=weight)
+        return self._summed(gradient, state, sound)
+
+    def _summed(self, gradient: PyTree, state: Any, sound: jax.Array) -> Gathered:
+        """The mean of the gradients of a step's micro-batches."""
+        due: jax.Array | bool = True
+        if self.burn_in:
+            due = state.step >= 0
+            state = state._replace(step=jnp.where(due, state.step, state.step + 1))
+        if self.accumulate > 1:
+            one, ready = 1 / self.accumulate, due
+            summed = jax.tree.map(
+                lambda total, g: jnp.where(ready, total + g.astype(total.dtype) * one, total),
+                state.gradient,
+                gradient,
+            )
+            micro = jnp.where(ready, state.micro + 1, state.micro)
+            due = micro == self.accumulate
+            left = jax.tree.map(lambda g: jnp.where(due, jnp.zeros_like(g), g), summed)
+            gradient = jax.tree.map(lambda total, g: total.astype(g.dtype), summed, gradient)
+            state = state._replace(micro=jnp.where(due, 0, micro), gradient=left)
+        return Gathered(state, gradient, due, sound)
+
+    def _averaged(
+        self,
+        sound: jax.Array,
+        state: Any,
+        params: PyTree,
+        args: tuple[PyTree, ...],
+        key: jax.Array | None,
+    ) -> tuple[Arrays, jax.Array, jax.Array]:
+        """The averages with what this call adds, their weight, and whether that was finite."""
+        share = (1 - self.decay) / self.accumulate
+        past = jnp.where(state.micro == 0, self.decay, 1.0)
+
+        def sample(carry: _Averages) -> _Averages:
+            old, weight, sound = carry
+            fresh = self.estimator.statistics(params, *args, key=key, bases=old)
+            # The factors are Gram matrices: none of their entries is beyond their traces.
+            sound &= jnp.isfinite(self.estimator.operator(fresh).trace())
+            return mixed((old, weight), fresh, sound, past, share)
+
+        return when(self._due(state), sample, (state.statistics, state.weight, sound))
+
+    def _due(self, state: Any) -> jax.Array | bool:
+        """Whether it is time for statistics."""
+        if self.statistics_every == 1:
+            return True
+        return (state.step % self.statistics_every == 0) | (state.step < self.warmup_steps)
+
+
+def mixed(
+    averages: tuple[Arrays, jax.Array],
+    fresh: Arrays,
+    sound: jax.Array,
+    past: ArrayLike,
+    share: float,
+) -> _Averages:
+    """Averages and their weight after fresh statistics, which count if they are sound."""
+
+    def mix(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(sound, jnp.asarray(past, old.dtype) * old + share * new, old)
+
+    old, weight = averages
+    mixed = {
+        layer: {
+            name: x if name in BASES else mix(x, fresh[layer][name]) for name, x in arrays.items()
+        }
+        for layer, arrays in old.items()
+    }
+    return mixed, mix(weight, jnp.ones_like(weight)), sound
+
+
+def _wide_zeros(x: jax.Array) -> jax.Array:
+    """Zeros in which many small numbers can be added up."""
+    return jnp.zeros(x.shape, accumulator(x.dtype))

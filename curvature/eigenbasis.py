@@ -1,0 +1,323 @@
+"""Any optax transformation in the eigenbasis of the curvature.
+
+A diagonal method such as Adam depends on the coordinates. In those of the eigenvectors of a layer's
+Kronecker factors, gradients are nearly uncorrelated and a diagonal is what there is to know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvature.arguments import check_period, check_state, check_transformation, check_update, own
+from curvature.averaging import Averaging, Gathered
+from curvature.blocks.eigen_kronecker import from_basis, into_basis
+from curvature.estimator import Estimator, Fisher, Kind
+from curvature.estimator.bases import BASES
+from curvature.meshes import automatic, entering
+from curvature.moments import Layout, Moment
+from curvature.preconditioner import masked
+from curvature.refresh import QR, Arrays, Eigh
+from curvature.refresh.control import finite, when
+from curvature.refresh.eigenbases import Blocks, Eigenbases, Moved
+from curvature.registry import Layer, Registry, check_registry
+from curvature.registry.layers import EXCLUDED
+from curvature.shampoo import GradientAveraging, Shampoo
+
+PyTree = Any
+_FISHER, _QR = Fisher(), QR()
+
+
+class EigenbasisStats(NamedTuple):
+    """What happened, for any logger.
+
+    Attributes:
+      skipped: steps skipped because the gradient, the statistics or the update was not finite.
+      idle: steps in a row, up to the latest, that were skipped.
+      failed_refreshes: refreshes in which some basis was not finite, so that the previous one was
+        kept.
+      staleness: how stale the bases had become that were renewed at the latest refresh, before it:
+        the largest; see `Eigh`.
+    """
+
+    skipped: jax.Array
+    idle: jax.Array
+    failed_refreshes: jax.Array
+    staleness: jax.Array
+
+
+class EigenbasisState(NamedTuple):
+    """State of `in_eigenbasis`: a pytree of arrays.
+
+    Attributes:
+      step: steps taken (skipped ones not counted); negative during burn-in.
+      weight: total weight of the exponential average.
+      statistics: the exponential averages of the factors, times that weight.
+      bases: their eigenvectors, by layer; ones where a factor is diagonal.
+      refreshed: whether they are known yet; before, they are the coordinates themselves.
+      micro: micro-batches since the latest step.
+      gradient: the sum of their gradients; empty without accumulation.
+      inner: the state of the inner transformation, of trees {layer: block coordinates}.
+      stats: what happened.
+    """
+
+    step: jax.Array
+    weight: jax.Array
+    statistics: Arrays
+    bases: Arrays
+    refreshed: jax.Array
+    micro: jax.Array
+    gradient: PyTree
+    inner: optax.OptState
+    stats: EigenbasisStats
+
+
+def in_eigenbasis(
+    registry: Registry,
+    inner: optax.GradientTransformation,
+    kind: Kind | Shampoo = _FISHER,
+    *,
+    decay: float = 0.95,
+    burn_in: int = 0,
+    accumulate: int = 1,
+    statistics_every: int = 5,
+    refresh_every: int = 10,
+    warmup_steps: int = 20,
+    refresh: Eigh | QR = _QR,
+    spread: bool = True,
+    max_factor_dim: int = 8192,
+    axis_name: str | Sequence[str] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Applies a transformation in the eigenbasis of every layer's Kronecker factors.
+
+    With the eigenvectors Q_A and Q_B of the averaged factors A (x) B of a layer, `inner` sees
+    Q_A' G Q_B for its gradient G (in block coordinates), and an update V of it becomes Q_A V Q_B'.
+    It sees what has no factors as it is, and so does a diagonal side.
+
+    When a basis is renewed, the state of `inner` follows: what is odd in the gradient, as Adam's
+    mean, is rotated, which is to keep it in the original coordinates; what is even, as the mean
+    square, becomes the diagonal in the new basis of the operator that it was in the old.
+
+    With `optax.scale_by_adam` and `Shampoo()` this is SOAP (Vyas et al. 2024), but for the mean
+    square, which SOAP leaves as it is.
+
+    Args:
+      registry: what is in the model, from `curvature.register`.
+      inner: a transformation of gradients, such as `optax.scale_by_adam(b2=0.99)`. It is
+        initialised with, and given, parameters in the coordinates it works in.
+      kind: of which factors: `Fisher`, `EmpiricalFisher`, `GaussNewton`, whose statistics are as
+        those of `scale_by_curvature`, or `Shampoo()`: outer products of the gradient, which need
+        no `loss_args` and no key.
+      decay: weight of the past in the exponential average of the factors, in [0, 1).
+      burn_in: calls at the start that only average statistics: their updates are zero.
+      accumulate: micro-batches for a step; see `scale_by_curvature`.
+      statistics_every: steps between statistics.
+      refresh_every: steps in which every basis is renewed once.
+      warmup_steps: steps at the start that all take statistics and renew every basis.
+      refresh: how bases are found: `Eigh()` or `QR()`.
+      spread: whether each of these steps renews a part of them; else the first one all.
+      max_factor_dim: a side wider than this keeps its own coordinates.
+      axis_name: as `scale_by_curvature` takes it.
+
+    Returns:
+      An optax transformation with extra arguments; its state is an `EigenbasisState`. `update`
+      takes `loss_args` and `key` as that of `scale_by_curvature`; others are passed on to `inner`.
+
+    Raises:
+      ValueError: at once for an argument out of range, or an inner transformation whose state
+        cannot follow a change of basis; by `update` as `scale_by_curvature`.
+
+    >>> import jax, jax.numpy as jnp, optax, curvature
+    >>> def loss_fn(params, x, y):
+    ...     return curvature.losses.l2_loss(x @ params["w"], y).mean()
+    >>> params, x, y = {"w": jnp.ones((2, 3))}, jnp.ones((4, 2)), jnp.zeros((4, 3))
+    >>> registry = curvature.register(loss_fn, params, x, y)
+    >>> tx = optax.chain(
+    ...     curvature.in_eigenbasis(registry, optax.scale_by_adam()),
+    ...     optax.scale_by_learning_rate(1e-2),
+    ... )
+    >>> grads, key = jax.grad(loss_fn)(params, x, y), jax.random.key(0)
+    >>> updates, state = tx.update(grads, tx.init(params), params, loss_args=(x, y), key=key)
+    >>> bool(loss_fn(optax.apply_updates(params, updates), x, y) < loss_fn(params, x, y))
+    True
+    """
+    check_registry(registry)
+    check_transformation("inner", inner)
+    check_period("refresh_every", refresh_every)
+    if not isinstance(refresh, Eigh | QR):
+        raise TypeError(f"refresh is {refresh!r}, expected Eigh() or QR().")
+    own_factors = isinstance(kind, Shampoo)
+    estimator = Estimator(
+        _factored_alone(registry),
+        _FISHER if isinstance(kind, Shampoo) else kind,
+        max_factor_dim,
+        axis_name,
+    )
+    averaging = (GradientAveraging if own_factors else Averaging)(
+        estimator, decay, burn_in, accumulate, statistics_every, warmup_steps
+    )
+    turns = refresh_every if spread else 1
+    rotation = Rotation.create(registry, averaging, inner, refresh, turns)
+
+    def init(params: PyTree) -> EigenbasisState:
+        zero = jnp.zeros((), jnp.int32)
+        bases = rotation.eigenbases.identity()
+        state = EigenbasisState(
+            **averaging.zeros(params),
+            bases=bases,
+            refreshed=jnp.zeros((), bool),
+            inner=rotation.inner.init(rotation.into(bases, params)),
+            stats=EigenbasisStats(zero, zero, zero, jnp.zeros((), jnp.result_type(float))),
+        )
+        return own(state)
+
+    def update(
+        updates: PyTree,
+        state: EigenbasisState,
+        params: PyTree | None = None,
+        *,
+        loss_args: tuple[PyTree, ...] | None = None,
+        key: jax.Array | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, EigenbasisState]:
+        args = (loss_args or ()) if own_factors else check_update(params, loss_args)
+        check_state(state, EigenbasisState)
+        gathered = averaging.gathered(updates, state, params, args, key)
+        act = functools.partial(step, gathered, params, extra)
+        return when(gathered.due, act, (jax.tree.map(jnp.zeros_like, updates), gathered.state))
+
+    def step(
+        gathered: Gathered,
+        params: PyTree,
+        extra: dict[str, Any],
+        carry: tuple[PyTree, EigenbasisState],
+    ) -> tuple[PyTree, EigenbasisState]:
+        _, old = carry
+        state = refreshed(old, gathered.sound)
+        seen = rotation.into(state.bases, gathered.gradient)
+        there = None if params is None else rotation.into(state.bases, params)
+        found, after = rotation.inner.update(seen, state.inner, there, **extra)
+        direction = rotation.out_of(state.bases, found, gathered.gradient)
+        good = gathered.sound & finite(direction)
+        skipped = state.stats.skipped + jnp.where(good, 0, 1).astype(jnp.int32)
+        idle = jnp.where(good, 0, state.stats.idle + 1)
+        kept = jax.tree.map(functools.partial(jnp.where, good), after, state.inner)
+        state = state._replace(
+            step=jnp.where(good, state.step + 1, state.step),
+            inner=kept,
+            stats=state.stats._replace(skipped=skipped, idle=idle),
+        )
+        return masked(good, direction), state
+
+    def refreshed(state: EigenbasisState, sound: jax.Array) -> EigenbasisState:
+        """Renews the bases whose turn it is; all of them in the first steps."""
+        early = ~state.refreshed | (state.step < warmup_steps)
+        parts = rotation.layout.split(state.inner)
+        zero, acted = jnp.zeros_like(state.stats.staleness), jnp.asarray(False)
+        everything = Moved(state.bases, parts["vector"], parts["diagonal"], acted, zero)
+        for turn, layers in enumerate(rotation.eigenbases.schedule):
+            if not layers:
+                continue
+            due = sound & (early | (state.step % refresh_every == turn))
+            act = functools.partial(
+                rotation.eigenbases.refresh, turn, state.statistics, state.weight, ~state.refreshed
+            )
+            moved = when(due, act, everything.part([layer.name for layer in layers]))
+            everything = everything.updated(moved)
+            acted |= due
+        failed = state.stats.failed_refreshes + everything.failed.astype(jnp.int32)
+        stale = jnp.where(acted, everything.staleness, state.stats.staleness)
+        moments: dict[Moment, Any] = {
+            "vector": everything.vectors,
+            "diagonal": everything.diagonals,
+        }
+        return state._replace(
+            bases=everything.bases,
+            refreshed=state.refreshed | acted,
+            inner=rotation.layout.joined(state.inner, moments),
+            stats=state.stats._replace(failed_refreshes=failed, staleness=stale),
+        )
+
+    return entering(optax.GradientTransformationExtraArgs(init, update))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rotation:
+    """From parameter trees to blocks in eigenbases and back.
+
+    Attributes:
+      layers: all layers of the model: together they hold every parameter.
+      eigenbases: of those with factors.
+      inner: what is applied there.
+      layout: where in its state there are vectors and diagonals.
+    """
+
+    layers: tuple[Layer, ...]
+    eigenbases: Eigenbases
+    inner: optax.GradientTransformationExtraArgs
+    layout: Layout
+
+    @classmethod
+    def create(
+        cls,
+        registry: Registry,
+        averaging: Averaging,
+        inner: optax.GradientTransformation,
+        refresh: Eigh | QR,
+        turns: int,
+    ) -> Rotation:
+        """The rotation of a registry's layers."""
+        wrapped = optax.with_extra_args_support(inner)
+        zeros = jax.eval_shape(averaging.zeros, registry.params)["statistics"]
+        factored = tuple(averaging.estimator.layers)
+        eigenbases = Eigenbases(factored, zeros, refresh, turns)
+        return cls(tuple(registry.layers), eigenbases, wrapped, Layout.of(inner))
+
+    def into(self, bases: Arrays, tree: PyTree) -> Blocks:
+        """Block coordinates of every layer, in its eigenbasis."""
+
+        def rotated(bases: Arrays, leaves: Sequence[jax.Array]) -> Blocks:
+            blocks = {layer.name: layer.gather(leaves) for layer in self.layers}
+            return self._turned(into_basis, bases, blocks)
+
+        return automatic(rotated, bases, jax.tree.leaves(tree))
+
+    def out_of(self, bases: Arrays, blocks: Blocks, like: PyTree) -> PyTree:
+        """A tree like the parameters from blocks in eigenbases."""
+        leaves, structure = jax.tree.flatten(like)
+
+        def back(bases: Arrays, blocks: Blocks, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+            found: list[Any] = [None] * len(leaves)
+            straight = self._turned(from_basis, bases, blocks)
+            for layer in self.layers:
+                for leaf, x in layer.scatter(straight[layer.name]).items():
+                    found[leaf] = x if found[leaf] is None else found[leaf] + x
+            pairs = zip(found, leaves, strict=True)
+            return [jnp.zeros_like(v) if x is None else x.astype(v.dtype) for x, v in pairs]
+
+        return jax.tree.unflatten(structure, automatic(back, bases, blocks, leaves, like=leaves))
+
+    def _turned(self, turn: Callable[..., jax.Array], bases: Arrays, blocks: Blocks) -> Blocks:
+        depths = {layer.name: len(layer.stack) for layer in self.eigenbases.layers}
+        return blocks | {
+            name: turn([bases[name][basis] for basis in BASES], blocks[name], depth)
+            for name, depth in depths.items()
+        }
+
+
+def _factored_alone(registry: Registry) -> Registry:
+    """The registry with curvature for layers with Kronecker factors alone."""
+
+    def one(layer: Layer) -> Layer:
+        if not layer.factored or layer.uses == 0:
+            return dataclasses.replace(layer, block=EXCLUDED)
+        # Corrections are not asked for.
+        return dataclasses.replace(layer, block="kronecker") if layer.block == "ekfac" else layer
+
+    return dataclasses.replace(registry, layers=tuple(map(one, registry.layers)))

@@ -1,0 +1,86 @@
+"""The factors of Shampoo (Gupta et al. 2018): outer products of the mini-batch gradient itself.
+
+Of a layer's gradient G in block coordinates, `input` is G G' and `output` is G' G. They take no
+statistics pass, and know of the loss what its mean gradient knows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvature.averaging import Averaging, Gathered, mixed
+from curvature.estimator.rows import moment
+from curvature.meshes import automatic
+from curvature.precision import accumulator
+from curvature.refresh import Arrays
+from curvature.refresh.control import finite, when
+from curvature.registry import Layer
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Shampoo:
+    """Averages the outer products of the gradients that `update` is given.
+
+    For `in_eigenbasis`, whose basis is then that of SOAP (Vyas et al. 2024).
+    """
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GradientAveraging(Averaging):
+    """Running averages of the outer products of a step's gradient.
+
+    The estimator says which layers there are, and which sides are too wide; its kind is not asked.
+    """
+
+    def gathered(
+        self,
+        gradient: PyTree,
+        state: Any,
+        params: PyTree,
+        args: tuple[PyTree, ...],
+        key: jax.Array | None,
+    ) -> Gathered:
+        """Gathers gradients; averages the factors of their mean when there is a step to take."""
+        gathered = self._summed(gradient, state, finite(gradient))
+        state, sound, leaves = gathered.state, gathered.sound, jax.tree.leaves(gathered.gradient)
+
+        def sample(carry: Any) -> Any:
+            old, weight, sound = carry
+            fresh = automatic(functools.partial(_factors, self.estimator.layers, old), leaves)
+            return mixed((old, weight), fresh, sound, self.decay, 1 - self.decay)
+
+        due = self._due(state) & jnp.asarray(gathered.due)
+        averages, weight, _ = when(due, sample, (state.statistics, state.weight, sound))
+        return gathered._replace(state=state._replace(statistics=averages, weight=weight))
+
+    def zeros(self, params: PyTree) -> dict[str, Any]:
+        """The entries of a state before the first step."""
+        leaves, widest = jax.tree.leaves(params), self.estimator.max_factor_dim
+        statistics: Arrays = {}
+        for layer in self.estimator.layers:
+            dtype = accumulator(*(leaves[v.source].dtype for v in layer.leaves))
+            shapes = [(n,) if n > widest else (n, n) for n in layer.shape[-2:]]
+            zeros = [jnp.zeros((*layer.stack, *shape), dtype) for shape in shapes]
+            statistics[layer.name] = dict(zip(("input", "output"), zeros, strict=True))
+        return super().zeros(params) | {"statistics": statistics}
+
+
+def _factors(layers: Sequence[Layer], like: Arrays, leaves: Sequence[jax.Array]) -> Arrays:
+    """G G' and G' G of every layer; their diagonals where `like` has no more."""
+    found = {}
+    for layer in layers:
+        gradient, depth = layer.gather(leaves), len(layer.stack)
+        rows = {"input": gradient.mT, "output": gradient}
+        found[layer.name] = {
+            side: moment(x[..., None, :, :], like[layer.name][side].ndim == depth + 1)
+            for side, x in rows.items()
+        }
+    return found
