@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvature.eigenbasis import EigenbasisState
 from curvature.preconditioner import CurvatureState
 
 PyTree = Any
@@ -26,7 +27,7 @@ def check_progress(state: PyTree, limit: int = 20) -> None:
             curvature.check_progress(opt_state)
 
     Args:
-      state: the state of `kfac`, `scale_by_curvature`, or of a transformation made of them.
+      state: the state of one of these optimizers, or of a transformation made of them.
       limit: so many steps in a row are accepted.
 
     Raises:
@@ -74,6 +75,9 @@ def _check(idle: Any, skipped: Any, limit: int) -> None:
 
 def _streaks(state: PyTree) -> list[tuple[jax.Array, jax.Array]]:
     """(`idle`, `skipped`) of every optimizer in a tree of states."""
-    parts = jax.tree.leaves(state, is_leaf=lambda part: isinstance(part, CurvatureState))
-    found = [part for part in parts if isinstance(part, CurvatureState)]
+
+    def is_state(part: Any) -> bool:
+        return isinstance(part, CurvatureState | EigenbasisState)
+
+    found = [part for part in jax.tree.leaves(state, is_leaf=is_state) if is_state(part)]
     return [(part.stats.idle, part.stats.skipped) for part in found]
