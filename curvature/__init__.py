@@ -13,6 +13,7 @@ from curvature.blocks import (
 )
 from curvature.checkpoint import factors, with_factors
 from curvature.comparison import Comparison, compare
+from curvature.eigen_adam import eigen_adam
 from curvature.eigenbasis import EigenbasisState, EigenbasisStats, in_eigenbasis
 from curvature.estimator import EmpiricalFisher, Estimator, Fisher, GaussNewton
 from curvature.kfac import KFACState, KFACStats, ekfac, foof, kfac
@@ -54,6 +55,7 @@ __all__ = [
     "Shampoo",
     "check_progress",
     "compare",
+    "eigen_adam",
     "ekfac",
     "factors",
     "foof",

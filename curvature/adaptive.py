@@ -35,6 +35,9 @@ class LevenbergMarquardt:
     square: the damping grows by sqrt(-rho) here as well. Where `QuadraticModel` chooses
     the steps, that is looked at after each: one bad step undoes what hundreds have gained.
 
+    The damping does not go below what the precision of the factors can invert; after a refresh that
+    fails all the same it is four times as high.
+
     Attributes:
       initial: the damping of the first step.
       every: steps between measurements of rho, which cost two evaluations of the loss; the look at
@@ -96,6 +99,10 @@ class LevenbergMarquardt:
         grown = jnp.maximum(grown, jnp.minimum(2 * damping, self.maximum))
         moved = jnp.where(regular, self.updated(damping, ratio), damping)
         return jnp.where(rejected, grown, moved), rejected
+
+    def recovered(self, after: jax.Array, damping: jax.Array, failed: jax.Array) -> jax.Array:
+        """The next damping; four times that of a refresh that failed, so that the next need not."""
+        return jnp.where(failed, jnp.clip(4 * damping, after, self.maximum), after)
 
     def is_leap(self, norm: jax.Array, previous: jax.Array) -> jax.Array:
         """Whether a step is so much longer than the one before that it is measured at once."""

@@ -147,8 +147,44 @@ def in_eigenbasis(
     >>> bool(loss_fn(optax.apply_updates(params, updates), x, y) < loss_fn(params, x, y))
     True
     """
-    check_registry(registry)
     check_transformation("inner", inner)
+    return transformation(
+        registry,
+        inner,
+        Layout.of(inner),
+        kind,
+        decay=decay,
+        burn_in=burn_in,
+        accumulate=accumulate,
+        statistics_every=statistics_every,
+        refresh_every=refresh_every,
+        warmup_steps=warmup_steps,
+        refresh=refresh,
+        spread=spread,
+        max_factor_dim=max_factor_dim,
+        axis_name=axis_name,
+    )
+
+
+def transformation(
+    registry: Registry,
+    inner: optax.GradientTransformation,
+    layout: Layout,
+    kind: Kind | Shampoo,
+    *,
+    decay: float,
+    burn_in: int,
+    accumulate: int,
+    statistics_every: int,
+    refresh_every: int,
+    warmup_steps: int,
+    refresh: Eigh | QR,
+    spread: bool,
+    max_factor_dim: int,
+    axis_name: str | Sequence[str] | None,
+) -> optax.GradientTransformationExtraArgs:
+    """`in_eigenbasis` with a known layout of the inner transformation's state."""
+    check_registry(registry)
     check_period("refresh_every", refresh_every)
     if not isinstance(refresh, Eigh | QR):
         raise TypeError(f"refresh is {refresh!r}, expected Eigh() or QR().")
@@ -163,7 +199,7 @@ def in_eigenbasis(
         estimator, decay, burn_in, accumulate, statistics_every, warmup_steps
     )
     turns = refresh_every if spread else 1
-    rotation = Rotation.create(registry, averaging, inner, refresh, turns)
+    rotation = Rotation.create(registry, averaging, inner, layout, refresh, turns)
 
     def init(params: PyTree) -> EigenbasisState:
         zero = jnp.zeros((), jnp.int32)
@@ -269,6 +305,7 @@ class Rotation:
         registry: Registry,
         averaging: Averaging,
         inner: optax.GradientTransformation,
+        layout: Layout,
         refresh: Eigh | QR,
         turns: int,
     ) -> Rotation:
@@ -277,7 +314,7 @@ class Rotation:
         zeros = jax.eval_shape(averaging.zeros, registry.params)["statistics"]
         factored = tuple(averaging.estimator.layers)
         eigenbases = Eigenbases(factored, zeros, refresh, turns)
-        return cls(tuple(registry.layers), eigenbases, wrapped, Layout.of(inner))
+        return cls(tuple(registry.layers), eigenbases, wrapped, layout)
 
     def into(self, bases: Arrays, tree: PyTree) -> Blocks:
         """Block coordinates of every layer, in its eigenbasis."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from curvature.arguments import (
     own,
 )
 from curvature.averaging import Gathered
+from curvature.decay import Mask, decaying
 from curvature.estimator import Fisher, Kind
 from curvature.meshes import entering
 from curvature.objective import Objective, Problem, combined, is_zero
@@ -128,7 +130,7 @@ def kfac(
     kind: Kind = _FISHER,
     l2: ScalarOrSchedule = 0.0,
     weight_decay: ScalarOrSchedule = 0.0,
-    weight_decay_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    weight_decay_mask: Mask = None,
     kl_clip: ScalarOrSchedule | Literal["auto"] | None = "auto",
     relative_damping: bool = False,
     decay: float = 0.95,
@@ -209,7 +211,6 @@ def kfac(
     """
     check_range("momentum", momentum, 0.0, 1.0)
     check_range("l2", l2, 0.0, float("inf"))
-    check_range("weight_decay", weight_decay, 0.0, float("inf"))
     check_instance("learning_rate", learning_rate)
     if isinstance(damping, str) and damping == "auto":
         damping = default_damping(relative=relative_damping)
@@ -247,8 +248,7 @@ def kfac(
         axis_name=axis_name,
     )
     objective = Objective(registry, kind, l2, preconditioner.estimator.axes)
-    mask = _everything if weight_decay_mask is None else weight_decay_mask
-    decays = optax.masked(optax.add_decayed_weights(1.0), mask)
+    decayed = decaying(weight_decay, weight_decay_mask)
 
     def init(params: PyTree) -> KFACState:
         curvature = preconditioner.init(params)
@@ -289,6 +289,9 @@ def kfac(
             check = functools.partial(checked, problem, state, adapts, extra.get("value"))
             due = (count > 0) & (by_model | (count % adapts.every == 0))
             lam, fresh = when(due, check, (lam, fresh))
+            averages, weight = state.curvature.statistics, state.curvature.weight
+            floor = preconditioner.inverses.smallest_damping(averages, weight)
+            lam = jnp.maximum(lam, floor.astype(lam.dtype))
             problem = problem._replace(lam=lam)
         direction, squared, curvature = preconditioner.direction(
             gathered._replace(gradient=problem.gradient),
@@ -311,6 +314,8 @@ def kfac(
             ratio, predicted = when(due, measure, (ratio, predicted))
             known = jnp.where(due & (predicted < 0), ratio, 0)
             after, rejected = adapts.judged(lam, known, regular, due & leap)
+            failures = (s.stats.failed_refreshes for s in (curvature, state.curvature))
+            after = adapts.recovered(after, lam, operator.gt(*failures))
         latest = StepStats(
             taken.rate,
             taken.momentum,
@@ -328,7 +333,8 @@ def kfac(
                 functools.partial(jnp.where, good), (before, after, latest), tuple(state[1:])
             ),
         )
-        return masked(good & ~rejected, decayed(taken, params, count)), kept
+        asked = taken.rate / taken.clipped
+        return masked(good & ~rejected, decayed(taken.step, params, asked, count)), kept
 
     def measured(problem: Problem, taken: _Step, value: Any, _: Any) -> tuple[jax.Array, jax.Array]:
         """The reduction ratio of a step on its own batch, and the predicted change."""
@@ -345,15 +351,6 @@ def kfac(
         predicted = state.latest.predicted
         ratio = problem.ratio(back, -predicted, value)
         return adapts.checked(problem.lam, jnp.where(predicted < 0, ratio, 0)), ratio
-
-    def decayed(taken: _Step, params: PyTree, count: jax.Array) -> PyTree:
-        """The step with decoupled weight decay."""
-        if is_zero(weight_decay):
-            return taken.step
-        rate = taken.rate / taken.clipped  # the rate that was asked for
-        scale = -rate * at(weight_decay, count, rate)
-        shrunk, _ = decays.update(jax.tree.map(jnp.zeros_like, params), decays.init(params), params)
-        return combined((jnp.ones_like(scale), scale), (taken.step, shrunk))
 
     def at_rate(problem: Problem, descent: PyTree, squared: jax.Array, state: KFACState) -> _Step:
         """The step of a given learning rate and momentum."""
@@ -427,7 +424,3 @@ def foof(
 
 # Wrappers such as `optax.inject_hyperparams` go by the names of the arguments.
 ekfac.__signature__ = foof.__signature__ = inspect.signature(kfac)  # type: ignore[attr-defined]
-
-
-def _everything(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda _: True, params)

@@ -16,17 +16,29 @@ from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # see README.md; processes started here too
 
-from benchmarks import kfac_jax, optimizers, plots, protocol, results, side_by_side, split
-from benchmarks.problems import PROBLEMS, Problem
+from benchmarks import (
+    kfac_jax,
+    language,
+    optimizers,
+    plots,
+    problems,
+    protocol,
+    results,
+    side_by_side,
+    split,
+)
+from benchmarks.problems import Problem
 from digits import options, report
 
 EPILOG = """\
 examples:
   python scripts/benchmark.py --problem digits_classifier --optimizer adam kfac
   python scripts/benchmark.py --kfac-jax ../kfac-jax
+  python scripts/benchmark.py --problem language_0.1M
   python scripts/benchmark.py --side-by-side --kfac-jax ../kfac-jax
 """
 QUICK_STEPS = 3
+PROBLEMS = {**problems.PROBLEMS, **language.PROBLEMS}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,8 +55,8 @@ def parser() -> argparse.ArgumentParser:
         "--problem",
         nargs="+",
         choices=tuple(PROBLEMS),
-        default=tuple(PROBLEMS),
-        help="default: all",
+        default=tuple(problems.PROBLEMS),
+        help="default: all but language models, of which two need an accelerator",
     )
     add(
         "--optimizer",
@@ -134,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = optimizers.names(args.optimizer, not skipped)
     if not names:
         command.error("no optimizer is left to run")
-    print(f"optax has no {' and no '.join(optimizers.NOT_IN_OPTAX)}: not compared")
+    print(f"optax has no {' and no '.join(optimizers.NOT_IN_OPTAX)}: SOAP is eigen_adam's")
     for name in args.problem:
         run_problem(PROBLEMS[name](), names, args)
     return 0

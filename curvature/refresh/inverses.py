@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from curvature.blocks import BlockDiagonal, Dense, EigenKronecker, Kronecker, block_of
 from curvature.blocks.block import safe_power
@@ -36,6 +37,7 @@ from curvature.refresh.turns import SIDES, Unit, dealt, units
 from curvature.registry import Layer
 
 Arrays = dict[str, Statistics]
+_MARGIN = 10.0  # rounding errors of a factorisation, in units of that of the matrix
 
 
 class Refreshed(NamedTuple):
@@ -111,6 +113,38 @@ class Inverses:
         return self.estimator.operator(
             {name: _bases(statistics[name]) | found for name, found in inverse.items()}
         )
+
+    def smallest_damping(self, statistics: Arrays, weight: jax.Array) -> jax.Array:
+        """The damping below which a damped factor cannot be told from a singular one.
+
+        The smallest eigenvalue of a factor A is lost to rounding below about eps |A|; factored
+        damping puts sqrt(damping) pi there, and sqrt(damping) / pi in the other factor. Zero for
+        eigenbases, which need no damping to be found.
+
+        Args:
+          statistics: the averages of all statistics, times their weight.
+          weight: that weight.
+        """
+        if isinstance(self.method, Eigh | QR):
+            return jnp.zeros_like(weight)
+        return automatic(self._smallest_damping, statistics, weight)
+
+    def _smallest_damping(self, statistics: Arrays, weight: jax.Array) -> jax.Array:
+        least = jnp.zeros_like(weight)
+        weight = jnp.where(weight > 0, weight, 1)
+        for layer in (x for x in self.estimator.layers if x.factored and x.block != "ekfac"):
+            averages = {k: x / weight.astype(x.dtype) for k, x in statistics[layer.name].items()}
+            factors = factors_of(layer, averages)
+            block = Kronecker(factors["input"], factors["output"], stack_ndim=len(layer.stack))
+            shifts = block.factored_damping(1.0)
+            for side, shift in zip(SIDES, shifts, strict=True):
+                factor = factors[side]
+                if factor.ndim == len(layer.stack) + 1:
+                    continue
+                lost = _MARGIN * float(np.finfo(factor.dtype).eps) * _norm(factor)
+                root = lost / jnp.where(shift > 0, shift, 1)
+                least = jnp.maximum(least, jnp.max(root**2).astype(least.dtype))
+        return least
 
     def part(self, turn: int, statistics: Arrays, inverse: Arrays) -> tuple[Arrays, Arrays]:
         """What the refresh of one turn changes: of EKFAC layers' statistics, and of inverses."""
@@ -265,6 +299,11 @@ def _telling(inverse: Statistics, depth: int) -> list[jax.Array]:
     if "values" in inverse:
         return [inverse["values"]]
     return [x if x.ndim == depth + 1 else diagonal(x) for x in inverse.values()]
+
+
+def _norm(matrices: jax.Array) -> jax.Array:
+    """The Frobenius norms, which bound the largest eigenvalues."""
+    return jnp.sqrt(jnp.sum(matrices**2, axis=(-2, -1)))
 
 
 def _bases(statistics: Statistics) -> Statistics:

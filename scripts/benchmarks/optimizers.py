@@ -29,7 +29,8 @@ MOMENTUM = 0.9
 OURS = ("kfac", "ekfac", "foof")
 WITH_CURVATURE = (*OURS, "kfac_jax")
 FIRST_ORDER = ("adam", "adamw", "sgd", "muon")
-OPTIMIZERS = (*WITH_CURVATURE, *FIRST_ORDER)
+EIGEN = ("eigen_adam", "soap")
+OPTIMIZERS = (*WITH_CURVATURE, *FIRST_ORDER, *EIGEN)
 NOT_IN_OPTAX = tuple(name for name in ("shampoo", "soap") if not hasattr(optax.contrib, name))
 
 LABELS = {
@@ -41,6 +42,8 @@ LABELS = {
     "adamw": "AdamW",
     "sgd": "SGD with momentum",
     "muon": "Muon",
+    "eigen_adam": "Eigen-Adam",
+    "soap": "SOAP",
 }
 
 
@@ -61,8 +64,17 @@ SETTINGS: dict[str, list[Setting]] = {
     ],
     "sgd": _rates(1e-2, 3e-2, 3e-3, 1e-1, 1e-3, 3e-1),
     "muon": _rates(1e-2, 3e-2, 3e-3, 1e-1, 1e-3, 3e-4),
+    **dict.fromkeys(EIGEN, _rates(1e-2, 3e-3, 3e-2, 1e-3, 3e-4, 1e-1)),
 }
 """What is tried, the likeliest first."""
+_SCHEDULED = _rates(1e-2, 3e-3, 3e-2, 2e-2, 5e-3, 1e-3)
+
+
+def settings(name: str, problem: Problem) -> list[Setting]:
+    """What is tried for an optimizer on a problem."""
+    if problem.scheduled and name in ("adamw", "muon", *EIGEN):
+        return _SCHEDULED
+    return SETTINGS[name]
 
 
 class Trainer(NamedTuple):
@@ -84,22 +96,55 @@ def ours(name: str, problem: Problem, setting: Setting, batch: Batch, **options:
     return recipe(registry, curvature.QuadraticModel(), MOMENTUM, damping, **options)
 
 
-def first_order(name: str, setting: Setting) -> optax.GradientTransformation:
-    """One of optax's; Muon orthogonalises matrices and leaves the rest to Adam."""
+def eigen(name: str, problem: Problem, setting: Any, batch: Batch) -> Any:
+    """`curvature.eigen_adam`, in the eigenbasis of the Fisher matrix's factors or of Shampoo's."""
+    params = jax.eval_shape(problem.network.init, jax.random.key(0))
+    registry = curvature.register(problem.loss_fn, params, batch)
+    if name == "soap":  # its factors are there anyway
+        return curvature.eigen_adam(
+            registry, **setting, kind=curvature.Shampoo(), statistics_every=1
+        )
+    return curvature.eigen_adam(registry, **setting)
+
+
+def first_order(name: str, setting: Any) -> optax.GradientTransformation:
+    """One of optax's; Muon orthogonalises hidden layers' matrices and leaves the rest to Adam."""
     if name == "sgd":
         return optax.sgd(**setting, momentum=MOMENTUM)
-    return getattr(optax.contrib if name == "muon" else optax, name)(**setting)
+    if name == "muon":
+        return optax.contrib.muon(**setting, muon_weight_dimension_numbers=hidden_matrices)
+    return getattr(optax, name)(**setting)
 
 
-def trainer(name: str, problem: Problem, setting: Setting, batch: Batch) -> Trainer:
-    """Any of the optimizers; `batch` shows the shapes."""
+def hidden_matrices(params: PyTree) -> PyTree:
+    """Muon's dimension numbers: matrices, but for tables of tokens and positions and the output."""
+
+    def one(path: Any, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
+        apart = any(getattr(key, "key", None) in ("tokens", "positions", "out") for key in path)
+        return None if leaf.ndim != 2 or apart else optax.contrib.MuonDimensionNumbers()
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def scheduled(setting: Setting, steps: int) -> dict[str, Any]:
+    """The setting with a warm-up and a cosine decay of its learning rate."""
+    if "learning_rate" not in setting:
+        return dict(setting)
+    rate = optax.warmup_cosine_decay_schedule(0.0, setting["learning_rate"], steps // 20, steps)
+    return {**setting, "learning_rate": rate}
+
+
+def trainer(name: str, problem: Problem, setting: Setting, batch: Batch, steps: int) -> Trainer:
+    """Any of the optimizers, for so many steps; `batch` shows the shapes."""
+    given = scheduled(setting, steps) if problem.scheduled else setting
     if name == "kfac_jax":
         from . import kfac_jax
 
         return kfac_jax.trainer(problem, setting)
     if name in OURS:
         return optax_trainer(problem, ours(name, problem, setting, batch))
-    return optax_trainer(problem, first_order(name, setting))
+    make = eigen(name, problem, given, batch) if name in EIGEN else first_order(name, given)
+    return optax_trainer(problem, make)
 
 
 def optax_trainer(problem: Problem, tx: optax.GradientTransformation) -> Trainer:
@@ -116,8 +161,8 @@ def optax_trainer(problem: Problem, tx: optax.GradientTransformation) -> Trainer
 
 
 def names(given: Sequence[str], kfac_jax_found: bool) -> list[str]:
-    """The optimizers to run, Adam first: others are compared with it."""
+    """The optimizers to run, Adam and AdamW first: others are compared with them."""
     chosen = [name for name in OPTIMIZERS if name in given]
     if not kfac_jax_found:
         chosen = [name for name in chosen if name != "kfac_jax"]
-    return sorted(chosen, key=lambda name: name != "adam")
+    return sorted(chosen, key=lambda name: name not in ("adam", "adamw"))

@@ -10,16 +10,21 @@ from matplotlib.figure import Figure
 
 from digits.plots import finish, save
 
-from .optimizers import LABELS, OPTIMIZERS
+from .optimizers import LABELS
 from .results import median_curve
 
-COLOURS = dict(
-    zip(
-        OPTIMIZERS,
-        ("#1f5fa8", "#3aa0c9", "#6b4fa0", "#2e8b57", "#d9730d", "#e0b040", "#7a7a7a", "#c03a3a"),
-        strict=True,
-    )
-)
+COLOURS = {
+    "kfac": "#1f5fa8",
+    "ekfac": "#3aa0c9",
+    "foof": "#6b4fa0",
+    "kfac_jax": "#2e8b57",
+    "adam": "#d9730d",
+    "adamw": "#e0b040",
+    "sgd": "#7a7a7a",
+    "muon": "#c03a3a",
+    "eigen_adam": "#111111",
+    "soap": "#b06ab3",
+}
 
 
 def draw(path: Path, results: dict[str, Any]) -> None:
@@ -32,7 +37,7 @@ def draw(path: Path, results: dict[str, Any]) -> None:
         style = {"color": COLOURS[name], "linewidth": 1.6, "label": LABELS[name]}
         by_step.plot(curve.steps, loss, **style)
         by_second.plot(curve.seconds, loss, **style)
-    finish(by_step, "steps", "training loss, all examples")
+    finish(by_step, "steps", results.get("measured", "training loss, all examples"))
     finish(by_second, "seconds in steps (compilation excluded)", "")
     for axes in (by_step, by_second):  # runs are of very different lengths
         axes.set_xscale("log")

@@ -30,8 +30,9 @@ class Problem:
 
     `steps` is how long optimizers with curvature train, `first_order_steps` the others: ten times
     as many, or fewer where K-FAC was not at Adam's loss then and had time left of half of Adam's.
-    `family` is the distribution of the targets given the logits: `bernoulli` (sum over pixels, mean
-    over images) or `categorical` (mean over labels).
+    Where `scheduled`, learning rates warm up and decay, settings are tried at full length, and what
+    counts is the loss on `held_out`. `family` is the distribution of the targets given the logits:
+    `bernoulli` (sum over pixels, mean over images) or `categorical` (mean over labels).
     """
 
     name: str
@@ -42,6 +43,13 @@ class Problem:
     batch_size: int
     steps: int
     first_order_steps: int
+    held_out: Batch | None = None
+    scheduled: bool = False
+
+    @property
+    def judged_on(self) -> Batch:
+        """The data whose loss is reported."""
+        return self.data if self.held_out is None else self.held_out
 
     def __post_init__(self) -> None:
         if self.data.size % self.batch_size:

@@ -1,7 +1,7 @@
 """How optimizers are compared: the same start, the same batches, the same number of trials.
 
 Each of an optimizer's settings is tried on seed TUNING_SEED for TUNING_SHARE of the steps; the one
-with the lowest training loss then runs on the seeds 1, 2, ... A seed decides initialisation,
+with the lowest loss then runs on the seeds 1, 2, ... A seed decides initialisation,
 batches, and the targets that are drawn for statistics.
 
 The clock runs inside steps only. Compilation, and the warm-up steps that bring it about, come
@@ -31,6 +31,7 @@ TUNING_SEED = 0
 TUNING_SHARE = 0.2
 WARM_UP = 5  # kfac-jax compiles a second step for the fifth one, which adapts the damping
 POINTS = 100  # at which a run's loss is recorded
+SCHEDULED_POINTS = 30
 DIVERGED = "the training loss was no longer finite"
 
 
@@ -84,7 +85,7 @@ def run(
     evaluate = jax.jit(problem.evaluate)
 
     began = time.perf_counter()
-    trainer = optimizers.trainer(name, problem, setting, batch)
+    trainer = optimizers.trainer(name, problem, setting, batch, steps)
     state = trainer.init(params, batch, key)
     _warm_up(trainer, params, state, batch, key)
     set_up_seconds = time.perf_counter() - began
@@ -94,12 +95,12 @@ def run(
     def record(done: int) -> bool:
         result.steps.append(done)
         result.seconds.append(sum(times))
-        for measure, value in evaluate(params, problem.data).items():
+        for measure, value in evaluate(params, problem.judged_on).items():
             result.measures.setdefault(measure, []).append(float(value))
         return math.isfinite(result.measures["loss"][-1])
 
     record(0)
-    every = max(1, steps // POINTS)
+    every = max(1, steps // (SCHEDULED_POINTS if problem.scheduled else POINTS))
     for done in range(1, steps + 1):
         step_key = jax.block_until_ready(jax.random.fold_in(key, done))
         start = time.perf_counter()
@@ -128,11 +129,12 @@ def _warm_up(trainer: Trainer, params: Any, state: Any, batch: Any, key: jax.Arr
 
 def tune(name: str, problem: Problem, protocol: Protocol) -> list[dict[str, Any]]:
     """Tries an optimizer's settings; gives each with its loss, in the order tried."""
+    steps, seconds = protocol.tuning_steps, protocol.tuning_seconds
+    if problem.scheduled:  # what a rate is worth shows at the end of its decay
+        steps, seconds = protocol.steps, protocol.seconds
     trials = []
-    for setting in optimizers.SETTINGS[name][: protocol.trials]:
-        trial = run(
-            name, problem, setting, TUNING_SEED, protocol.tuning_steps, protocol.tuning_seconds
-        )
+    for setting in optimizers.settings(name, problem)[: protocol.trials]:
+        trial = run(name, problem, setting, TUNING_SEED, steps, seconds)
         trials.append({"setting": setting, "loss": trial.final_loss, "stopped": trial.stopped})
         print(f"  {name} {setting}: loss {trial.final_loss:.4g}", flush=True)
     return trials

@@ -44,6 +44,8 @@ def start(problem: Problem, path: Path) -> dict[str, Any]:
         "batch_size": problem.batch_size,
         "not_in_optax": list(optimizers.NOT_IN_OPTAX),
     }
+    if problem.held_out is not None:
+        about["measured"] = f"loss on {problem.held_out.size} held-out examples"
     if not path.exists():
         return {**about, "optimizers": {}}
     kept = json.loads(path.read_text())
@@ -82,12 +84,14 @@ def median_curve(entry: Entry) -> Curve:
 
 
 def table(results: dict[str, Any]) -> str:
-    """A row for each optimizer, with how soon it has Adam's best loss."""
+    """A row for each optimizer, with how soon it has Adam's (or AdamW's) best loss."""
     entries = results["optimizers"]
-    target = median_curve(entries["adam"]).loss.min() if "adam" in entries else None
+    known = [name for name in ("adam", "adamw") if name in entries]
+    target = median_curve(entries[known[0]]).loss.min() if known else None
+    whose = optimizers.LABELS[known[0] if known else "adam"]
     header = (
         *("optimizer", "setting", "steps", "loss", "best", "seconds", "ms/step", "slowest/median"),
-        *("compile s", "steps to Adam's best", "seconds to Adam's best"),
+        *("compile s", f"steps to {whose}'s best", f"seconds to {whose}'s best"),
     )
     rows = [_row(name, entry, target) for name, entry in entries.items()]
     return report.table(header, rows)

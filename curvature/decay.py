@@ -1,0 +1,46 @@
+"""Decoupled weight decay (Loshchilov and Hutter 2019), for recipes that do not take every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvature.arguments import ScalarOrSchedule, at, check_range
+from curvature.objective import combined, is_zero
+
+PyTree = Any
+Mask = PyTree | Callable[[PyTree], PyTree] | None
+
+
+def decaying(
+    weight_decay: ScalarOrSchedule, mask: Mask
+) -> Callable[[PyTree, PyTree, jax.Array, jax.Array], PyTree]:
+    """A function that adds weight decay to a step.
+
+    Args:
+      weight_decay: its strength, a number or a schedule.
+      mask: which parameters it shrinks, as `optax.add_decayed_weights` takes it.
+
+    Returns:
+      `decayed(step, params, rate, count)`: the step minus rate * weight_decay * params.
+    """
+    check_range("weight_decay", weight_decay, 0.0, float("inf"))
+    mask = _everything if mask is None else mask
+    decays = optax.masked(optax.add_decayed_weights(1.0), mask)
+
+    def decayed(step: PyTree, params: PyTree, rate: jax.Array, count: jax.Array) -> PyTree:
+        if is_zero(weight_decay):
+            return step
+        scale = -rate * at(weight_decay, count, rate)
+        shrunk, _ = decays.update(jax.tree.map(jnp.zeros_like, params), decays.init(params), params)
+        return combined((jnp.ones_like(scale), scale), (step, shrunk))
+
+    return decayed
+
+
+def _everything(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda _: True, params)
