@@ -11,6 +11,8 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from curvature.trees import difference, different_shape
+
 PyTree = Any
 ScalarOrSchedule = ArrayLike | Callable[[ArrayLike], ArrayLike]
 
@@ -50,6 +52,18 @@ def check_state(state: PyTree, kind: type) -> None:
         raise TypeError(
             f"The optimizer's state is {type(state).__name__}, expected {kind.__name__}: it is "
             "another optimizer's. Start from tx.init(params); curvature.with_factors takes the "
+            "statistics over."
+        )
+
+
+def check_configuration(state: PyTree, expected: PyTree) -> None:
+    """Raises for a state of other blocks, another method of refresh, ..."""
+    differs = difference(state, expected) or different_shape(state, expected)
+    if differs is not None:
+        raise ValueError(
+            f"The optimizer's state is another configuration's: {differs}. Give the "
+            "transformation the options (blocks, refresh, accumulate, graft, fallback, ...) that "
+            "the state was made with, or start from tx.init(params); curvature.with_factors takes "
             "statistics over."
         )
 

@@ -12,16 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvature.eigenbasis import EigenbasisState
 from curvature.preconditioner import CurvatureState
 
 PyTree = Any
 
 
 def factors(state: PyTree) -> dict[str, Any]:
-    """What is averaged, from the state of a transformation made of `scale_by_curvature`.
+    """What is averaged, from the state of a transformation of ours, or one made of it.
 
     Args:
-      state: the state of `kfac`, or of a chain that holds one, ...
+      state: the state of `kfac`, `eigen_adam`, or of a chain that holds one, ...
 
     Returns:
       `step`, `weight` and `statistics` as in `CurvatureState`.
@@ -32,7 +33,7 @@ def factors(state: PyTree) -> dict[str, Any]:
     parts = jax.tree.leaves(state, is_leaf=_is_state)
     found = [part for part in parts if _is_state(part)]
     if len(found) != 1:
-        raise ValueError(f"Found {len(found)} states of scale_by_curvature, expected one.")
+        raise ValueError(f"Found {len(found)} states with averaged statistics, expected one.")
     (one,) = found
     return {"step": one.step, "weight": one.weight, "statistics": one.statistics}
 
@@ -78,4 +79,4 @@ def with_factors(state: PyTree, saved: dict[str, Any]) -> PyTree:
 
 
 def _is_state(part: Any) -> bool:
-    return isinstance(part, CurvatureState)
+    return isinstance(part, CurvatureState | EigenbasisState)

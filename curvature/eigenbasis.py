@@ -15,7 +15,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvature.arguments import check_period, check_state, check_transformation, check_update, own
+from curvature.arguments import (
+    check_configuration,
+    check_not_masked,
+    check_period,
+    check_state,
+    check_transformation,
+    check_update,
+    own,
+)
 from curvature.averaging import Averaging, Gathered
 from curvature.blocks.eigen_kronecker import from_basis, into_basis
 from curvature.estimator import Estimator, Fisher, Kind
@@ -202,6 +210,10 @@ def transformation(
     rotation = Rotation.create(registry, averaging, inner, layout, refresh, turns)
 
     def init(params: PyTree) -> EigenbasisState:
+        check_not_masked(params, registry.params)
+        if not jax.tree.leaves(params):
+            # `optax.tree_utils.tree_map_params` asks for the state of a placeholder.
+            params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), registry.params)
         zero = jnp.zeros((), jnp.int32)
         bases = rotation.eigenbases.identity()
         state = EigenbasisState(
@@ -224,6 +236,7 @@ def transformation(
     ) -> tuple[PyTree, EigenbasisState]:
         args = (loss_args or ()) if own_factors else check_update(params, loss_args)
         check_state(state, EigenbasisState)
+        check_configuration(state, jax.eval_shape(init, registry.params))
         gathered = averaging.gathered(updates, state, params, args, key)
         act = functools.partial(step, gathered, params, extra)
         return when(gathered.due, act, (jax.tree.map(jnp.zeros_like, updates), gathered.state))

@@ -18,6 +18,7 @@ import optax
 from curvature.arguments import (
     ScalarOrSchedule,
     at,
+    check_configuration,
     check_not_masked,
     check_period,
     check_positive,
@@ -36,7 +37,6 @@ from curvature.quadratic import dot
 from curvature.refresh import Arrays, Cholesky, Inverses, Method, Now, Refreshed
 from curvature.refresh.control import finite, when
 from curvature.registry import Layer, Registry, check_registry
-from curvature.trees import difference, different_shape
 from curvature.uncovered import scaled, set_apart, typical
 
 PyTree = Any
@@ -300,17 +300,6 @@ class Preconditioner:
         """The shapes of a state."""
         return jax.eval_shape(self.init, self.estimator.registry.params)
 
-    def check(self, state: CurvatureState) -> None:
-        """Raises for a state of other blocks, another method of refresh, ..."""
-        differs = difference(state, self._expected) or different_shape(state, self._expected)
-        if differs is not None:
-            raise ValueError(
-                f"The optimizer's state is another configuration's: {differs}. Give the "
-                "transformation the blocks, refresh, accumulate, graft and fallback that the state "
-                "was made with, or start from tx.init(params); curvature.with_factors takes "
-                "statistics over."
-            )
-
     def gathered(
         self,
         gradient: PyTree,
@@ -320,7 +309,7 @@ class Preconditioner:
         key: jax.Array | None,
     ) -> Gathered:
         """Averages statistics and gathers gradients, until there is a step to take."""
-        self.check(state)
+        check_configuration(state, self._expected)
         return self.averaging.gathered(gradient, state, params, args, key)
 
     def direction(

@@ -4,7 +4,10 @@ Curvature is compared with brute force in float64, and strict promotion stops a 
 dtypes by accident at the line that does it.
 """
 
+import gc
+import itertools
 import os
+import pathlib
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads and XLA's wait for each other
 
@@ -15,6 +18,22 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 4)  # for meshes; elsewhere the first one is used
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_disable_most_optimizations", True)  # the time of tests is compilation
+
+
+_MAPS = pathlib.Path("/proc/self/maps")
+_tests = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Forgets compiled programs before Linux's limit on a process's memory maps, 65,530, is met.
+
+    Each takes some. What is compiled beyond the limit ends the process with a segmentation fault.
+    """
+    yield
+    if next(_tests) % 5 == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -30,6 +30,9 @@ OPTIMIZERS = {
         fallback=optax.scale_by_adam(),
     ),
     "ekfac": lambda registry: curvature.ekfac(registry, 0.1, damping=0.1, refresh_every=3),
+    "eigen_adam": lambda registry: curvature.eigen_adam(
+        registry, 0.1, refresh_every=3, warmup_steps=2, weight_decay=0.1
+    ),
 }
 
 

@@ -35,12 +35,29 @@ OPTIMIZERS = {
     "foof": functools.partial(curvature.foof, **GIVEN),
     "scale_by_curvature": scaled,
     "chosen": functools.partial(curvature.kfac, **CHOSEN),
+    "eigen_adam": functools.partial(
+        curvature.eigen_adam, learning_rate=optax.cosine_decay_schedule(0.1, 100)
+    ),
+    "soap": functools.partial(
+        curvature.eigen_adam, learning_rate=0.03, kind=curvature.Shampoo(), statistics_every=1
+    ),
 }
+
+
+EIGEN = ("eigen_adam", "soap")
+
+
+@pytest.fixture(autouse=True)
+def promotion(request):
+    """Strict, but where optax's Adam is inside, which cannot stand that."""
+    name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")
+    with jax.numpy_dtype_promotion("standard" if name in EIGEN else "strict"):
+        yield
 
 
 def each_of(names):
     """The recipes with other blocks run other blocks, nothing that a quick test has to see."""
-    slow = {"ekfac", "foof"}
+    slow = {"ekfac", "foof", "soap"}
     marked = [pytest.param(n, marks=pytest.mark.slow) if n in slow else n for n in names]
     return pytest.mark.parametrize("name", marked)
 
@@ -178,13 +195,16 @@ def test_optax_finds_its_way_in_the_state(name):
     """By name, and by what is shaped like the parameters: the momentum."""
     tx, step, _ = optimizer(name)
     _, state = run(step, PARAMS, tx.init(PARAMS), 1)
-    damping = optax.tree_utils.tree_get(state, "damping")
-    assert damping == (1.0 if name == "chosen" else DAMPING)
+    if name in EIGEN:
+        assert optax.tree_utils.tree_get(state, "refreshed")
+    else:
+        damping = optax.tree_utils.tree_get(state, "damping")
+        assert damping == (1.0 if name == "chosen" else DAMPING)
     shapes = optax.tree_utils.tree_map_params(
         tx, lambda x: -1.0, state, transform_non_params=lambda x: 1.0
     )
     like_params = sum(x < 0 for x in jax.tree.leaves(shapes))
-    assert like_params == (0 if name == "scale_by_curvature" else len(PARAMS))
+    assert like_params == (len(PARAMS) if optax.tree_utils.tree_get(state, "previous") else 0)
 
 
 @each
@@ -215,6 +235,7 @@ FACTORIES = {
     "ekfac": (curvature.ekfac, NUMBERS),
     "foof": (curvature.foof, NUMBERS),
     "scale_by_curvature": (curvature.scale_by_curvature, {"damping": DAMPING}),
+    "eigen_adam": (curvature.eigen_adam, {"learning_rate": 0.1, "weight_decay": 0.1}),
 }
 
 

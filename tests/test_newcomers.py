@@ -39,6 +39,7 @@ SETTINGS = {
     "fallback": advised(KFAC, fallback=ADAM()),
     "weight decay": advised(KFAC, weight_decay=1e-2, l2=1e-4),
     "empirical Fisher": advised(KFAC, kind=curvature.EmpiricalFisher()),
+    "eigen_adam": lambda registry, rate: curvature.eigen_adam(registry, rate / 3),
     "chain": lambda registry, rate: optax.chain(
         curvature.scale_by_curvature(registry, damping=1e-2, kl_clip=0.1), optax.sgd(rate, 0.9)
     ),
