@@ -15,6 +15,7 @@ from curvature.trees import difference, different_shape
 
 PyTree = Any
 ScalarOrSchedule = ArrayLike | Callable[[ArrayLike], ArrayLike]
+Period = int | Callable[[ArrayLike], ArrayLike]
 
 
 def at(value: Any, count: jax.Array, like: jax.Array) -> jax.Array:
@@ -130,8 +131,35 @@ def check_transformation(name: str, value: Any) -> None:
         raise TypeError(f"{name} is {value!r}, expected an optax transformation.{hint}")
 
 
-def check_period(name: str, value: int, smallest: int = 1) -> None:
-    """Raises for what is no integer, or too small."""
+def is_time(period: Period, count: jax.Array, turn: int = 0) -> jax.Array:
+    """Whether a step is one of every so many; a schedule is rounded, and at least 1."""
+    if not callable(period):
+        return count % period == turn
+    rounded = jnp.round(jnp.asarray(period(count)).astype(float))
+    return count % jnp.maximum(rounded, 1).astype(count.dtype) == turn
+
+
+def turns_of(refresh_every: Period, *, spread: bool) -> int:
+    """In how many turns everything is renewed once.
+
+    Raises:
+      ValueError: a schedule is to be spread.
+    """
+    if not spread:
+        return 1
+    if callable(refresh_every):
+        raise ValueError(
+            "refresh_every is a schedule, and work can be spread over a fixed number of steps "
+            "only: give spread=False, so that one step in so many renews everything."
+        )
+    return refresh_every
+
+
+def check_period(name: str, value: Any, smallest: int = 1, *, schedules: bool = False) -> None:
+    """Raises for what is no integer, or too small; schedules may be allowed."""
+    check_instance(name, value)
+    if schedules and callable(value):
+        return
     if not isinstance(value, (int, np.integer)) or value < smallest:
         what = "a positive integer" if smallest else "an integer that is not negative"
         hint = " Under optax.inject_hyperparams, add it to static_args."

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
-from curvature.arguments import check_period, check_range
+from curvature.arguments import Period, ScalarOrSchedule, at, check_period, check_range, is_time
 from curvature.estimator import Estimator, devices
 from curvature.estimator.bases import BASES
 from curvature.precision import accumulator
@@ -45,16 +44,16 @@ class Averaging:
     """
 
     estimator: Estimator
-    decay: float
+    decay: ScalarOrSchedule
     burn_in: int
     accumulate: int
-    statistics_every: int
+    statistics_every: Period
     warmup_steps: int
 
     def __post_init__(self) -> None:
         check_range("decay", self.decay, 0.0, 1.0)
-        for name in ("accumulate", "statistics_every"):
-            check_period(name, getattr(self, name))
+        check_period("accumulate", self.accumulate)
+        check_period("statistics_every", self.statistics_every, schedules=True)
         for name in ("burn_in", "warmup_steps"):
             check_period(name, getattr(self, name), smallest=0)
 
@@ -111,8 +110,9 @@ class Averaging:
         key: jax.Array | None,
     ) -> tuple[Arrays, jax.Array, jax.Array]:
         """The averages with what this call adds, their weight, and whether that was finite."""
-        share = (1 - self.decay) / self.accumulate
-        past = jnp.where(state.micro == 0, self.decay, 1.0)
+        decay = at(self.decay, state.step, state.weight)
+        share = (1 - decay) / self.accumulate
+        past = jnp.where(state.micro == 0, decay, 1.0)
 
         def sample(carry: _Averages) -> _Averages:
             old, weight, sound = carry
@@ -127,20 +127,20 @@ class Averaging:
         """Whether it is time for statistics."""
         if self.statistics_every == 1:
             return True
-        return (state.step % self.statistics_every == 0) | (state.step < self.warmup_steps)
+        return is_time(self.statistics_every, state.step) | (state.step < self.warmup_steps)
 
 
 def mixed(
     averages: tuple[Arrays, jax.Array],
     fresh: Arrays,
     sound: jax.Array,
-    past: ArrayLike,
-    share: float,
+    past: jax.Array,
+    share: jax.Array,
 ) -> _Averages:
     """Averages and their weight after fresh statistics, which count if they are sound."""
 
     def mix(old: jax.Array, new: jax.Array) -> jax.Array:
-        return jnp.where(sound, jnp.asarray(past, old.dtype) * old + share * new, old)
+        return jnp.where(sound, past.astype(old.dtype) * old + share.astype(old.dtype) * new, old)
 
     old, weight = averages
     mixed = {
@@ -154,4 +154,4 @@ def mixed(
 
 def _wide_zeros(x: jax.Array) -> jax.Array:
     """Zeros in which many small numbers can be added up."""
-    return jnp.zeros(x.shape, accumulator(x.dtype))
+    return jnp.zeros_like(x, accumulator(x.dtype))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvature.arguments import ScalarOrSchedule, at, check_range
+from curvature.arguments import Period, ScalarOrSchedule, at, check_range
 from curvature.decay import Mask, decaying
 from curvature.eigenbasis import EigenbasisState, transformation
 from curvature.estimator import Fisher, Kind
@@ -33,11 +33,11 @@ def eigen_adam(
     kind: Kind | Shampoo = _FISHER,
     weight_decay: ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask = None,
-    decay: float = 0.95,
+    decay: ScalarOrSchedule = 0.95,
     burn_in: int = 0,
     accumulate: int = 1,
-    statistics_every: int = 5,
-    refresh_every: int = 10,
+    statistics_every: Period = 5,
+    refresh_every: Period = 10,
     warmup_steps: int = 20,
     refresh: Eigh | QR = _QR,
     spread: bool = True,
@@ -67,8 +67,9 @@ def eigen_adam(
       decay: weight of the past in the average of the factors.
       burn_in: calls at the start that only average statistics.
       accumulate: micro-batches for a step.
-      statistics_every: steps between statistics.
-      refresh_every: steps in which every basis is renewed once.
+      statistics_every: steps between statistics; a number or a schedule.
+      refresh_every: steps in which every basis is renewed once; with `spread=False` a schedule,
+        too.
       warmup_steps: steps at the start that all take statistics and renew every basis.
       refresh: how bases are found.
       spread: whether each of these steps renews a part of them.

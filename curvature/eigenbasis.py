@@ -16,13 +16,17 @@ import jax.numpy as jnp
 import optax
 
 from curvature.arguments import (
+    Period,
+    ScalarOrSchedule,
     check_configuration,
     check_not_masked,
     check_period,
     check_state,
     check_transformation,
     check_update,
+    is_time,
     own,
+    turns_of,
 )
 from curvature.averaging import Averaging, Gathered
 from curvature.blocks.eigen_kronecker import from_basis, into_basis
@@ -91,11 +95,11 @@ def in_eigenbasis(
     inner: optax.GradientTransformation,
     kind: Kind | Shampoo = _FISHER,
     *,
-    decay: float = 0.95,
+    decay: ScalarOrSchedule = 0.95,
     burn_in: int = 0,
     accumulate: int = 1,
-    statistics_every: int = 5,
-    refresh_every: int = 10,
+    statistics_every: Period = 5,
+    refresh_every: Period = 10,
     warmup_steps: int = 20,
     refresh: Eigh | QR = _QR,
     spread: bool = True,
@@ -125,8 +129,9 @@ def in_eigenbasis(
       decay: weight of the past in the exponential average of the factors, in [0, 1).
       burn_in: calls at the start that only average statistics: their updates are zero.
       accumulate: micro-batches for a step; see `scale_by_curvature`.
-      statistics_every: steps between statistics.
-      refresh_every: steps in which every basis is renewed once.
+      statistics_every: steps between statistics; a number or a schedule.
+      refresh_every: steps in which every basis is renewed once; with `spread=False` a schedule,
+        too.
       warmup_steps: steps at the start that all take statistics and renew every basis.
       refresh: how bases are found: `Eigh()` or `QR()`.
       spread: whether each of these steps renews a part of them; else the first one all.
@@ -180,11 +185,11 @@ def transformation(
     layout: Layout,
     kind: Kind | Shampoo,
     *,
-    decay: float,
+    decay: ScalarOrSchedule,
     burn_in: int,
     accumulate: int,
-    statistics_every: int,
-    refresh_every: int,
+    statistics_every: Period,
+    refresh_every: Period,
     warmup_steps: int,
     refresh: Eigh | QR,
     spread: bool,
@@ -193,7 +198,7 @@ def transformation(
 ) -> optax.GradientTransformationExtraArgs:
     """`in_eigenbasis` with a known layout of the inner transformation's state."""
     check_registry(registry)
-    check_period("refresh_every", refresh_every)
+    check_period("refresh_every", refresh_every, schedules=True)
     if not isinstance(refresh, Eigh | QR):
         raise TypeError(f"refresh is {refresh!r}, expected Eigh() or QR().")
     own_factors = isinstance(kind, Shampoo)
@@ -206,7 +211,7 @@ def transformation(
     averaging = (GradientAveraging if own_factors else Averaging)(
         estimator, decay, burn_in, accumulate, statistics_every, warmup_steps
     )
-    turns = refresh_every if spread else 1
+    turns = turns_of(refresh_every, spread=spread)
     rotation = Rotation.create(registry, averaging, inner, layout, refresh, turns)
 
     def init(params: PyTree) -> EigenbasisState:
@@ -273,7 +278,7 @@ def transformation(
         for turn, layers in enumerate(rotation.eigenbases.schedule):
             if not layers:
                 continue
-            due = sound & (early | (state.step % refresh_every == turn))
+            due = sound & (early | is_time(refresh_every, state.step, turn))
             act = functools.partial(
                 rotation.eigenbases.refresh, turn, state.statistics, state.weight, ~state.refreshed
             )

@@ -15,6 +15,7 @@ import optax
 from curvature import quadratic
 from curvature.adaptive import LevenbergMarquardt, QuadraticModel
 from curvature.arguments import (
+    Period,
     ScalarOrSchedule,
     at,
     check_instance,
@@ -133,11 +134,11 @@ def kfac(
     weight_decay_mask: Mask = None,
     kl_clip: ScalarOrSchedule | Literal["auto"] | None = "auto",
     relative_damping: bool = False,
-    decay: float = 0.95,
+    decay: ScalarOrSchedule = 0.95,
     burn_in: int = 0,
     accumulate: int = 1,
-    statistics_every: int = 5,
-    refresh_every: int = 10,
+    statistics_every: Period = 5,
+    refresh_every: Period = 10,
     warmup_steps: int = 20,
     refresh: Method = _CHOLESKY,
     spread: bool = True,
@@ -178,8 +179,9 @@ def kfac(
       decay: weight of the past in the average of the statistics.
       burn_in: calls at the start that only average statistics.
       accumulate: micro-batches for a step. The quadratic model looks at the last one alone.
-      statistics_every: steps between statistics.
-      refresh_every: steps in which every inverse is renewed once.
+      statistics_every: steps between statistics; a number or a schedule.
+      refresh_every: steps in which every inverse is renewed once; with `spread=False` a schedule,
+        too.
       warmup_steps: steps at the start that all take statistics and renew every inverse.
       refresh: how inverses are renewed.
       spread: whether each of these steps renews a part of them.

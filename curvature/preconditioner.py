@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from curvature.arguments import (
+    Period,
     ScalarOrSchedule,
     at,
     check_configuration,
@@ -27,7 +28,9 @@ from curvature.arguments import (
     check_transformation,
     check_update,
     default_damping,
+    is_time,
     own,
+    turns_of,
 )
 from curvature.averaging import Averaging, Gathered
 from curvature.estimator import Estimator, Fisher, Kind
@@ -99,11 +102,11 @@ def scale_by_curvature(
     *,
     damping: ScalarOrSchedule | Literal["auto"] = "auto",
     relative_damping: bool = False,
-    decay: float = 0.95,
+    decay: ScalarOrSchedule = 0.95,
     burn_in: int = 0,
     accumulate: int = 1,
-    statistics_every: int = 1,
-    refresh_every: int = 1,
+    statistics_every: Period = 1,
+    refresh_every: Period = 1,
     warmup_steps: int = 20,
     kl_clip: ScalarOrSchedule | None = None,
     refresh: Method = _CHOLESKY,
@@ -143,8 +146,9 @@ def scale_by_curvature(
       accumulate: micro-batches for a step. Every call adds gradient and statistics of its own; each
         last one steps, the updates of the others are zero. Not with `optax.MultiSteps`, which
         would leave the statistics to the last micro-batch.
-      statistics_every: steps between statistics.
-      refresh_every: steps in which every inverse is renewed once.
+      statistics_every: steps between statistics; a number or a schedule.
+      refresh_every: steps in which every inverse is renewed once; with `spread=False` a schedule,
+        too.
       kl_clip: bound on 1/2 d'(G + damping I)d of what is returned, as the blocks see it; a longer d
         is shortened. With a learning rate behind it a step is bounded by the rate squared times
         that. A number, a schedule, or None for no bound.
@@ -236,7 +240,7 @@ class Preconditioner:
 
     averaging: Averaging
     inverses: Inverses
-    refresh_every: int
+    refresh_every: Period
     graft: optax.GradientTransformationExtraArgs | None
     rest: optax.GradientTransformationExtraArgs
     left: PyTree
@@ -247,7 +251,7 @@ class Preconditioner:
         """The arguments are those of `scale_by_curvature`, and are checked here."""
         check_registry(registry)
         check_range("damping", options["damping"], 0.0, float("inf"))
-        check_period("refresh_every", options["refresh_every"])
+        check_period("refresh_every", options["refresh_every"], schedules=True)
         refresh = options["refresh"]
         if not isinstance(refresh, Method):
             raise TypeError(
@@ -262,7 +266,7 @@ class Preconditioner:
             registry = registry.without_generic()
             excluded = registry.excluded
         estimator = Estimator(registry, kind, options["max_factor_dim"], options["axis_name"])
-        turns = options["refresh_every"] if options["spread"] else 1
+        turns = turns_of(options["refresh_every"], spread=options["spread"])
         left = jax.tree.unflatten(jax.tree.structure(registry.params), excluded)
         names = ("decay", "burn_in", "accumulate", "statistics_every", "warmup_steps")
         return cls(
@@ -358,7 +362,7 @@ class Preconditioner:
         for turn, group in enumerate(self.inverses.schedule):
             if not group:
                 continue
-            due = sound & (early | (state.step % self.refresh_every == turn))
+            due = sound & (early | is_time(self.refresh_every, state.step, turn))
             old = Refreshed(*self.inverses.part(turn, statistics, inverse), failed, staleness)
             act = functools.partial(self.inverses.refresh, turn, state.statistics, now)
             moved, new, failed, staleness = when(due, act, old)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvature.arguments import at
 from curvature.averaging import Averaging, Gathered, mixed
 from curvature.estimator.rows import moment
 from curvature.meshes import automatic
@@ -52,10 +53,12 @@ class GradientAveraging(Averaging):
         gathered = self._summed(gradient, state, finite(gradient))
         state, sound, leaves = gathered.state, gathered.sound, jax.tree.leaves(gathered.gradient)
 
+        past = at(self.decay, state.step, state.weight)
+
         def sample(carry: Any) -> Any:
             old, weight, sound = carry
             fresh = automatic(functools.partial(_factors, self.estimator.layers, old), leaves)
-            return mixed((old, weight), fresh, sound, self.decay, 1 - self.decay)
+            return mixed((old, weight), fresh, sound, past, 1 - past)
 
         due = self._due(state) & jnp.asarray(gathered.due)
         averages, weight, _ = when(due, sample, (state.statistics, state.weight, sound))
