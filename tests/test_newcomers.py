@@ -58,6 +58,13 @@ CASES = [
     if not (net in LARGE and setting in ALIKE)
 ]
 QUICK = [("plain regression", "kfac")]
+# On the two that are compiled slowly, the rest is exhaustive.
+OFTEN = {"kfac", "relative damping", "eigen_adam", "QuadraticModel and LevenbergMarquardt"}
+
+
+def marks(net, setting):
+    rest = [pytest.mark.exhaustive] if net in LARGE and setting not in OFTEN else []
+    return [] if (net, setting) in QUICK else [pytest.mark.slow, *rest]
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +86,7 @@ def problem(net):
 
 @pytest.mark.parametrize(
     ("net", "setting"),
-    [pytest.param(*c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES],
+    [pytest.param(*c, marks=marks(*c)) for c in CASES],
 )
 def test_no_run_ends_above_its_start(net, setting):
     newcomer, registry = problem(net)

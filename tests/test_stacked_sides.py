@@ -143,10 +143,22 @@ def test_the_update_is_that_of_the_copies(name, side, chosen):
     compare(name, side, [(chosen, "cholesky", True)])
 
 
+def in_turns():
+    """Every stack and side with every method; one of them each is not exhaustive."""
+    methods = list(METHODS)
+    return [
+        pytest.param(
+            *(name, side, method),
+            marks=() if methods[(i + j) % len(methods)] == method else pytest.mark.exhaustive,
+        )
+        for i, name in enumerate(STACKS)
+        for j, side in enumerate(SIDES)
+        for method in methods
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize(("name", "side", "method"), in_turns())
 def test_the_update_is_that_of_the_copies_for_every_block_and_method(name, side, method):
     compare(name, side, [(b, method, spread) for b in BLOCKS for spread in (False, True)])
 
