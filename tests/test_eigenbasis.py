@@ -322,6 +322,14 @@ def test_moments_are_told_apart(inner, moments):
     run(curvature.in_eigenbasis(SMALL_REGISTRY, inner, curvature.Shampoo(), **ALWAYS), steps=2)
 
 
+def test_a_factored_second_moment_stays_where_it_is():
+    inner = optax.scale_by_factored_rms(min_dim_size_to_factor=3)
+    tx = curvature.in_eigenbasis(SMALL_REGISTRY, inner, curvature.Shampoo(), **ALWAYS)
+    _, state, updates = run(tx, steps=3)
+    assert state.inner.v_row["w"].shape == (4,)  # of the rows of the weight and its bias
+    assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
+
+
 def test_a_state_that_cannot_follow_is_refused():
     def update(updates, state, params=None):
         return updates, jax.tree.map(lambda s, u: s + u + u**2, state, updates)

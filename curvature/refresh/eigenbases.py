@@ -126,10 +126,11 @@ class Eigenbases:
             failed |= ~good
             after = {basis: jnp.where(good, x, before[basis]) for basis, x in new.items()}
             overlaps = [overlap(before[basis], after[basis], depth) for basis in BASES]
-            for blocks in vectors:
+            # What is kept of a layer in another shape, as by a factored second moment, stays.
+            for blocks in (x for x in vectors if x[name].shape == layer.shape):
                 moved = from_basis(_like(overlaps, blocks[name]), blocks[name], depth)
                 blocks[name] = jnp.where(good, moved, blocks[name])
-            for blocks in diagonals:
+            for blocks in (x for x in diagonals if x[name].shape == layer.shape):
                 moved = moved_diagonal(_like(overlaps, blocks[name]), blocks[name], depth)
                 blocks[name] = jnp.where(good, moved, blocks[name])
             bases[name] = after
