@@ -157,7 +157,10 @@ VARIANTS = {
         kind=curvature.GaussNewton(probes=2),
     ),
     "in eigenbasis": lambda r: in_eigenbasis(r, EMPIRICAL, accumulate=2),
-    "in eigenbasis of gradients": lambda r: in_eigenbasis(r, curvature.Shampoo()),
+    # Not QR: a gradient's outer products are singular, and where it begins there is anybody's.
+    "in eigenbasis of gradients": lambda r: in_eigenbasis(
+        r, curvature.Shampoo(), refresh=curvature.Eigh()
+    ),
     "chained": lambda r: optax.chain(
         curvature.scale_by_curvature(r, EMPIRICAL, damping=0.1), optax.scale(-0.1)
     ),
