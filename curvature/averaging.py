@@ -110,7 +110,7 @@ class Averaging:
         key: jax.Array | None,
     ) -> tuple[Arrays, jax.Array, jax.Array]:
         """The averages with what this call adds, their weight, and whether that was finite."""
-        decay = at(self.decay, state.step, state.weight)
+        decay = self._past(state)
         share = (1 - decay) / self.accumulate
         past = jnp.where(state.micro == 0, decay, 1.0)
 
@@ -123,11 +123,16 @@ class Averaging:
 
         return when(self._due(state), sample, (state.statistics, state.weight, sound))
 
+    def _past(self, state: Any) -> jax.Array:
+        """The weight of the past; schedules begin after the burn-in."""
+        return at(self.decay, jnp.maximum(state.step, 0), state.weight)
+
     def _due(self, state: Any) -> jax.Array | bool:
         """Whether it is time for statistics."""
         if self.statistics_every == 1:
             return True
-        return is_time(self.statistics_every, state.step) | (state.step < self.warmup_steps)
+        early = state.step < self.warmup_steps
+        return is_time(self.statistics_every, jnp.maximum(state.step, 0)) | early
 
 
 def mixed(
@@ -143,13 +148,13 @@ def mixed(
         return jnp.where(sound, past.astype(old.dtype) * old + share.astype(old.dtype) * new, old)
 
     old, weight = averages
-    mixed = {
+    new = {
         layer: {
             name: x if name in BASES else mix(x, fresh[layer][name]) for name, x in arrays.items()
         }
         for layer, arrays in old.items()
     }
-    return mixed, mix(weight, jnp.ones_like(weight)), sound
+    return new, mix(weight, jnp.ones_like(weight)), sound
 
 
 def _wide_zeros(x: jax.Array) -> jax.Array:

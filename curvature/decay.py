@@ -27,6 +27,9 @@ def decaying(
 
     Returns:
       `decayed(step, params, rate, count)`: the step minus rate * weight_decay * params.
+
+    Raises:
+      ValueError: a strength below zero; by `decayed` without parameters.
     """
     check_range("weight_decay", weight_decay, 0.0, float("inf"))
     mask = _everything if mask is None else mask
@@ -35,6 +38,11 @@ def decaying(
     def decayed(step: PyTree, params: PyTree, rate: jax.Array, count: jax.Array) -> PyTree:
         if is_zero(weight_decay):
             return step
+        if params is None:
+            raise ValueError(
+                "update was called without params, which weight_decay shrinks: call "
+                "update(grads, state, params, ...)."
+            )
         scale = -rate * at(weight_decay, count, rate)
         shrunk, _ = decays.update(jax.tree.map(jnp.zeros_like, params), decays.init(params), params)
         return combined((jnp.ones_like(scale), scale), (step, shrunk))

@@ -202,12 +202,8 @@ def transformation(
     if not isinstance(refresh, Eigh | QR):
         raise TypeError(f"refresh is {refresh!r}, expected Eigh() or QR().")
     own_factors = isinstance(kind, Shampoo)
-    estimator = Estimator(
-        _factored_alone(registry),
-        _FISHER if isinstance(kind, Shampoo) else kind,
-        max_factor_dim,
-        axis_name,
-    )
+    source = _FISHER if isinstance(kind, Shampoo) else kind  # the Fisher is not asked for
+    estimator = Estimator(_factored_alone(registry), source, max_factor_dim, axis_name)
     averaging = (GradientAveraging if own_factors else Averaging)(
         estimator, decay, burn_in, accumulate, statistics_every, warmup_steps
     )
@@ -230,6 +226,10 @@ def transformation(
         )
         return own(state)
 
+    @functools.cache
+    def expected() -> EigenbasisState:
+        return jax.eval_shape(init, registry.params)
+
     def update(
         updates: PyTree,
         state: EigenbasisState,
@@ -241,7 +241,7 @@ def transformation(
     ) -> tuple[PyTree, EigenbasisState]:
         args = (loss_args or ()) if own_factors else check_update(params, loss_args)
         check_state(state, EigenbasisState)
-        check_configuration(state, jax.eval_shape(init, registry.params))
+        check_configuration(state, expected())
         gathered = averaging.gathered(updates, state, params, args, key)
         act = functools.partial(step, gathered, params, extra)
         return when(gathered.due, act, (jax.tree.map(jnp.zeros_like, updates), gathered.state))

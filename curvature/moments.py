@@ -35,8 +35,8 @@ class Layout:
         """The layout of a transformation's state.
 
         Raises:
-          ValueError: a part of the state is neither even nor odd in the gradient, or the
-            transformation does not work on a tree that is a single matrix.
+          ValueError: a part of the state is neither even nor odd in the gradient, or is not changed
+            by one.
         """
         like = np.zeros((2, 3), np.float32)
         gradient = np.array([[0.5, -1.0, 2.0], [-0.3, 0.7, 1.5]], np.float32)
@@ -68,11 +68,11 @@ def _moment(start: Any, plus: Any, minus: Any) -> Moment | None:
     if np.shape(start) != (2, 3):
         return None
     up, down = np.asarray(plus) - np.asarray(start), np.asarray(minus) - np.asarray(start)
-    if np.allclose(up, down, rtol=1e-4):
-        return "diagonal"
-    if np.allclose(up, -down, rtol=1e-4):
-        return "vector"
-    raise ValueError(
-        "A part of the inner transformation's state is neither odd in the gradient, as a momentum "
-        "is, nor even, as a second moment is: it cannot follow a change of coordinates."
-    )
+    even, odd = np.allclose(up, down, rtol=1e-4), np.allclose(up, -down, rtol=1e-4)
+    if even == odd:  # both where the update changes nothing
+        raise ValueError(
+            "A part of the inner transformation's state is neither odd in the gradient, as a "
+            "momentum is, nor even, as a second moment is, or its first update does not change it: "
+            "what it is in other coordinates is not known."
+        )
+    return "vector" if odd else "diagonal"

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvature.arguments import at
 from curvature.averaging import Averaging, Gathered, mixed
 from curvature.estimator.rows import moment
 from curvature.meshes import automatic
@@ -49,18 +48,23 @@ class GradientAveraging(Averaging):
         args: tuple[PyTree, ...],
         key: jax.Array | None,
     ) -> Gathered:
-        """Gathers gradients; averages the factors of their mean when there is a step to take."""
-        gathered = self._summed(gradient, state, finite(gradient))
-        state, sound, leaves = gathered.state, gathered.sound, jax.tree.leaves(gathered.gradient)
+        """Gathers gradients; averages the factors of their mean when there is a step to take.
 
-        past = at(self.decay, state.step, state.weight)
+        And those of every gradient of the burn-in.
+        """
+        early, past, due = state.step < 0, self._past(state), self._due(state)
+        gathered = self._summed(gradient, state, finite(gradient))
+        seen = gathered.gradient
+        if self.burn_in:
+            seen = jax.tree.map(functools.partial(jnp.where, early), gradient, seen)
+        state, sound, leaves = gathered.state, gathered.sound, jax.tree.leaves(seen)
 
         def sample(carry: Any) -> Any:
             old, weight, sound = carry
             fresh = automatic(functools.partial(_factors, self.estimator.layers, old), leaves)
             return mixed((old, weight), fresh, sound, past, 1 - past)
 
-        due = self._due(state) & jnp.asarray(gathered.due)
+        due &= early | jnp.asarray(gathered.due)
         averages, weight, _ = when(due, sample, (state.statistics, state.weight, sound))
         return gathered._replace(state=state._replace(statistics=averages, weight=weight))
 

@@ -13,6 +13,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads and XLA's wait
 
 import jax
 import pytest
+from threadpoolctl import threadpool_limits
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 4)  # for meshes; elsewhere the first one is used
@@ -39,6 +40,17 @@ def few_programs():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture
+def library_defaults():
+    """JAX's own defaults, which users have."""
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        threadpool_limits(1, user_api="blas"),
+    ):
+        yield
 
 
 @pytest.fixture

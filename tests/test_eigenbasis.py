@@ -285,12 +285,17 @@ def test_a_step_that_is_not_finite_is_skipped(kind):
         curvature.check_progress(after)
 
 
-def test_burn_in_only_averages():
-    tx = curvature.in_eigenbasis(SMALL_REGISTRY, optax.scale_by_adam(), burn_in=2)
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", ["fisher", "shampoo"])
+def test_burn_in_only_averages(kind, accumulate):
+    options = {"burn_in": 2, "accumulate": accumulate, "decay": 0.95, **ALWAYS}
+    tx = curvature.in_eigenbasis(SMALL_REGISTRY, optax.scale_by_adam(), KINDS[kind], **options)
     params, state, _ = run(tx, steps=2)
     close(params, SMALL)
-    assert state.step == 0 and state.weight > 0.09
-    assert run(tx, steps=3)[1].step == 1
+    assert state.step == 0 and state.weight > 0.04
+    factor = np.asarray(state.statistics["w"]["output"])
+    assert np.linalg.eigvalsh(factor).max() > 0
+    assert run(tx, steps=2 + accumulate)[1].step == 1
 
 
 # The state of the inner transformation -----------------------------------------------------------
@@ -360,3 +365,21 @@ def test_what_is_wrong_is_said_at_once():
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     with pytest.raises(TypeError, match="expected EigenbasisState"):
         tx.update(PARAMS, (), PARAMS, loss_args=DATA)
+    with pytest.raises(ValueError, match="without params, which weight_decay shrinks"):
+        decaying = curvature.eigen_adam(
+            SMALL_REGISTRY, 0.1, kind=curvature.Shampoo(), weight_decay=0.1
+        )
+        decaying.update(SMALL, decaying.init(SMALL))
+
+
+def test_a_part_of_the_state_that_a_first_update_leaves_alone_is_refused():
+    """A lagging vector would look like the diagonal of an operator."""
+
+    def update(updates, state, params=None):
+        return state[1], (state[1], updates)
+
+    def init(params):
+        return jax.tree.map(jnp.zeros_like, (params, params))
+
+    with pytest.raises(ValueError, match="its first update does not change it"):
+        curvature.in_eigenbasis(REGISTRY, optax.GradientTransformation(init, update))

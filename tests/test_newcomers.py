@@ -6,11 +6,9 @@ Four nets that nothing was tuned for, at learning rates of two decades, from thr
 import functools
 import math
 
-import jax
 import optax
 import pytest
 from newcomers import NEWCOMERS, runner
-from threadpoolctl import threadpool_limits
 
 import curvature
 
@@ -67,15 +65,7 @@ def marks(net, setting):
     return [] if (net, setting) in QUICK else [pytest.mark.slow, *rest]
 
 
-@pytest.fixture(autouse=True)
-def defaults():
-    """JAX's own defaults, which newcomers have."""
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        threadpool_limits(1, user_api="blas"),
-    ):
-        yield
+pytestmark = pytest.mark.usefixtures("library_defaults")
 
 
 @functools.cache

@@ -7,7 +7,6 @@ import jax
 import optax
 import pytest
 from newcomers import Newcomer, runner
-from threadpoolctl import threadpool_limits
 
 import curvature
 from benchmarks import problems
@@ -27,15 +26,7 @@ CASES = [(p, b, r) for p in SMALL for b in STEPS for r in RECIPES]
 QUICK = [("digits_classifier", 1500, "eigen_adam")]
 
 
-@pytest.fixture(autouse=True)
-def defaults():
-    """JAX's own defaults."""
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        threadpool_limits(1, user_api="blas"),
-    ):
-        yield
+pytestmark = pytest.mark.usefixtures("library_defaults")
 
 
 @functools.cache
