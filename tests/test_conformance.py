@@ -39,7 +39,10 @@ OPTIMIZERS = {
         curvature.eigen_adam, learning_rate=optax.cosine_decay_schedule(0.1, 100)
     ),
     "soap": functools.partial(
-        curvature.eigen_adam, learning_rate=0.03, kind=curvature.Shampoo(), statistics_every=1
+        curvature.eigen_adam,
+        learning_rate=optax.cosine_decay_schedule(0.1, 100),
+        kind=curvature.Shampoo(),
+        statistics_every=1,
     ),
 }
 
@@ -128,6 +131,11 @@ def close(actual, expected, tolerance=1e-9):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     compare = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
     jax.tree.map(compare, actual, expected)
+
+
+def definite(name, state):
+    """`state` but for bases of a null space, where any will do: that of a single gradient's factors."""
+    return state._replace(bases=()) if name == "soap" else state
 
 
 def signature(tree):
@@ -289,7 +297,7 @@ def test_chain(name):
     assert norm > 0.1
     updates, inner = update(jax.tree.map(lambda g: g * 0.1 / norm, grads), PARAMS)
     close(params, jax.tree.map(lambda p, u: p + u - 0.2 * p, PARAMS, updates))
-    close(state[1], inner)
+    close(definite(name, state[1]), definite(name, inner))
 
 
 MASK = {"w": True, "b": True, "scale": False}
@@ -363,7 +371,8 @@ def test_multi_steps(name, standard_promotion):
     params, state = step(params, state, BATCH, KEY)
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *(gradient(PARAMS, x) for x in (batch(5), BATCH)))
     updates, inner = update(mean, PARAMS)
-    close((params, state.inner_opt_state), (optax.apply_updates(PARAMS, updates), inner))
+    close(params, optax.apply_updates(PARAMS, updates))
+    close(definite(name, state.inner_opt_state), definite(name, inner))
 
 
 @each
