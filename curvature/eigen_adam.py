@@ -33,11 +33,11 @@ def eigen_adam(
     kind: Kind | Shampoo = _FISHER,
     weight_decay: ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask = None,
-    decay: ScalarOrSchedule = 0.95,
+    decay: ScalarOrSchedule | None = None,
     burn_in: int = 0,
     accumulate: int = 1,
-    statistics_every: Period = 5,
-    refresh_every: Period = 10,
+    statistics_every: Period | None = None,
+    refresh_every: Period = 5,
     warmup_steps: int = 20,
     refresh: Eigh | QR = _QR,
     spread: bool = True,
@@ -64,10 +64,10 @@ def eigen_adam(
       weight_decay: decoupled: every step also shrinks the parameters by the factor
         1 - learning_rate * weight_decay. A number or a schedule.
       weight_decay_mask: which parameters that shrinks, as `optax.add_decayed_weights` takes it.
-      decay: weight of the past in the average of the factors.
+      decay: weight of the past in the average of the factors, as `in_eigenbasis` takes it.
       burn_in: calls at the start that only average statistics.
       accumulate: micro-batches for a step.
-      statistics_every: steps between statistics; a number or a schedule.
+      statistics_every: steps between statistics, as `in_eigenbasis` takes it.
       refresh_every: steps in which every basis is renewed once; with `spread=False` a schedule,
         too.
       warmup_steps: steps at the start that all take statistics and renew every basis.

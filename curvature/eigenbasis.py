@@ -95,11 +95,11 @@ def in_eigenbasis(
     inner: optax.GradientTransformation,
     kind: Kind | Shampoo = _FISHER,
     *,
-    decay: ScalarOrSchedule = 0.95,
+    decay: ScalarOrSchedule | None = None,
     burn_in: int = 0,
     accumulate: int = 1,
-    statistics_every: Period = 5,
-    refresh_every: Period = 10,
+    statistics_every: Period | None = None,
+    refresh_every: Period = 5,
     warmup_steps: int = 20,
     refresh: Eigh | QR = _QR,
     spread: bool = True,
@@ -126,10 +126,12 @@ def in_eigenbasis(
       kind: of which factors: `Fisher`, `EmpiricalFisher`, `GaussNewton`, whose statistics are as
         those of `scale_by_curvature`, or `Shampoo()`: outer products of the gradient, which need
         no `loss_args` and no key.
-      decay: weight of the past in the exponential average of the factors, in [0, 1).
+      decay: weight of the past in the exponential average of the factors, in [0, 1): by default
+        0.8, and 0.95 for `Shampoo()`, whose factors say less each time.
       burn_in: calls at the start that only average statistics: their updates are zero.
       accumulate: micro-batches for a step; see `scale_by_curvature`.
-      statistics_every: steps between statistics; a number or a schedule.
+      statistics_every: steps between statistics, a number or a schedule: by default 5, and 1 for
+        `Shampoo()`, whose factors cost no pass through the model.
       refresh_every: steps in which every basis is renewed once; with `spread=False` a schedule,
         too.
       warmup_steps: steps at the start that all take statistics and renew every basis.
@@ -185,10 +187,10 @@ def transformation(
     layout: Layout,
     kind: Kind | Shampoo,
     *,
-    decay: ScalarOrSchedule,
+    decay: ScalarOrSchedule | None,
     burn_in: int,
     accumulate: int,
-    statistics_every: Period,
+    statistics_every: Period | None,
     refresh_every: Period,
     warmup_steps: int,
     refresh: Eigh | QR,
@@ -204,8 +206,10 @@ def transformation(
     own_factors = isinstance(kind, Shampoo)
     source = _FISHER if isinstance(kind, Shampoo) else kind  # the Fisher is not asked for
     estimator = Estimator(_factored_alone(registry), source, max_factor_dim, axis_name)
+    decay = (0.95 if own_factors else 0.8) if decay is None else decay
+    period = (1 if own_factors else 5) if statistics_every is None else statistics_every
     averaging = (GradientAveraging if own_factors else Averaging)(
-        estimator, decay, burn_in, accumulate, statistics_every, warmup_steps
+        estimator, decay, burn_in, accumulate, period, warmup_steps
     )
     turns = turns_of(refresh_every, spread=spread)
     rotation = Rotation.create(registry, averaging, inner, layout, refresh, turns)

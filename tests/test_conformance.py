@@ -42,7 +42,6 @@ OPTIMIZERS = {
         curvature.eigen_adam,
         learning_rate=optax.cosine_decay_schedule(0.1, 100),
         kind=curvature.Shampoo(),
-        statistics_every=1,
     ),
 }
 
@@ -134,7 +133,7 @@ def close(actual, expected, tolerance=1e-9):
 
 
 def definite(name, state):
-    """`state` but for bases of a null space, where any will do: that of a single gradient's factors."""
+    """`state`, but no bases of a null space, where any do: a single gradient has one."""
     return state._replace(bases=()) if name == "soap" else state
 
 

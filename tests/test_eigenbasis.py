@@ -182,6 +182,24 @@ def linear():
     return curvature.register(loss_fn, PARAMS["w"], X, normal(9, 8, 4))
 
 
+@pytest.mark.parametrize(
+    "kind, usual",
+    [
+        (curvature.Fisher(), {"decay": 0.8, "statistics_every": 5}),
+        (curvature.Shampoo(), {"decay": 0.95, "statistics_every": 1}),
+    ],
+)
+def test_how_long_and_how_often_factors_are_averaged_depends_on_their_source(kind, usual):
+    make = functools.partial(
+        curvature.in_eigenbasis, SMALL_REGISTRY, optax.scale_by_adam(), kind, warmup_steps=1
+    )
+    default, given = (run(make(**options), steps=3)[:2] for options in ({}, usual))
+    close(default, given, 0)
+    for name, value in {"decay": 0.9, "statistics_every": 2}.items():
+        _, other, _ = run(make(**usual | {name: value}), steps=3)
+        assert not np.allclose(other.weight, given[1].weight)
+
+
 def test_with_the_factors_of_shampoo_it_is_soap():
     gradients = [np.asarray(normal(30 + i, 3, 4)) for i in range(7)]
     registry = curvature.register(

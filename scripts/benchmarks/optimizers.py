@@ -100,11 +100,8 @@ def eigen(name: str, problem: Problem, setting: Any, batch: Batch) -> Any:
     """`curvature.eigen_adam`, in the eigenbasis of the Fisher matrix's factors or of Shampoo's."""
     params = jax.eval_shape(problem.network.init, jax.random.key(0))
     registry = curvature.register(problem.loss_fn, params, batch)
-    if name == "soap":  # its factors are there anyway
-        return curvature.eigen_adam(
-            registry, **setting, kind=curvature.Shampoo(), statistics_every=1
-        )
-    return curvature.eigen_adam(registry, **setting)
+    kind = curvature.Shampoo() if name == "soap" else curvature.Fisher()
+    return curvature.eigen_adam(registry, **setting, kind=kind)
 
 
 def first_order(name: str, setting: Any) -> optax.GradientTransformation:
