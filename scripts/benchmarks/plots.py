@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from digits.plots import finish, save
 
@@ -25,6 +26,7 @@ COLOURS = {
     "eigen_adam": "#111111",
     "soap": "#b06ab3",
 }
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
 def draw(path: Path, results: dict[str, Any]) -> None:
@@ -42,6 +44,11 @@ def draw(path: Path, results: dict[str, Any]) -> None:
     for axes in (by_step, by_second):  # runs are of very different lengths
         axes.set_xscale("log")
         axes.autoscale(axis="x")
+        axes.xaxis.set_major_formatter(PLAIN)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = by_step.get_ylim()
+    if high < 10 * low:  # else powers of ten say enough
+        by_step.yaxis.set_minor_formatter(PLAIN)
     by_second.legend(frameon=False)
     figure.suptitle(f"{results['description']}, batch {results['batch_size']:,}", fontsize=12)
     save(figure, path)
