@@ -33,34 +33,33 @@ QUICK = [("digits_classifier", "full", "eigen_adam")]
 pytestmark = pytest.mark.usefixtures("library_defaults")
 
 
-def readme(batch_size):
+def readme():
     """README's first example; its labels are noise."""
-    x, y = jax.random.normal(jax.random.key(0), (64, 8)), jnp.arange(64) % 3
+    params = {"w1": jnp.eye(8, 16), "b1": jnp.zeros(16), "w2": jnp.eye(16, 3)}
+    data = jax.random.normal(jax.random.key(0), (64, 8)), jnp.arange(64) % 3
 
-    def init(seed):
-        return {"w1": jnp.eye(8, 16), "b1": jnp.zeros(16), "w2": jnp.eye(16, 3)}, {}
-
-    def loss_fn(params, state, batch, key):
+    def loss_fn(params, batch):
         logits = jnp.tanh(batch[0] @ params["w1"] + params["b1"]) @ params["w2"]
-        return cross_entropy(logits, batch[1]).mean(), state
+        return cross_entropy(logits, batch[1]).mean()
 
-    return Newcomer(init, loss_fn, (x, y), 16 if batch_size == "sixteen" else 64)
+    return lambda key: params, loss_fn, data
+
+
+def benchmark(name):
+    problem = problems.PROBLEMS[name]()
+    data = tuple(problem.data)
+    return problem.network.init, lambda p, batch: problem.loss_fn(p, problems.Batch(*batch)), data
 
 
 @functools.cache
 def newcomer(name, batch_size):
-    if name == "readme":
-        return readme(batch_size)
-    problem = problems.PROBLEMS[name]()
-
-    def loss_fn(params, state, batch, key):
-        return problem.loss_fn(params, problems.Batch(*batch)), state
-
-    def init(seed):
-        return problem.network.init(jax.random.key(seed)), {}
-
-    size = 16 if batch_size == "sixteen" else problem.data.size
-    return Newcomer(init, loss_fn, tuple(problem.data), size)
+    init, loss_fn, data = readme() if name == "readme" else benchmark(name)
+    return Newcomer(
+        init=lambda seed: (init(jax.random.key(seed)), {}),
+        loss_fn=lambda params, state, batch, key: (loss_fn(params, batch), state),
+        data=data,
+        batch_size=16 if batch_size == "sixteen" else len(data[0]),
+    )
 
 
 @pytest.mark.parametrize(
