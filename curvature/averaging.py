@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from curvature.arguments import Period, ScalarOrSchedule, at, check_period, check_range, is_time
 from curvature.estimator import Estimator, devices
 from curvature.estimator.bases import BASES
+from curvature.estimator.share import check_share
 from curvature.precision import accumulator
 from curvature.refresh import Arrays
 from curvature.refresh.control import finite, when
@@ -49,11 +50,13 @@ class Averaging:
     accumulate: int
     statistics_every: Period
     warmup_steps: int
+    statistics_batch: float
 
     def __post_init__(self) -> None:
         check_range("decay", self.decay, 0.0, 1.0)
         check_period("accumulate", self.accumulate)
         check_period("statistics_every", self.statistics_every, schedules=True)
+        check_share(self.statistics_batch, self.estimator.registry)
         for name in ("burn_in", "warmup_steps"):
             check_period(name, getattr(self, name), smallest=0)
 
@@ -116,7 +119,9 @@ class Averaging:
 
         def sample(carry: _Averages) -> _Averages:
             old, weight, sound = carry
-            fresh = self.estimator.statistics(params, *args, key=key, bases=old)
+            fresh = self.estimator.statistics(
+                params, *args, key=key, bases=old, share=self.statistics_batch
+            )
             # The factors are Gram matrices: none of their entries is beyond their traces.
             sound &= jnp.isfinite(self.estimator.operator(fresh).trace())
             return mixed((old, weight), fresh, sound, past, share)

@@ -14,6 +14,7 @@ from curvature.decay import Mask, decaying
 from curvature.eigenbasis import EigenbasisState, transformation
 from curvature.estimator import Fisher, Kind
 from curvature.moments import Layout
+from curvature.precision import FAST, Precision
 from curvature.refresh import QR, Eigh
 from curvature.registry import Registry
 from curvature.shampoo import Shampoo
@@ -37,12 +38,14 @@ def eigen_adam(
     burn_in: int = 0,
     accumulate: int = 1,
     statistics_every: Period | None = None,
+    statistics_batch: float = 1.0,
     refresh_every: Period = 5,
     warmup_steps: int = 20,
     refresh: Eigh | QR = _QR,
     spread: bool = True,
     max_factor_dim: int = 8192,
     axis_name: str | Sequence[str] | None = None,
+    precision: Precision = FAST,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam in the eigenbasis of every layer's Kronecker factors.
 
@@ -68,6 +71,7 @@ def eigen_adam(
       burn_in: calls at the start that only average statistics.
       accumulate: micro-batches for a step.
       statistics_every: steps between statistics, as `in_eigenbasis` takes it.
+      statistics_batch: the share of a batch's examples that they are taken of.
       refresh_every: steps in which every basis is renewed once; with `spread=False` a schedule,
         too.
       warmup_steps: steps at the start that all take statistics and renew every basis.
@@ -75,6 +79,7 @@ def eigen_adam(
       spread: whether each of these steps renews a part of them.
       max_factor_dim: a side wider than this keeps its own coordinates.
       axis_name: as `scale_by_curvature` takes it.
+      precision: of products, as `in_eigenbasis` takes it.
 
     Returns:
       An optax transformation with extra arguments; its state is an `EigenbasisState`. A skipped
@@ -104,12 +109,14 @@ def eigen_adam(
         burn_in=burn_in,
         accumulate=accumulate,
         statistics_every=statistics_every,
+        statistics_batch=statistics_batch,
         refresh_every=refresh_every,
         warmup_steps=warmup_steps,
         refresh=refresh,
         spread=spread,
         max_factor_dim=max_factor_dim,
         axis_name=axis_name,
+        precision=precision,
     )
 
     def update(

@@ -34,6 +34,7 @@ from curvature.estimator import Estimator, Fisher, Kind
 from curvature.estimator.bases import BASES
 from curvature.meshes import automatic, entering
 from curvature.moments import Layout, Moment
+from curvature.precision import FAST, Precision
 from curvature.preconditioner import masked
 from curvature.refresh import QR, Arrays, Eigh
 from curvature.refresh.control import finite, when
@@ -99,12 +100,14 @@ def in_eigenbasis(
     burn_in: int = 0,
     accumulate: int = 1,
     statistics_every: Period | None = None,
+    statistics_batch: float = 1.0,
     refresh_every: Period = 5,
     warmup_steps: int = 20,
     refresh: Eigh | QR = _QR,
     spread: bool = True,
     max_factor_dim: int = 8192,
     axis_name: str | Sequence[str] | None = None,
+    precision: Precision = FAST,
 ) -> optax.GradientTransformationExtraArgs:
     """Applies a transformation in the eigenbasis of every layer's Kronecker factors.
 
@@ -132,6 +135,8 @@ def in_eigenbasis(
       accumulate: micro-batches for a step; see `scale_by_curvature`.
       statistics_every: steps between statistics, a number or a schedule: by default 5, and 1 for
         `Shampoo()`, whose factors cost no pass through the model.
+      statistics_batch: the share of a batch's examples that they are taken of, as
+        `scale_by_curvature` takes it; not with `Shampoo()`, which sees no examples.
       refresh_every: steps in which every basis is renewed once; with `spread=False` a schedule,
         too.
       warmup_steps: steps at the start that all take statistics and renew every basis.
@@ -139,6 +144,7 @@ def in_eigenbasis(
       spread: whether each of these steps renews a part of them; else the first one all.
       max_factor_dim: a side wider than this keeps its own coordinates.
       axis_name: as `scale_by_curvature` takes it.
+      precision: of the products of float32 in statistics and of changes of basis; see there.
 
     Returns:
       An optax transformation with extra arguments; its state is an `EigenbasisState`. `update`
@@ -172,12 +178,14 @@ def in_eigenbasis(
         burn_in=burn_in,
         accumulate=accumulate,
         statistics_every=statistics_every,
+        statistics_batch=statistics_batch,
         refresh_every=refresh_every,
         warmup_steps=warmup_steps,
         refresh=refresh,
         spread=spread,
         max_factor_dim=max_factor_dim,
         axis_name=axis_name,
+        precision=precision,
     )
 
 
@@ -191,12 +199,14 @@ def transformation(
     burn_in: int,
     accumulate: int,
     statistics_every: Period | None,
+    statistics_batch: float,
     refresh_every: Period,
     warmup_steps: int,
     refresh: Eigh | QR,
     spread: bool,
     max_factor_dim: int,
     axis_name: str | Sequence[str] | None,
+    precision: Precision,
 ) -> optax.GradientTransformationExtraArgs:
     """`in_eigenbasis` with a known layout of the inner transformation's state."""
     check_registry(registry)
@@ -204,12 +214,18 @@ def transformation(
     if not isinstance(refresh, Eigh | QR):
         raise TypeError(f"refresh is {refresh!r}, expected Eigh() or QR().")
     own_factors = isinstance(kind, Shampoo)
+    if own_factors and statistics_batch != 1:
+        raise ValueError(
+            f"statistics_batch is {statistics_batch}, but Shampoo() takes its factors from the "
+            "gradient, which has no examples: leave it out."
+        )
     source = _FISHER if isinstance(kind, Shampoo) else kind  # the Fisher is not asked for
-    estimator = Estimator(_factored_alone(registry), source, max_factor_dim, axis_name)
+    factored = _factored_alone(registry)
+    estimator = Estimator(factored, source, max_factor_dim, axis_name, precision)
     decay = (0.95 if own_factors else 0.8) if decay is None else decay
     period = (1 if own_factors else 5) if statistics_every is None else statistics_every
     averaging = (GradientAveraging if own_factors else Averaging)(
-        estimator, decay, burn_in, accumulate, period, warmup_steps
+        estimator, decay, burn_in, accumulate, period, warmup_steps, statistics_batch
     )
     turns = turns_of(refresh_every, spread=spread)
     rotation = Rotation.create(registry, averaging, inner, layout, refresh, turns)
@@ -335,7 +351,8 @@ class Rotation:
         wrapped = optax.with_extra_args_support(inner)
         zeros = jax.eval_shape(averaging.zeros, registry.params)["statistics"]
         factored = tuple(averaging.estimator.layers)
-        eigenbases = Eigenbases(factored, zeros, refresh, turns)
+        precision = averaging.estimator.precision
+        eigenbases = Eigenbases(factored, zeros, refresh, turns, precision)
         return cls(tuple(registry.layers), eigenbases, wrapped, layout)
 
     def into(self, bases: Arrays, tree: PyTree) -> Blocks:
@@ -363,9 +380,10 @@ class Rotation:
         return jax.tree.unflatten(structure, automatic(back, bases, blocks, leaves, like=leaves))
 
     def _turned(self, turn: Callable[..., jax.Array], bases: Arrays, blocks: Blocks) -> Blocks:
+        precision = self.eigenbases.precision
         depths = {layer.name: len(layer.stack) for layer in self.eigenbases.layers}
         return blocks | {
-            name: turn([bases[name][basis] for basis in BASES], blocks[name], depth)
+            name: turn([bases[name][basis] for basis in BASES], blocks[name], depth, precision)
             for name, depth in depths.items()
         }
 

@@ -31,6 +31,7 @@ from curvature.decay import Mask, decaying
 from curvature.estimator import Fisher, Kind
 from curvature.meshes import entering
 from curvature.objective import Objective, Problem, combined, is_zero
+from curvature.precision import FAST, Precision
 from curvature.preconditioner import (
     CurvatureState,
     Preconditioner,
@@ -138,6 +139,7 @@ def kfac(
     burn_in: int = 0,
     accumulate: int = 1,
     statistics_every: Period = 5,
+    statistics_batch: float = 1.0,
     refresh_every: Period = 10,
     warmup_steps: int = 20,
     refresh: Method = _CHOLESKY,
@@ -146,6 +148,7 @@ def kfac(
     max_factor_dim: int = 8192,
     fallback: optax.GradientTransformation | None = None,
     axis_name: str | Sequence[str] | None = None,
+    precision: Precision = FAST,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural gradient with Kronecker-factored curvature (Martens and Grosse 2015).
 
@@ -180,6 +183,7 @@ def kfac(
       burn_in: calls at the start that only average statistics.
       accumulate: micro-batches for a step. The quadratic model looks at the last one alone.
       statistics_every: steps between statistics; a number or a schedule.
+      statistics_batch: the share of a batch's examples that they are taken of.
       refresh_every: steps in which every inverse is renewed once; with `spread=False` a schedule,
         too.
       warmup_steps: steps at the start that all take statistics and renew every inverse.
@@ -190,6 +194,7 @@ def kfac(
       fallback: transformation of the gradients of generic and excluded parameters.
       axis_name: the axis over which gradients were averaged, where `update` runs inside `shard_map`
         or `pmap`; see `scale_by_curvature`. A `value=` given to `update` may be each device's own.
+      precision: of the products of float32 in statistics and of inverses.
 
     Returns:
       An optax transformation with extra arguments; its state is a `KFACState`.
@@ -240,6 +245,7 @@ def kfac(
         burn_in=burn_in,
         accumulate=accumulate,
         statistics_every=statistics_every,
+        statistics_batch=statistics_batch,
         refresh_every=refresh_every,
         warmup_steps=warmup_steps,
         refresh=refresh,
@@ -248,6 +254,7 @@ def kfac(
         max_factor_dim=max_factor_dim,
         fallback=fallback,
         axis_name=axis_name,
+        precision=precision,
     )
     objective = Objective(registry, kind, l2, preconditioner.estimator.axes)
     decayed = decaying(weight_decay, weight_decay_mask)

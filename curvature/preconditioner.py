@@ -36,6 +36,7 @@ from curvature.averaging import Averaging, Gathered
 from curvature.estimator import Estimator, Fisher, Kind
 from curvature.grafting import grafted
 from curvature.meshes import entering
+from curvature.precision import FAST, Precision
 from curvature.quadratic import dot
 from curvature.refresh import Arrays, Cholesky, Inverses, Method, Now, Refreshed
 from curvature.refresh.control import finite, when
@@ -106,6 +107,7 @@ def scale_by_curvature(
     burn_in: int = 0,
     accumulate: int = 1,
     statistics_every: Period = 1,
+    statistics_batch: float = 1.0,
     refresh_every: Period = 1,
     warmup_steps: int = 20,
     kl_clip: ScalarOrSchedule | None = None,
@@ -115,6 +117,7 @@ def scale_by_curvature(
     max_factor_dim: int = 8192,
     fallback: optax.GradientTransformation | None = None,
     axis_name: str | Sequence[str] | None = None,
+    precision: Precision = FAST,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies gradients by the inverse of a running blockwise curvature.
 
@@ -147,6 +150,8 @@ def scale_by_curvature(
         last one steps, the updates of the others are zero. Not with `optax.MultiSteps`, which
         would leave the statistics to the last micro-batch.
       statistics_every: steps between statistics; a number or a schedule.
+      statistics_batch: the share of a batch's examples that statistics are taken of, in (0, 1]:
+        evenly spaced ones, which stand for all. What statistics cost is about proportional to it.
       refresh_every: steps in which every inverse is renewed once; with `spread=False` a schedule,
         too.
       kl_clip: bound on 1/2 d'(G + damping I)d of what is returned, as the blocks see it; a longer d
@@ -167,6 +172,9 @@ def scale_by_curvature(
         averaged over it, too, and every device draws targets of its own. `()` keeps the devices
         apart, each with a curvature of its own: an ensemble of runs. Not needed under `jit` alone,
         nor for a loss that has a `shard_map` inside.
+      precision: of the products of float32 in statistics and with inverses, as `jax.lax.dot` takes
+        it: by default three products of bfloat16 halves where there is hardware for it;
+        `"highest"` is float32 everywhere. Factorisations always are.
 
     Returns:
       An optax transformation with extra arguments; its state is a `CurvatureState`.
@@ -189,6 +197,7 @@ def scale_by_curvature(
         burn_in=burn_in,
         accumulate=accumulate,
         statistics_every=statistics_every,
+        statistics_batch=statistics_batch,
         refresh_every=refresh_every,
         warmup_steps=warmup_steps,
         refresh=refresh,
@@ -197,6 +206,7 @@ def scale_by_curvature(
         max_factor_dim=max_factor_dim,
         fallback=fallback,
         axis_name=axis_name,
+        precision=precision,
     )
 
     def update(
@@ -265,10 +275,12 @@ class Preconditioner:
         if fallback is not None:
             registry = registry.without_generic()
             excluded = registry.excluded
-        estimator = Estimator(registry, kind, options["max_factor_dim"], options["axis_name"])
+        estimator = Estimator(
+            registry, kind, *(options[x] for x in ("max_factor_dim", "axis_name", "precision"))
+        )
         turns = turns_of(options["refresh_every"], spread=options["spread"])
         left = jax.tree.unflatten(jax.tree.structure(registry.params), excluded)
-        names = ("decay", "burn_in", "accumulate", "statistics_every", "warmup_steps")
+        names = [field.name for field in dataclasses.fields(Averaging) if field.name in options]
         return cls(
             Averaging(estimator, **{name: options[name] for name in names}),
             Inverses(estimator, refresh, turns, options["relative_damping"]),

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from curvature.averaging import Averaging, Gathered, mixed
+from curvature.estimator import Estimator
 from curvature.estimator.rows import moment
 from curvature.meshes import automatic
 from curvature.precision import accumulator
 from curvature.refresh import Arrays
 from curvature.refresh.control import finite, when
-from curvature.registry import Layer
 
 PyTree = Any
 
@@ -61,7 +61,8 @@ class GradientAveraging(Averaging):
 
         def sample(carry: Any) -> Any:
             old, weight, sound = carry
-            fresh = automatic(functools.partial(_factors, self.estimator.layers, old), leaves)
+            make = functools.partial(_factors, self.estimator, old)
+            fresh = automatic(make, leaves)
             return mixed((old, weight), fresh, sound, past, 1 - past)
 
         due &= early | jnp.asarray(gathered.due)
@@ -80,14 +81,16 @@ class GradientAveraging(Averaging):
         return super().zeros(params) | {"statistics": statistics}
 
 
-def _factors(layers: Sequence[Layer], like: Arrays, leaves: Sequence[jax.Array]) -> Arrays:
+def _factors(estimator: Estimator, like: Arrays, leaves: Sequence[jax.Array]) -> Arrays:
     """G G' and G' G of every layer; their diagonals where `like` has no more."""
     found = {}
-    for layer in layers:
+    for layer in estimator.layers:
         gradient, depth = layer.gather(leaves), len(layer.stack)
         rows = {"input": gradient.mT, "output": gradient}
         found[layer.name] = {
-            side: moment(x[..., None, :, :], like[layer.name][side].ndim == depth + 1)
+            side: moment(
+                x[..., None, :, :], like[layer.name][side].ndim == depth + 1, estimator.precision
+            )
             for side, x in rows.items()
         }
     return found

@@ -129,6 +129,7 @@ VARIANTS = {
     "kfac": lambda r: curvature.kfac(r, 0.1, kind=EMPIRICAL, damping=0.1),
     "ekfac": lambda r: curvature.ekfac(r, 0.1, kind=EMPIRICAL, damping=0.1),
     "foof": lambda r: curvature.foof(r, 0.1, damping=0.1),
+    "half of the batch": lambda r: curvature.kfac(r, 0.1, damping=0.1, statistics_batch=0.5),
     "sampled, newton-schulz": lambda r: curvature.kfac(
         r, 0.1, damping=0.1, refresh=curvature.NewtonSchulz(), kl_clip=1e-3, weight_decay=0.1
     ),

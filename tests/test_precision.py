@@ -1,4 +1,4 @@
-"""Every contraction of curvature's own is at full precision, and stays so.
+"""Every contraction of curvature's own says how precise it is, and stays so.
 
 The model's contractions have a precision of their own here, HIGH, which their derivatives inherit:
 so whatever is at the default is one of ours where it was forgotten.
@@ -9,16 +9,20 @@ from __future__ import annotations
 import ast
 import functools
 import pathlib
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax import export
 
 import curvature
 from curvature import _jax, losses
+from curvature.precision import FAST, product
 from curvature.quadratic import Quadratic
 
 DEFAULT, HIGH, HIGHEST = (
@@ -35,7 +39,7 @@ FILES = sorted(
 
 
 def normal(i: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(i), shape)
+    return jax.random.normal(jax.random.key(i), shape, jnp.float32)
 
 
 PARAMS = {
@@ -90,8 +94,14 @@ def contractions(jaxpr: _jax.Jaxpr) -> Iterator[Any]:
             yield from contractions(inner)
 
 
-def traced(function: Any, *args: Any) -> set[tuple[str, int]]:
-    """The lines of curvature that were run to trace a function; its contractions are checked."""
+EXACT = ("curvature/linalg.py", "curvature/quadratic.py", "curvature/refresh/methods.py")
+
+
+def traced(function: Any, *args: Any, exact: tuple[str, ...] = EXACT) -> set[tuple[str, int]]:
+    """The lines of curvature that were run to trace a function; its contractions are checked.
+
+    In the files that are `exact` they are at HIGHEST.
+    """
     lines: set[tuple[str, int]] = set()
     files = set(map(str, FILES))
 
@@ -109,11 +119,12 @@ def traced(function: Any, *args: Any) -> set[tuple[str, int]]:
     finally:
         sys.settrace(before)
     # JAX's own patches of images have a kernel of ones and zeros, which has no more digits.
-    allowed = [(HIGH, HIGH), (HIGHEST, HIGHEST)]
     for equation in contractions(jaxpr):
         patches = [(HIGHEST, DEFAULT)] if equation.primitive.name.startswith("conv") else []
         precision = equation.params["precision"]
-        where = _jax.source_info_util.summarize(equation.source_info, num_frames=12)
+        where = _jax.source_info_util.summarize(equation.source_info, num_frames=20)
+        allowed = [(HIGH, HIGH), (HIGHEST, HIGHEST)]
+        allowed += [] if any(name in where for name in exact) else [FAST]
         assert precision in allowed + patches, f"{equation.primitive} at {precision}, {where}"
     return lines
 
@@ -154,7 +165,7 @@ def of_block(block: str, *, centred: bool = False) -> set[tuple[str, int]]:
             out += [[b.to_dense() for b in op.blocks.values()]]
         return out
 
-    return traced(everything, PARAMS, jax.random.key(0))
+    return traced(everything, PARAMS, jax.random.key(0), exact=(*EXACT, "curvature/blocks/"))
 
 
 def block_for(layer: curvature.Layer, block: str) -> str | None:
@@ -173,19 +184,28 @@ def of_quadratic() -> set[tuple[str, int]]:
         model = Quadratic(linear, matrix)
         return model(model.minimiser()), model.length(linear)
 
-    return traced(values, jnp.ones(2), jnp.eye(2))
+    return traced(values, jnp.ones(2, jnp.float32), jnp.eye(2, dtype=jnp.float32))
 
 
-def of_step(method: Any, rate: Any, block: str, **options: Any) -> set[tuple[str, int]]:
+def of_step(
+    method: Any, rate: Any, block: str, *, exact: tuple[str, ...] = EXACT, **options: Any
+) -> set[tuple[str, int]]:
     registry = curvature.register(loss_fn, PARAMS, *BATCH)
     registry = registry.with_blocks(lambda x: block_for(x, block))
-    tx = curvature.kfac(registry, rate, refresh=method, **options)
+    return of_update(curvature.kfac(registry, rate, refresh=method, **options), exact)
 
+
+def of_update(tx: Any, exact: tuple[str, ...] = EXACT) -> set[tuple[str, int]]:
     def step(p: Any, key: jax.Array) -> Any:
         state, gradient = tx.init(p), jax.grad(loss_fn)(p, *BATCH)
         return tx.update(gradient, state, p, loss_args=BATCH, key=key)
 
-    return traced(step, PARAMS, jax.random.key(0))
+    return traced(step, PARAMS, jax.random.key(0), exact=exact)
+
+
+def of_eigenbasis(kind: Any, exact: tuple[str, ...] = EXACT, **options: Any) -> Any:
+    registry = curvature.register(loss_fn, PARAMS, *BATCH)
+    return of_update(curvature.eigen_adam(registry, 0.1, kind=kind, **options), exact)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -210,11 +230,14 @@ def test_examples_that_meet() -> None:
 
 
 def declared() -> dict[tuple[str, int, int], str]:
-    """Every call in the library that asks for full precision, by file and lines."""
+    """Every call in the library that says how precise it is, by file and lines."""
     found = {}
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and any(k.arg == "precision" for k in node.keywords):
+            if isinstance(node, ast.Call) and (
+                any(k.arg == "precision" for k in node.keywords)
+                or (isinstance(node.func, ast.Name) and node.func.id == "product")
+            ):
                 assert node.end_lineno is not None
                 where = (str(path), node.lineno, node.end_lineno)
                 found[where] = f"{path.relative_to(ROOT)}:{node.lineno}"
@@ -231,9 +254,128 @@ def test_no_place_can_lose_its_precision_unnoticed() -> None:
             seen |= of_step(method, 0.1, block)
     seen |= of_block("diagonal", centred=True)
     seen |= of_measured_step() | of_quadratic()
+    seen |= of_eigenbasis(curvature.Fisher()) | of_eigenbasis(curvature.Shampoo())
     missed = [
         name
         for (path, first, last), name in declared().items()
         if not any(file == path and first <= line <= last for file, line in seen)
     ]
     assert not missed, f"No test traces {missed}"
+
+
+@pytest.mark.parametrize("block", ["kronecker", "ekfac"])
+def test_a_precision_that_is_given_holds_everywhere(block: str) -> None:
+    everything = ("curvature/",)
+    assert of_step(METHODS["qr"], 0.1, block, precision="highest", exact=everything)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("kind", [curvature.Fisher(), curvature.Shampoo()])
+def test_a_precision_that_is_given_holds_in_an_eigenbasis(kind: Any) -> None:
+    assert of_eigenbasis(kind, ("curvature/",), precision="highest")
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("precision", [3, "full", True])
+def test_what_is_no_precision_is_refused_at_once(precision: Any) -> None:
+    registry = curvature.register(loss_fn, PARAMS, *BATCH)
+    for recipe in (curvature.kfac, curvature.eigen_adam):
+        with pytest.raises(ValueError, match="DotAlgorithmPreset"):
+            recipe(registry, 0.1, precision=precision)
+
+
+def test_products_of_16_bits_are_exact() -> None:
+    x = normal(0, 300, 20).astype(jnp.bfloat16)
+    found = product("ni,nj->ij", x, x)
+    wide = np.asarray(x, np.float64)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, wide.T @ wide, rtol=0, atol=2e-6 * 300)
+
+
+def two_layers(dtype: Any) -> tuple[Any, Any, tuple[jax.Array, ...]]:
+    """A net that computes in `dtype` from parameters of float32: convolutions, a mask, a bias."""
+    params = {"k": normal(0, 2, 2, 2, 4), "b": normal(1, 4), "w": normal(2, 4, 3)}
+
+    def loss(p: Any, x: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
+        p, x = jax.tree.map(lambda a: a.astype(dtype), (p, x))
+        numbers = ("NHWC", "HWIO", "NHWC")
+        h = jax.lax.conv_general_dilated(x, p["k"], (1, 1), "SAME", dimension_numbers=numbers)
+        z = (jnp.tanh(h + p["b"]).mean((1, 2)) @ p["w"]).astype(jnp.float32)
+        each = losses.softmax_cross_entropy_with_integer_labels(z, labels)
+        return jnp.sum(each * mask)
+
+    return (
+        loss,
+        params,
+        (normal(3, 6, 3, 3, 2), jnp.arange(6) % 3, (jnp.arange(6) % 2).astype(jnp.float32)),
+    )
+
+
+def test_rows_of_16_bits_are_multiplied_as_they_are() -> None:
+    loss, params, batch = two_layers(jnp.bfloat16)
+    registry = curvature.register(loss, params, *batch)
+    estimator = curvature.Estimator(registry)
+    jaxpr, _ = _jax.trace(lambda p: estimator.statistics(p, *batch, key=jax.random.key(0)), params)
+    grams = [
+        equation
+        for equation in contractions(jaxpr)
+        if equation.primitive.name == "dot_general"
+        and equation.outvars[0].aval.dtype == jnp.float32
+    ]
+    assert len(grams) >= 4  # two sides of two layers
+    for equation in grams:
+        assert [v.aval.dtype for v in equation.invars] == [jnp.bfloat16] * 2
+
+
+def test_moments_of_16_bits_are_those_of_the_same_rows_in_64() -> None:
+    loss, params, batch = two_layers(jnp.bfloat16)
+    registry = curvature.register(loss, params, *batch)
+    found = curvature.Estimator(registry, curvature.EmpiricalFisher()).statistics(params, *batch)
+    image = np.asarray(batch[0].astype(jnp.bfloat16), np.float64)
+    padded = np.pad(image, ((0, 0), (0, 1), (0, 1), (0, 0)))
+    rows = np.stack(
+        [
+            np.append(padded[n, i : i + 2, j : j + 2].transpose(2, 0, 1).ravel(), 1.0)
+            for n in np.flatnonzero(np.asarray(batch[2]))
+            for i in range(3)
+            for j in range(3)
+        ]
+    )
+    layer = next(x for x in registry.layers if x.kind == "conv")
+    input_sum = np.asarray(found[layer.name]["input"])
+    np.testing.assert_allclose(input_sum, rows.T @ rows, rtol=2e-6, atol=1e-5)
+
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+TYPES = re.compile(r"tensor<(?:[0-9]+x)*(\w+)>")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_products_as_each_platform_gets_them(platform: str, dtype: Any) -> None:
+    """By export, which needs no device: three products of halves, 16 bits, or full precision."""
+    loss, params, batch = two_layers(dtype)
+    registry = curvature.register(loss, params, *batch)
+    tx = curvature.scale_by_curvature(registry, refresh=curvature.NewtonSchulz())
+    gradient = jax.tree.map(jnp.ones_like, params)
+
+    def update(state: Any) -> Any:
+        return tx.update(gradient, state, params, loss_args=batch, key=jax.random.key(0))[0]
+
+    module = export.export(jax.jit(update), platforms=[platform])(tx.init(params)).mlir_module()
+    found = set()
+    for line in module.splitlines():
+        if "stablehlo.dot_general" not in line:
+            continue
+        signature = line.rsplit(" : ", 1)[1]
+        left, right, out = TYPES.findall(signature)
+        if (left, right, out) == ("bf16", "bf16", "f32"):
+            found.add("rows")
+        elif "num_primitive_operations = 3" in line:
+            found.add("halves")
+        elif "[HIGHEST, HIGHEST]" in line:
+            found.add("full")
+        else:  # the model's own: with the logits at the default
+            found.add(f"{left} {right} {out}")
+    own = {"f32 f32 f32"} if dtype == jnp.float32 else {"bf16 bf16 bf16", "rows"}
+    assert found == {"halves", "full"} | own, found

@@ -29,10 +29,10 @@ def block_of(layer: Layer, statistics: dict[str, jax.Array]) -> Block:
     """The block of a layer from its statistics (see `Estimator.statistics`)."""
     depth = len(layer.stack)
     if layer.factored and "values" in statistics:  # in an eigenbasis
-        fields = ("input_basis", "output_basis", "values")
-        return EigenKronecker(**{name: statistics[name] for name in fields}, stack_ndim=depth)
+        bases = statistics["input_basis"], statistics["output_basis"]
+        return EigenKronecker(*bases, statistics["values"], stack_ndim=depth)
     if layer.factored:
-        return Kronecker(**statistics, stack_ndim=depth)
+        return Kronecker(statistics["input"], statistics["output"], stack_ndim=depth)
     if layer.block == "dense":
         return Dense(**statistics, shape=layer.shape, stack_ndim=depth)
     if layer.block == "identity":

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 
 from curvature.blocks.block import safe_power
 from curvature.linalg import diagonal_matrices
-from curvature.precision import HIGHEST
+from curvature.precision import HIGHEST, Precision, product
 
 
 @jax.tree_util.register_dataclass
@@ -35,12 +35,14 @@ class EigenKronecker:
       output_basis: Q_B, `stack + (d_out, d_out)` or `stack + (d_out,)`.
       values: the eigenvalues, non-negative, `stack + (d_in, d_out)`.
       stack_ndim: number of leading stack axes.
+      precision: of changes of basis.
     """
 
     input_basis: jax.Array
     output_basis: jax.Array
     values: jax.Array
     stack_ndim: int = dataclasses.field(default=0, metadata={"static": True})
+    precision: Precision = dataclasses.field(default=HIGHEST, metadata={"static": True})
 
     def __matmul__(self, v: jax.Array) -> jax.Array:
         """G v."""
@@ -89,8 +91,8 @@ class EigenKronecker:
         return dataclasses.replace(self, values=safe_power(self._shifted(damping), -1.0))
 
     def _scaled(self, values: jax.Array, v: jax.Array) -> jax.Array:
-        bases, depth = (self.input_basis, self.output_basis), self.stack_ndim
-        return from_basis(bases, values * into_basis(bases, v, depth), depth)
+        bases, rest = (self.input_basis, self.output_basis), (self.stack_ndim, self.precision)
+        return from_basis(bases, values * into_basis(bases, v, *rest), *rest)
 
     def _shifted(self, damping: ArrayLike) -> jax.Array:
         return self._cleaned() + jnp.asarray(damping, self.values.dtype)
@@ -107,22 +109,29 @@ class EigenKronecker:
         return basis
 
 
-def into_basis(bases: Sequence[jax.Array], v: jax.Array, stack_ndim: int) -> jax.Array:
+def into_basis(
+    bases: Sequence[jax.Array], v: jax.Array, stack_ndim: int, precision: Precision = HIGHEST
+) -> jax.Array:
     """Q_A' V Q_B, for the bases of both sides as an `EigenKronecker` has them."""
-    return from_basis([_back(basis, stack_ndim) for basis in bases], v, stack_ndim)
+    return from_basis([_back(basis, stack_ndim) for basis in bases], v, stack_ndim, precision)
 
 
-def from_basis(bases: Sequence[jax.Array], v: jax.Array, stack_ndim: int) -> jax.Array:
+def from_basis(
+    bases: Sequence[jax.Array], v: jax.Array, stack_ndim: int, precision: Precision = HIGHEST
+) -> jax.Array:
     """Q_A V Q_B'."""
     left, right = bases
-    return turned(left, turned(right, v.mT, stack_ndim).mT, stack_ndim)
+    half = turned(right, v.mT, stack_ndim, precision).mT
+    return turned(left, half, stack_ndim, precision)
 
 
-def turned(basis: jax.Array, v: jax.Array, stack_ndim: int) -> jax.Array:
+def turned(
+    basis: jax.Array, v: jax.Array, stack_ndim: int, precision: Precision = HIGHEST
+) -> jax.Array:
     """Q v for a basis Q, `stack + (size, size)`, or `stack + (size,)` for the identity."""
     if basis.ndim == stack_ndim + 1:
         return v
-    return jnp.matmul(basis, v, precision=HIGHEST)
+    return product("...ij,...jk->...ik", basis, v, precision)
 
 
 def _back(basis: jax.Array, stack_ndim: int) -> jax.Array:

@@ -25,7 +25,7 @@ from curvature.linalg import (
     eigh,
     multiples_of_identity,
 )
-from curvature.precision import HIGHEST
+from curvature.precision import HIGHEST, Precision, product
 
 
 @jax.tree_util.register_dataclass
@@ -37,21 +37,23 @@ class Kronecker:
       input: `stack + (d_in, d_in)`, or `stack + (d_in,)` for a diagonal factor.
       output: `stack + (d_out, d_out)`, or `stack + (d_out,)`.
       stack_ndim: number of leading stack axes.
+      precision: of the products in G v.
     """
 
     input: jax.Array
     output: jax.Array
     stack_ndim: int = dataclasses.field(default=0, metadata={"static": True})
+    precision: Precision = dataclasses.field(default=HIGHEST, metadata={"static": True})
 
     def __matmul__(self, v: jax.Array) -> jax.Array:
         """G v."""
         if self._is_diagonal(self.input):
             left = self.input[..., :, None] * v
         else:
-            left = jnp.matmul(self.input, v, precision=HIGHEST)
+            left = product("...ij,...jk->...ik", self.input, v, self.precision)
         if self._is_diagonal(self.output):
             return left * self.output[..., None, :]
-        return jnp.matmul(left, self.output, precision=HIGHEST)
+        return product("...ij,...jk->...ik", left, self.output, self.precision)
 
     def solve(self, v: jax.Array, damping: ArrayLike = 0.0) -> jax.Array:
         """(G + damping I)^-1 v exactly; the pseudo-inverse where an eigenvalue is zero."""

@@ -21,7 +21,7 @@ from curvature.blocks.eigen_kronecker import from_basis
 from curvature.estimator.factors import Statistics
 from curvature.estimator.rows import Rows
 from curvature.linalg import eigh
-from curvature.precision import HIGHEST
+from curvature.precision import HIGHEST, Precision, product
 
 INPUT, OUTPUT = BASES = ("input_basis", "output_basis")
 
@@ -36,12 +36,14 @@ def of_factors(factors: Statistics, stack_ndim: int) -> Statistics:
     return {basis: _eigh(factors[side], stack_ndim)[1] for side, basis in _pairs()}
 
 
-def rebased(statistics: Statistics, stack_ndim: int, restart: ArrayLike) -> Statistics:
+def rebased(
+    statistics: Statistics, stack_ndim: int, restart: ArrayLike, precision: Precision
+) -> Statistics:
     """Statistics with the eigenbases of their factors, and the corrections taken over to them."""
     found = {basis: _eigh(statistics[side], stack_ndim) for side, basis in _pairs()}
     new = {basis: vectors for basis, (_, vectors) in found.items()}
     values = tuple(values for values, _ in found.values())
-    return statistics | carried_over(statistics, new, values, stack_ndim, restart)
+    return statistics | carried_over(statistics, new, values, stack_ndim, restart, precision)
 
 
 def carried_over(
@@ -50,6 +52,7 @@ def carried_over(
     eigenvalues: tuple[jax.Array, ...],
     stack_ndim: int,
     restart: ArrayLike,
+    precision: Precision,
 ) -> Statistics:
     """New bases, and the corrections in them.
 
@@ -64,26 +67,29 @@ def carried_over(
       eigenvalues: of both factors, along them.
       stack_ndim: number of leading stack axes.
       restart: whether the corrections start anew.
+      precision: of the changes of basis.
     """
-    overlaps = [overlap(statistics[basis], new[basis], stack_ndim) for basis in BASES]
+    overlaps = [overlap(statistics[basis], new[basis], stack_ndim, precision) for basis in BASES]
     kfac = products(*eigenvalues)
-    moved = moved_diagonal(overlaps, statistics["values"], stack_ndim)
+    moved = moved_diagonal(overlaps, statistics["values"], stack_ndim, precision)
     exact, found = (jnp.sum(x, axis=(-2, -1), keepdims=True) for x in (moved, kfac))
     kfac = kfac * (exact / jnp.where(found > 0, found, 1))
     changed = new | {"values": jnp.where(restart, kfac, moved)}
     return changed | {"values": without_noise(statistics | changed, stack_ndim)["values"]}
 
 
-def overlap(old: jax.Array, new: jax.Array, stack_ndim: int) -> jax.Array:
+def overlap(old: jax.Array, new: jax.Array, stack_ndim: int, precision: Precision) -> jax.Array:
     """Inner products (new_i, old_k) of two bases; ones where both are the identity."""
     if old.ndim == stack_ndim + 1:
         return old
-    return jnp.matmul(new.mT, old, precision=HIGHEST)
+    return product("...ij,...jk->...ik", new.mT, old, precision)
 
 
-def moved_diagonal(overlaps: Sequence[jax.Array], values: jax.Array, stack_ndim: int) -> jax.Array:
+def moved_diagonal(
+    overlaps: Sequence[jax.Array], values: jax.Array, stack_ndim: int, precision: Precision
+) -> jax.Array:
     """The diagonal, in new bases, of the operator that is `values` on the diagonal in the old."""
-    return from_basis([x**2 for x in overlaps], values, stack_ndim)
+    return from_basis([x**2 for x in overlaps], values, stack_ndim, precision)
 
 
 def products(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -123,12 +129,14 @@ def turned_rows(rows: Rows, turn: Statistics) -> Rows:
     return rows.turned(turn[INPUT], turn[OUTPUT]) if turn else rows
 
 
-def turned_gradients(gradients: jax.Array, turn: Statistics, stack_ndim: int) -> jax.Array:
+def turned_gradients(
+    gradients: jax.Array, turn: Statistics, stack_ndim: int, precision: Precision
+) -> jax.Array:
     """Q_A' P Q_B for gradients `(examples,) + stack + (d_in, d_out)`."""
     if turn[INPUT].ndim == stack_ndim + 2:
-        gradients = jnp.einsum("...ik,...ij->...kj", turn[INPUT], gradients, precision=HIGHEST)
+        gradients = product("...ik,...ij->...kj", turn[INPUT], gradients, precision)
     if turn[OUTPUT].ndim == stack_ndim + 2:
-        gradients = jnp.einsum("...ij,...jl->...il", gradients, turn[OUTPUT], precision=HIGHEST)
+        gradients = product("...ij,...jl->...il", gradients, turn[OUTPUT], precision)
     return gradients
 
 

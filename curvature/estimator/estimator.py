@@ -20,8 +20,10 @@ from curvature.estimator.devices import Axes
 from curvature.estimator.evaluate import Sweep, evaluate
 from curvature.estimator.factors import Statistics, factors_of
 from curvature.estimator.kinds import Draw, Fisher, Kind
+from curvature.estimator.share import check_share, examples_of
+from curvature.estimator.share import weights as weights_of
 from curvature.meshes import automatic, on_mesh
-from curvature.precision import accumulator
+from curvature.precision import FAST, Precision, accumulator, check_precision
 from curvature.registry import Layer, Registry, check_registry
 from curvature.registry.layers import EXCLUDED
 from curvature.registry.registry import Analysis
@@ -42,6 +44,8 @@ class Estimator:
       axis_name: inside `shard_map` or `pmap`, the axis, or axes, over which each device has
         examples of its own: the curvature is that of the mean of their losses. `()` keeps the
         devices apart.
+      precision: of products of float32, as `jax.lax.dot` takes it. By default three products of
+        bfloat16 halves where there is hardware for it; `"highest"` is float32 everywhere.
 
     >>> import jax, jax.numpy as jnp, curvature
     >>> def loss_fn(params, x, y):
@@ -59,9 +63,11 @@ class Estimator:
     kind: Kind = _FISHER
     max_factor_dim: int = 8192
     axis_name: str | Sequence[str] | None = None
+    precision: Precision = FAST
 
     def __post_init__(self) -> None:
         check_registry(self.registry)
+        check_precision(self.precision)
         if isinstance(self.kind, type):
             raise TypeError(
                 f"kind is the class {self.kind.__name__}, expected an instance: "
@@ -120,6 +126,7 @@ class Estimator:
         *args: PyTree,
         key: jax.Array | None = None,
         bases: Mapping[str, Statistics] | None = None,
+        share: float = 1.0,
     ) -> dict[str, Statistics]:
         """The statistics of every block, by layer name; linear averages of these are meaningful.
 
@@ -138,10 +145,12 @@ class Estimator:
           bases: statistics whose bases the corrections of EKFAC blocks are taken in, so that
             averages of corrections are meaningful; for example those of `rebased`. Their other
             entries are not looked at.
+          share: of the examples that are looked at, evenly spaced: they stand for all of them.
 
         Raises:
           ValueError: the key is missing, an argument differs from what was registered, `bases`
-            are missing or of other shapes for some layer, or this is called inside `shard_map` or
+            are missing or of other shapes for some layer, no argument has examples to take a share
+            of, or this is called inside `shard_map` or
             `pmap` without `axis_name`.
         """
         if self.needs_key and key is None:
@@ -154,11 +163,19 @@ class Estimator:
             key = jax.random.wrap_key_data(key)  # a key of jax.random.PRNGKey
         known = None if bases is None else self._checked(bases)
         devices.check(self.axes, params, args, key, known)
+        check_share(share, self.registry)
         analysis = self.registry.analyse(params, args)
         try:
             with on_mesh(params, args):
+                weights: Mapping[int, jax.Array] = {}
+                if share < 1:
+                    whole = analysis, jax.tree.leaves((params, args))
+                    args = examples_of(args, self.registry.batch, share)
+                    analysis = self.registry.analyse(params, args)
+                    part = analysis, jax.tree.leaves((params, args))
+                    weights = weights_of(whole, part, self.kind, self.axes)
                 draws = self.kind.draw(analysis.losses, key)
-                return self._statistics(analysis, params, args, draws, known)
+                return self._statistics(analysis, params, args, draws, weights, known)
         except (ValueError, NotImplementedError) as error:
             if not analysis.blocked:
                 raise
@@ -183,9 +200,20 @@ class Estimator:
         """
         corrected = {x.name: x for x in self.layers if x.block == "ekfac"}
         return {
-            name: _rebased(corrected[name], found, restart) if name in corrected else found
+            name: self._rebased(corrected[name], found, restart) if name in corrected else found
             for name, found in statistics.items()
         }
+
+    def _rebased(self, layer: Layer, statistics: Statistics, restart: ArrayLike) -> Statistics:
+        """Statistics with new bases, and the corrections taken over to them."""
+
+        def moved(statistics: Statistics, restart: ArrayLike) -> Statistics:
+            factors = factors_of(layer, statistics)
+            found = rebased(factors, len(layer.stack), restart, self.precision)
+            return {name: found[name] for name in (*BASES, "values")}
+
+        with on_mesh(statistics):
+            return statistics | automatic(moved, statistics, restart)
 
     def operator(self, statistics: dict[str, Statistics]) -> BlockDiagonal:
         """The operator made from (averages of) `statistics`."""
@@ -235,6 +263,7 @@ class Estimator:
         params: PyTree,
         args: PyTree,
         draws: tuple[Draw, ...],
+        weights: Mapping[int, jax.Array],
         bases: dict[str, Statistics] | None,
     ) -> dict[str, Statistics]:
         """All sweeps: the corrections of EKFAC blocks come second where their bases do."""
@@ -259,7 +288,7 @@ class Estimator:
             tokens: dict[str, Statistics], generic: list[str], bases: dict[str, Statistics]
         ) -> dict[str, Statistics]:
             one = functools.partial(
-                self._pass, analysis, params, args, alive, tokens, generic, bases
+                self._pass, analysis, params, args, alive, weights, tokens, generic, bases
             )
             summed = devices.together(
                 _sum_passes(one, draws, passes),
@@ -288,6 +317,7 @@ class Estimator:
         params: PyTree,
         args: PyTree,
         alive: dict[int, jax.Array],
+        weights: Mapping[int, jax.Array],
         tokens: dict[str, Statistics],
         generic: list[str],
         bases: dict[str, Statistics],
@@ -306,7 +336,16 @@ class Estimator:
             draw = dict(enumerate(draws))
             around = devices.around(self.axes)
             sweep = Sweep(
-                layers, self.kind, tokens, draw, alive, bases=bases, devices=around, ground=ground
+                layers,
+                self.kind,
+                tokens,
+                draw,
+                alive,
+                bases=bases,
+                devices=around,
+                ground=ground,
+                precision=self.precision,
+                weights=weights,
             )
             outs, _ = evaluate(analysis.plan, [*inputs, *jax.tree.leaves(args)], sweep)
             value: jax.Array = outs[0]
@@ -318,7 +357,9 @@ class Estimator:
 
         def finished(raw: Any, gradients: Any, bases: Any) -> dict[str, Statistics]:
             done = {
-                name: stats.finished(layers[name], found, bases.get(name), self.max_factor_dim)
+                name: stats.finished(
+                    layers[name], found, bases.get(name), self.max_factor_dim, self.precision
+                )
                 for name, found in raw.items()
             }
             for name, gradient in gradients.items():
@@ -338,17 +379,6 @@ def _known(layer: Layer, statistics: Statistics) -> Statistics:
     """The corrections of an EKFAC layer without what is a rounding error."""
     known = without_noise(factors_of(layer, statistics), len(layer.stack))
     return {"values": known["values"]}
-
-
-def _rebased(layer: Layer, statistics: Statistics, restart: ArrayLike) -> Statistics:
-    """Statistics with new bases, and the corrections taken over to them."""
-
-    def moved(statistics: Statistics, restart: ArrayLike) -> Statistics:
-        found = rebased(factors_of(layer, statistics), len(layer.stack), restart)
-        return {name: found[name] for name in (*BASES, "values")}
-
-    with on_mesh(statistics):
-        return statistics | automatic(moved, statistics, restart)
 
 
 def _sum_passes(one: Any, draws: PyTree, passes: int) -> dict[str, Statistics]:

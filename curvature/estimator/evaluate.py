@@ -33,7 +33,7 @@ from curvature.estimator.rows import output_rows, rows_of
 from curvature.estimator.statistics import of_contraction, of_elementwise
 from curvature.losses import Targets
 from curvature.meshes import automatic, bind, divided_like, here
-from curvature.precision import accumulator
+from curvature.precision import HIGHEST, Precision, accumulator
 from curvature.registry.layers import Layer
 from curvature.registry.plan import LossTag, Plan, Step, Use
 from curvature.registry.taps import Contraction, Elementwise, Lookup
@@ -57,6 +57,10 @@ class Sweep:
         them is tracked.
       ground: zero, with respect to which the tokens' gradient is taken, too: what tells that
         derivative from any other (see `_grounded`). None where there is no other.
+      precision: of products.
+      weights: for each loss, what the weights of its units are multiplied by; none for 1.
+      weighing: whether `weights` holds tokens instead, whose gradient is the sum of the sizes of
+        those weights (see `share.py`), and no statistics are taken.
     """
 
     layers: Mapping[str, Layer]
@@ -68,12 +72,16 @@ class Sweep:
     bases: Mapping[str, Statistics] = dataclasses.field(default_factory=dict)
     devices: tuple[tuple[str, ...], bool] = ((), False)
     ground: jax.Array | None = None
+    precision: Precision = HIGHEST
+    weights: Mapping[int, jax.Array] = dataclasses.field(default_factory=dict)
+    weighing: bool = False
 
     def here(self) -> Sweep:
         """The same with the types of the mesh that is set."""
-        moved = here((dict(self.tokens), dict(self.draws), dict(self.alive), dict(self.bases)))
-        tokens, draws, alive, bases = moved
-        return dataclasses.replace(self, tokens=tokens, draws=draws, alive=alive, bases=bases)
+        names = ("tokens", "draws", "alive", "bases", "weights")
+        return dataclasses.replace(
+            self, **here({name: dict(getattr(self, name)) for name in names})
+        )
 
 
 def evaluate(
@@ -117,7 +125,8 @@ def _step(
 ) -> tuple[list[Any], list[Any]]:
     if step.loss is not None:
         index, tag = step.loss
-        return [_loss(tag, sweep, sweep.draws[index], values)], []
+        answer = _weighed if sweep.weighing else _loss
+        return [answer(tag, index, sweep, values)], []
     if step.use is not None and step.use.layer is not None:
         return [_contraction(step, step.use, values, sweep)], []
     if step.call is None:
@@ -225,15 +234,22 @@ def _sharded(step: Step, values: list[Any], slopes: list[Any], sweep: Sweep) -> 
     (body,) = step.bodies
 
     def run(*operands: Any) -> list[Any]:
-        *inputs, (tokens, bases, draws, slopes, ground) = operands
+        *inputs, (tokens, bases, draws, weights, slopes, ground) = operands
         axes, tracked = _jax.devices_apart(step.equation)
         devices = ((*sweep.devices[0], *axes), tracked)
         inner = dataclasses.replace(
-            sweep, tokens=tokens, bases=bases, draws=draws, devices=devices, ground=ground
+            sweep,
+            tokens=tokens,
+            bases=bases,
+            draws=draws,
+            weights=weights,
+            devices=devices,
+            ground=ground,
         )
         return evaluate(body, inputs, inner, slopes)[0]
 
-    rest = (dict(sweep.tokens), dict(sweep.bases), dict(sweep.draws), slopes, sweep.ground)
+    by_name = (dict(x) for x in (sweep.tokens, sweep.bases, sweep.draws, sweep.weights))
+    rest = (*by_name, slopes, sweep.ground)
     return _jax.shard_map(step.equation, run, values, rest)
 
 
@@ -281,7 +297,7 @@ def _contraction(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.A
         dx = None  # for indices, and for whole numbers, which have no gradient
         if not isinstance(how, Lookup) and jnp.issubdtype(x.dtype, jnp.inexact):
             (dx,) = jax.linear_transpose(lambda y: apply(y, w), x)(g)
-        return dx, None, _statistics(layer, use, x, g, token, known), None
+        return dx, None, _statistics(layer, use, x, g, token, known, sweep.precision), None
 
     tapped.defvjp(forward, backward)
     x, w = values[how.operand], values[1 - how.operand]
@@ -290,7 +306,13 @@ def _contraction(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.A
 
 
 def _statistics(
-    layer: Layer, use: Use, x: jax.Array, g: jax.Array, token: Statistics, known: Any
+    layer: Layer,
+    use: Use,
+    x: jax.Array,
+    g: jax.Array,
+    token: Statistics,
+    known: Any,
+    precision: Precision,
 ) -> Statistics:
     """The statistics of a contraction from its input and the cotangent of its output."""
 
@@ -298,7 +320,8 @@ def _statistics(
         assert isinstance(use.how, Contraction)
         alive, bases = known
         bias = use.bias.scale if use.bias is not None else None
-        rows = rows_of(use.how, x, g, bias, alive, jax.tree.leaves(token)[0].dtype)
+        dtype = jax.tree.leaves(token)[0].dtype
+        rows = rows_of(use.how, x, g, bias, alive, dtype, precision)
         return of_contraction(layer, rows, token, bases, flipped=use.flipped)
 
     return _like(automatic(made, x, g, token, known), token, g)
@@ -313,7 +336,7 @@ def _manual(layer: Layer, use: Use, values: list[Any], sweep: Sweep) -> jax.Arra
 
     def backward(kept: Any, g: jax.Array) -> Any:
         x, token, known = kept
-        return g, None, _statistics(layer, use, x, g, token, known), None
+        return g, None, _statistics(layer, use, x, g, token, known, sweep.precision), None
 
     tapped.defvjp(lambda y, *rest: (y, rest), backward)
     y, x, *_ = values
@@ -381,7 +404,7 @@ def _broadcast(
     def backward(kept: Any, g: jax.Array) -> Any:
         token, slope = kept
         g = g.astype(jax.tree.leaves(token)[0].dtype)
-        made = functools.partial(of_elementwise, layer, how)
+        made = functools.partial(of_elementwise, layer, how, precision=sweep.precision)
         return _like(automatic(made, slope, g, token), token, g), None, None
 
     tapped.defvjp(forward, backward)
@@ -397,25 +420,28 @@ def _broadcast(
     return tapped(token, wide(value), slope)
 
 
-def _loss(tag: LossTag, sweep: Sweep, draw: Draw, operands: list[Any]) -> jax.Array:
+def _loss(tag: LossTag, index: int, sweep: Sweep, operands: list[Any]) -> jax.Array:
     """A tagged loss that answers the cotangent w of its units with sqrt(|w|) v."""
     loss = tag.loss
 
     @jax.custom_vjp
-    def tagged(z: jax.Array, targets: Targets, draw: Draw) -> jax.Array:
+    def tagged(z: jax.Array, targets: Targets, draw: Draw, weight: jax.Array | None) -> jax.Array:
         return loss.value(z, targets)
 
-    def forward(z: jax.Array, targets: Targets, draw: Draw) -> Any:
-        return loss.value(z, targets), (z, targets, draw)
+    def forward(z: jax.Array, targets: Targets, draw: Draw, weight: jax.Array | None) -> Any:
+        return loss.value(z, targets), (z, targets, draw, weight)
 
     def backward(kept: Any, w: jax.Array) -> Any:
-        return automatic(answer, kept, w, like=kept[0]), None, None
+        return automatic(answer, kept, w, like=kept[0]), None, None, None
 
     def answer(kept: Any, w: jax.Array) -> jax.Array:
-        z, targets, draw = kept
+        z, targets, draw, weight = kept
         exact = z.astype(accumulator(z.dtype))
         v = sweep.kind.cotangent(tag, draw, exact, targets)
-        root = _root(w.astype(exact.dtype))
+        w = w.astype(exact.dtype)
+        if weight is not None:  # of none there may be a mean, which is not a number
+            w = jnp.where(weight > 0, w * weight.astype(w.dtype), 0)
+        root = _root(w)
         v = v * root.reshape(root.shape + (1,) * loss.event_ndim)
         return v.astype(z.dtype)
 
@@ -423,7 +449,25 @@ def _loss(tag: LossTag, sweep: Sweep, draw: Draw, operands: list[Any]) -> jax.Ar
     z, *targets = operands
     for target in targets:
         z = _jax.varying_like(z, target)
-    return tagged(z, tuple(targets), jax.tree.map(lambda d: _of_device(d, z, sweep), here(draw)))
+    draw = jax.tree.map(lambda d: _of_device(d, z, sweep), here(sweep.draws[index]))
+    return tagged(z, tuple(targets), draw, here(sweep.weights.get(index)))
+
+
+def _weighed(tag: LossTag, index: int, sweep: Sweep, operands: list[Any]) -> jax.Array:
+    """A tagged loss; its token's gradient is the sum of |w| over its units."""
+
+    @jax.custom_vjp
+    def weighed(losses: jax.Array, token: jax.Array) -> jax.Array:
+        return losses
+
+    def backward(token: jax.Array, w: jax.Array) -> Any:
+        total = automatic(lambda w: jnp.sum(jnp.abs(w.astype(token.dtype))), w)
+        return None, _jax.varying_like(total, token)
+
+    weighed.defvjp(lambda losses, token: (losses, token), backward)
+    z, *targets = operands
+    losses = tag.loss.value(z, tuple(targets))
+    return weighed(losses, _jax.varying_like(here(sweep.weights[index]), losses))
 
 
 def _of_device(draw: jax.Array, z: jax.Array, sweep: Sweep) -> jax.Array:

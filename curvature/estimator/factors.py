@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from curvature.estimator.rows import Rows, moment
 from curvature.linalg import diagonal
+from curvature.precision import Precision
 from curvature.registry.layers import Layer
 from curvature.registry.taps import Lookup
 from curvature.registry.views import Shape
@@ -87,8 +88,9 @@ def of_rows(layer: Layer, rows: Rows, token: Statistics, *, flipped: bool) -> St
         if isinstance(rows.how, Lookup):
             first = rows.squared_counts()
         else:
-            first = _mean_moment(rows.input_sums(), counts, diagonal(data))
-        second = moment(rows.g.sum(axis=-2, keepdims=True), diagonal(cotangent))
+            first = _mean_moment(rows.input_sums(), counts, diagonal(data), rows.precision)
+        sums = rows.g.sum(axis=-2, keepdims=True)
+        second = moment(sums, diagonal(cotangent), rows.precision)
         total = (counts > 0).sum(axis=-1).astype(counts.dtype)
     elif layer.block == "kronecker_weighted":
         norms = jnp.sum(rows.g**2, axis=-1)
@@ -102,7 +104,9 @@ def of_rows(layer: Layer, rows: Rows, token: Statistics, *, flipped: bool) -> St
     return {data: first, cotangent: second, f"rows{suffix}": total}
 
 
-def finished(layer: Layer, raw: Statistics, max_factor_dim: int) -> Statistics:
+def finished(
+    layer: Layer, raw: Statistics, max_factor_dim: int, precision: Precision
+) -> Statistics:
     """What one backward pass gives: products of what had to be summed first."""
     if "input_sums" not in raw:
         return raw
@@ -114,8 +118,8 @@ def finished(layer: Layer, raw: Statistics, max_factor_dim: int) -> Statistics:
         data, cotangent = _sides(suffix)
         counts = jnp.moveaxis(raw[f"rows{suffix}"], lead, -1)
         first, second = (jnp.moveaxis(raw[f"{s}_sums{suffix}"], lead, -2) for s in _sides(suffix))
-        found[data + suffix] = _mean_moment(first, counts, diagonal[data])
-        found[cotangent + suffix] = moment(second[..., None, :], diagonal[cotangent])
+        found[data + suffix] = _mean_moment(first, counts, diagonal[data], precision)
+        found[cotangent + suffix] = moment(second[..., None, :], diagonal[cotangent], precision)
         found[f"rows{suffix}"] = (counts > 0).sum(axis=-1).astype(counts.dtype)
     return found
 
@@ -171,10 +175,12 @@ def _sides(suffix: str) -> tuple[str, str]:
     return ("output", "input") if suffix else ("input", "output")
 
 
-def _mean_moment(sums: jax.Array, counts: jax.Array, diagonal: bool) -> jax.Array:
+def _mean_moment(
+    sums: jax.Array, counts: jax.Array, diagonal: bool, precision: Precision
+) -> jax.Array:
     """Sum over examples of a a', a the sums divided by the number of rows."""
     means = sums / jnp.maximum(counts, 1)[..., None]
-    return moment(means[..., None, :], diagonal)
+    return moment(means[..., None, :], diagonal, precision)
 
 
 def _normalised(layer: Layer, sums: Statistics, suffix: str) -> Statistics:

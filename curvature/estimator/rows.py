@@ -16,9 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvature.precision import HIGHEST
+from curvature.precision import HIGHEST, Precision, accumulator, kept_by, narrow, product
 from curvature.registry.taps import Contraction, Convolution, Lookup
-from curvature.registry.views import Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +34,8 @@ class Rows:
         None where all count.
       basis: orthogonal matrices in which inputs are expressed, `members + (d_in, d_in)`; None for
         the coordinates themselves.
+      exact: dtypes of 16 bits that hold inputs and cotangents as they are; None where none does.
+      precision: of products.
     """
 
     how: Contraction
@@ -43,15 +44,17 @@ class Rows:
     bias: float | None
     alive: jax.Array | None = None
     basis: jax.Array | None = None
+    exact: tuple[Any, Any] = (None, None)
+    precision: Precision = HIGHEST
 
     def turned(self, inputs: jax.Array, outputs: jax.Array) -> Rows:
         """The rows in other bases, a Q_A and g Q_B; ones in place of a matrix for the identity."""
         members = len(self.how.members)
         g = self.g
         if outputs.ndim == members + 2:
-            g = jnp.einsum("...nti,...ij->...ntj", g, outputs, precision=HIGHEST)
+            g = product("...nti,...ij->...ntj", g, outputs, self.precision)
         basis = inputs if inputs.ndim == members + 2 else None
-        return dataclasses.replace(self, g=g, basis=basis)
+        return dataclasses.replace(self, g=g, basis=basis, exact=(None, None))
 
     def count(self) -> jax.Array:
         """Rows of every member."""
@@ -69,28 +72,33 @@ class Rows:
         if isinstance(self.how, Lookup):
             ones = jnp.ones(self.x.shape, self.g.dtype) if weights is None else weights
             return self._scattered(ones[..., None])[:, 0] * self.how.scale**2
-        roots = () if weights is None else (jnp.sqrt(weights),)
+        x, roots = self.x, [] if weights is None else [jnp.sqrt(weights)]
+        if self.exact[0] is not None and (weights is None or weights is self.alive):
+            x = x.astype(self.exact[0])
+            roots = [root.astype(x.dtype) for root in roots]
         if isinstance(self.how, Convolution):
 
             def of_images(x: jax.Array, *roots: jax.Array) -> jax.Array:
                 rows = self._inputs(x)
                 for root in roots:
                     rows = rows * jnp.moveaxis(root, 0, -2)[..., None]
-                return moment(rows, diagonal)
+                return moment(rows, diagonal, self.precision)
 
-            per_image = [r.reshape((*self.how.members, len(self.x), -1)) for r in roots]
+            per_image = [r.reshape((*self.how.members, len(x), -1)) for r in roots]
             leading = [jnp.moveaxis(r, -2, 0) for r in per_image]
-            chunk = max(1, len(self.x) // math.prod(self.how.window))
-            return _sum_over_examples(of_images, chunk, self.x, *leading)
-        a = self._inputs(self.x)
+            chunk = max(1, len(x) // math.prod(self.how.window))
+            return _sum_over_examples(of_images, chunk, x, *leading)
+        a = self._inputs(x)
         for root in roots:
             a = a * root[..., None]
-        return moment(a, diagonal)
+        return moment(a, diagonal, self.precision)
 
     def output_moment(self, diagonal: bool, weights: jax.Array | None = None) -> jax.Array:
         """Sum over rows of g g', each times its weight (None for 1), or the diagonal of that."""
         g = self.g if weights is None else self.g * jnp.sqrt(weights)[..., None]
-        return moment(g, diagonal)
+        if weights is None and self.exact[1] is not None:
+            g = g.astype(self.exact[1])
+        return moment(g, diagonal, self.precision)
 
     def input_sums(self) -> jax.Array:
         """Sums of a over the positions of every example, `members + (examples, d_in [+ 1])`."""
@@ -137,8 +145,7 @@ class Rows:
         a = self._inputs(self.x)
         if isinstance(self.how, Convolution):
             a = a.reshape((*self.how.members, self.g.shape[-3], -1, a.shape[-1]))
-        products = jnp.einsum("...nti,...nto->n...io", a, self.g, precision=HIGHEST)
-        return products
+        return product("...nti,...nto->n...io", a, self.g, self.precision)
 
     def total(self) -> jax.Array:
         """The sum of the gradients of all examples, `members + (d_in [+ 1], d_out)`."""
@@ -150,13 +157,13 @@ class Rows:
                 a, g = self._inputs(x), jnp.moveaxis(g, 0, -3)
                 rows = (*self.how.members, -1)
                 a, g = a.reshape((*rows, a.shape[-1])), g.reshape((*rows, g.shape[-1]))
-                return jnp.einsum("...ri,...ro->...io", a, g, precision=HIGHEST)
+                return product("...ri,...ro->...io", a, g, self.precision)
 
             per_image = self.g.reshape((*self.how.members, len(self.x), -1, self.how.d_out))
             chunk = max(1, len(self.x) // math.prod(self.how.window))
             return _sum_over_examples(of_images, chunk, self.x, jnp.moveaxis(per_image, -3, 0))
         a = self._inputs(self.x)
-        return jnp.einsum("...nti,...nto->...io", a, self.g, precision=HIGHEST)
+        return product("...nti,...nto->...io", a, self.g, self.precision)
 
     def squares(self) -> jax.Array:
         """Sum over examples of the squared per-example gradients."""
@@ -177,7 +184,7 @@ class Rows:
         if self.g.shape[-2] == 1:  # one row an example: (a^2)' g^2, no per-example gradients
             a = self._inputs(self.x)[..., 0, :]
             g = self.g[..., 0, :]
-            return jnp.einsum("...ni,...no->...io", a * a, g * g, precision=HIGHEST)
+            return product("...ni,...no->...io", a * a, g * g, self.precision)
         return jnp.sum(self.gradients() ** 2, axis=0)
 
     def squared_counts(self) -> jax.Array:
@@ -193,7 +200,7 @@ class Rows:
         adds the same square, so it is shared among them, and no table is made for an example.
         """
         same = (self.x[:, :, None] == self.x[:, None, :]).astype(values.dtype)
-        sums = jnp.einsum("nst,nto->nso", same, values, precision=HIGHEST)
+        sums = product("nst,nto->nso", same, values, self.precision)
         return self._scattered(sums**2 / same.sum(axis=-1, keepdims=True))
 
     def _scattered(self, values: jax.Array) -> jax.Array:
@@ -209,7 +216,7 @@ class Rows:
             a = jnp.concatenate([a, ones], axis=-1)
         if self.basis is None:
             return a
-        return jnp.einsum("...nti,...ij->...ntj", a, self.basis, precision=HIGHEST)
+        return product("...nti,...ij->...ntj", a, self.basis, self.precision)
 
     def _patches(self, x: jax.Array) -> jax.Array:
         """The windows of images `(examples, channels, spatial...)` as rows."""
@@ -228,8 +235,12 @@ def rows_of(
     bias: float | None,
     alive: jax.Array | None,
     dtype: Any,
+    precision: Precision,
 ) -> Rows:
     """The rows of one use, from the equation's data operand and its output's cotangent."""
+    # Inputs of 16 bits stay so where a scale and a bias, mostly 1, need no more.
+    whole = narrow(x.dtype) and how.scale == 1 and (bias is None or kept_by(x.dtype, bias))
+    exact = (x.dtype if whole else None, g.dtype if narrow(g.dtype) else None)
     g = output_rows(how, g).astype(dtype)
     if isinstance(how, Convolution):
         x = x.transpose(how.x_order).astype(dtype)
@@ -241,7 +252,8 @@ def rows_of(
     else:
         lead = (*how.members, how.examples)
         x = x.transpose(how.x_order).astype(dtype).reshape((*lead, -1, how.d_in))
-    return Rows(how, x, g, bias, None if alive is None else alive.astype(dtype))
+    alive = None if alive is None else alive.astype(dtype)
+    return Rows(how, x, g, bias, alive, exact=exact, precision=precision)
 
 
 def output_rows(how: Contraction, g: jax.Array) -> jax.Array:
@@ -268,11 +280,12 @@ def _windows(how: Convolution, x: jax.Array) -> jax.Array:
     )
 
 
-def moment(x: jax.Array, diagonal: bool) -> jax.Array:
+def moment(x: jax.Array, diagonal: bool, precision: Precision) -> jax.Array:
     """The sum of x x' over rows `(examples, positions)`, or its diagonal."""
     if diagonal:
+        x = x.astype(accumulator(x.dtype))
         return jnp.sum(x * x, axis=(-3, -2))
-    return jnp.einsum("...nti,...ntj->...ij", x, x, precision=HIGHEST)
+    return product("...nti,...ntj->...ij", x, x, precision)
 
 
 def _scatter(how: Contraction, indices: jax.Array, values: jax.Array) -> jax.Array:
@@ -289,7 +302,7 @@ def _sum_over_examples(one: Callable[..., jax.Array], chunk: int, *arrays: jax.A
         return one(*arrays)
     groups, rest = divmod(examples, chunk)
     head = [x[: groups * chunk].reshape((groups, chunk, *x.shape[1:])) for x in arrays]
-    shape: Shape = jax.eval_shape(one, *(x[0] for x in head)).shape
-    zero = jnp.zeros(shape, arrays[0].dtype)
+    like = jax.eval_shape(one, *(x[0] for x in head))
+    zero = jnp.zeros(like.shape, like.dtype)
     total, _ = jax.lax.scan(lambda sum_, part: (sum_ + one(*part), None), zero, tuple(head))
     return total + one(*(x[groups * chunk :] for x in arrays)) if rest else total

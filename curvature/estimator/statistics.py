@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from curvature.estimator import bases, factors
 from curvature.estimator.factors import Statistics
 from curvature.estimator.rows import Rows
-from curvature.precision import HIGHEST
+from curvature.precision import Precision, product
 from curvature.registry.layers import Layer
 from curvature.registry.taps import Elementwise
 from curvature.registry.views import Shape
@@ -95,7 +95,7 @@ def of_contraction(
     if "values" in token:
         members = len(rows.how.members)
         found["values"] = (
-            _squared(layer, rows.gradients(), members)
+            _squared(layer, rows.gradients(), members, rows.precision)
             if layer.block == "dense"
             else _summary(layer, bases.turned_rows(rows, turn).squares(), members)
         )
@@ -106,7 +106,12 @@ def of_contraction(
 
 
 def of_elementwise(
-    layer: Layer, how: Elementwise, slope: jax.Array | None, g: jax.Array, token: Statistics
+    layer: Layer,
+    how: Elementwise,
+    slope: jax.Array | None,
+    g: jax.Array,
+    token: Statistics,
+    precision: Precision,
 ) -> Statistics:
     """The statistics of one use of a parameter that is broadcast against the data.
 
@@ -116,6 +121,7 @@ def of_elementwise(
       slope: derivative of what is met in the parameter's entries, in the shape of `g`; None for 1.
       g: the cotangent of the broadcast parameter.
       token: zeros; which statistics are asked for.
+      precision: of products.
     """
     g = g if slope is None else g * slope
     keep = (how.example_axis, *how.axes)
@@ -125,7 +131,7 @@ def of_elementwise(
     gradients = gradients.reshape((how.examples, -1, *gradients.shape[1:])).sum(axis=1)
     if "gradients" in token:
         return _handed_on(layer, gradients)
-    return {"values": _squared(layer, gradients, 0)}
+    return {"values": _squared(layer, gradients, 0, precision)}
 
 
 def _handed_on(layer: Layer, gradients: jax.Array) -> Statistics:
@@ -135,12 +141,12 @@ def _handed_on(layer: Layer, gradients: jax.Array) -> Statistics:
     return {"gradients": gradients}
 
 
-def _squared(layer: Layer, gradients: jax.Array, members: int) -> jax.Array:
+def _squared(layer: Layer, gradients: jax.Array, members: int, precision: Precision) -> jax.Array:
     """`members + ...` block values from `(examples,) + members + ...` gradients."""
     if layer.block != "dense":
         return _summary(layer, jnp.sum(gradients**2, axis=0), members)
     flat = gradients.reshape((*gradients.shape[: 1 + members], -1))
-    return jnp.einsum("n...i,n...j->...ij", flat, flat, precision=HIGHEST)
+    return product("n...i,n...j->...ij", flat, flat, precision)
 
 
 def _summary(layer: Layer, squares: jax.Array, members: int) -> jax.Array:
@@ -151,7 +157,11 @@ def _summary(layer: Layer, squares: jax.Array, members: int) -> jax.Array:
 
 
 def finished(
-    layer: Layer, raw: Statistics, turn: Statistics | None, max_factor_dim: int
+    layer: Layer,
+    raw: Statistics,
+    turn: Statistics | None,
+    max_factor_dim: int,
+    precision: Precision,
 ) -> Statistics:
     """What one backward pass gives: products of what had to be summed first.
 
@@ -160,8 +170,9 @@ def finished(
       raw: the gradient of its token.
       turn: the bases of an `ekfac` layer's corrections, all copies.
       max_factor_dim: a factor wider than this keeps its diagonal only.
+      precision: of products.
     """
-    raw = factors.finished(layer, raw, max_factor_dim)
+    raw = factors.finished(layer, raw, max_factor_dim, precision)
     if "gradients" not in raw:
         return raw
     lead = len(layer.views[0].stack)
@@ -169,8 +180,8 @@ def finished(
     gradients = per_example(layer, raw)
     del raw["gradients"]
     if turn:
-        gradients = bases.turned_gradients(gradients, turn, len(layer.stack))
-    return raw | {"values": _squared(layer, gradients, lead + members)}
+        gradients = bases.turned_gradients(gradients, turn, len(layer.stack), precision)
+    return raw | {"values": _squared(layer, gradients, lead + members, precision)}
 
 
 def of_generic(layer: Layer, gradient: jax.Array) -> Statistics:

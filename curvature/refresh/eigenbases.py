@@ -18,6 +18,7 @@ from curvature.blocks.eigen_kronecker import from_basis
 from curvature.estimator.bases import BASES, identity, moved_diagonal, overlap
 from curvature.estimator.factors import factors_of
 from curvature.meshes import automatic
+from curvature.precision import Precision
 from curvature.refresh.batches import Job, Key, solved
 from curvature.refresh.control import finite
 from curvature.refresh.inverses import Arrays
@@ -73,12 +74,14 @@ class Eigenbases:
       factors: shapes of their factors, by layer.
       method: how bases are found.
       turns: in how many turns everything is renewed once.
+      precision: of changes of basis.
     """
 
     layers: tuple[Layer, ...]
     factors: Mapping[str, Any]
     method: Eigh | QR
     turns: int
+    precision: Precision
 
     @functools.cached_property
     def schedule(self) -> tuple[tuple[Layer, ...], ...]:
@@ -125,13 +128,14 @@ class Eigenbases:
             good = finite(new)
             failed |= ~good
             after = {basis: jnp.where(good, x, before[basis]) for basis, x in new.items()}
-            overlaps = [overlap(before[basis], after[basis], depth) for basis in BASES]
+            rest = (depth, self.precision)
+            overlaps = [overlap(before[basis], after[basis], *rest) for basis in BASES]
             # What is kept of a layer in another shape, as by a factored second moment, stays.
             for blocks in (x for x in vectors if x[name].shape == layer.shape):
-                moved = from_basis(_like(overlaps, blocks[name]), blocks[name], depth)
+                moved = from_basis(_like(overlaps, blocks[name]), blocks[name], *rest)
                 blocks[name] = jnp.where(good, moved, blocks[name])
             for blocks in (x for x in diagonals if x[name].shape == layer.shape):
-                moved = moved_diagonal(_like(overlaps, blocks[name]), blocks[name], depth)
+                moved = moved_diagonal(_like(overlaps, blocks[name]), blocks[name], *rest)
                 blocks[name] = jnp.where(good, moved, blocks[name])
             bases[name] = after
         stale = functools.reduce(jnp.maximum, staleness, old.staleness)

@@ -110,9 +110,17 @@ class Inverses:
 
     def operator(self, statistics: Arrays, inverse: Arrays) -> BlockDiagonal:
         """The inverse as an operator on parameter trees."""
-        return self.estimator.operator(
+        whole = self.estimator.operator(
             {name: _bases(statistics[name]) | found for name, found in inverse.items()}
         )
+        precision = self.estimator.precision
+        blocks = {
+            name: dataclasses.replace(block, precision=precision)
+            if isinstance(block, Kronecker | EigenKronecker)
+            else block
+            for name, block in whole.blocks.items()
+        }
+        return dataclasses.replace(whole, blocks=blocks)
 
     def smallest_damping(self, statistics: Arrays, weight: jax.Array) -> jax.Array:
         """The damping below which a damped factor cannot be told from a singular one.
@@ -238,7 +246,8 @@ class Inverses:
         values, vectors = zip(*(solutions[layer.name, side] for side in SIDES), strict=True)
         bases = dict(zip(BASES, vectors, strict=True))
         if layer.block == "ekfac":
-            moved = carried_over(found, bases, values, depth, now.restart)
+            precision = self.estimator.precision
+            moved = carried_over(found, bases, values, depth, now.restart, precision)
             kept: Statistics = {}
             block: Any = block_of(layer, found | moved)
         else:

@@ -18,8 +18,9 @@ from curvature.registry.find import Finder
 from curvature.registry.frame import Inputs
 from curvature.registry.layers import EXCLUDED, Layer
 from curvature.registry.plan import LossTag, Plan, settle
+from curvature.registry.taps import Batch
 from curvature.registry.terms import Term, check_covered, untagged
-from curvature.registry.twin import batch_size, more_examples
+from curvature.registry.twin import batch_axes, batch_size, more_examples
 from curvature.registry.views import View
 from curvature.trees import difference
 
@@ -39,6 +40,7 @@ class Analysis:
       blocked: equations that no gradient can pass, with where they are and the parameters that
         come before them.
       untagged: see `Registry`.
+      batch: see `Registry`.
     """
 
     plan: Plan
@@ -48,6 +50,7 @@ class Analysis:
     masked: bool
     blocked: tuple[str, ...]
     untagged: tuple[Term, ...]
+    batch: tuple[Batch | None, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,6 +70,7 @@ class Registry:
         impossible, an axis of the batch's size, or else the leading one, of everything that depends
         on the data is taken for it.
       untagged: where the loss has a gradient that no tagged loss covers, and of which parameters.
+      batch: for each leaf of the other arguments, its axis of examples; None where it has none.
     """
 
     layers: tuple[Layer, ...]
@@ -77,6 +81,7 @@ class Registry:
     args: tuple[PyTree, ...]
     batch_found: bool = True
     untagged: tuple[Term, ...] = ()
+    batch: tuple[Batch | None, ...] = ()
 
     @property
     def coverage(self) -> float:
@@ -251,6 +256,7 @@ def register(
         arg_shapes,
         batch_found=analysis.batch_found,
         untagged=analysis.untagged,
+        batch=analysis.batch,
     )
 
 
@@ -315,6 +321,7 @@ def _analyse(
         masked=finder.masked,
         blocked=tuple(finder.blocked),
         untagged=terms,
+        batch=batch_axes(jaxpr.invars[len(leaves) :], twin, examples, growth),
     )
 
 

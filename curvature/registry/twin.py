@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from curvature import _jax
 from curvature.losses import TAG
+from curvature.registry.taps import Batch
 
 PyTree = Any
 
@@ -82,6 +83,29 @@ def batch_size(jaxpr: _jax.Jaxpr, args: tuple[PyTree, ...]) -> tuple[int, bool]:
             if fitting:
                 return collections.Counter(fitting).most_common(1)[0][0], closed
     return rows, True
+
+
+def batch_axes(
+    given: Sequence[Any], twin: _jax.Jaxpr | None, examples: int, growth: int
+) -> tuple[Batch | None, ...]:
+    """The axis of examples of every argument but the parameters, None where it has none.
+
+    Args:
+      given: the jaxpr's variables for them.
+      twin: the jaxpr with `growth` examples more; where there is none, a leading axis of the
+        batch's size is one of examples.
+      examples: how many there are.
+      growth: how many more the twin has.
+    """
+    shapes = [tuple(v.aval.shape) for v in given]
+    if twin is None:
+        return tuple(Batch(0) if shape[:1] == (examples,) else None for shape in shapes)
+    found: list[Batch | None] = []
+    for shape, other in zip(shapes, twin.invars[len(twin.invars) - len(given) :], strict=True):
+        pairs = enumerate(zip(shape, other.aval.shape, strict=True))
+        grown = [(axis, (more - n) // growth) for axis, (n, more) in pairs if more != n]
+        found.append(Batch(*grown[0]) if grown else None)
+    return tuple(found)
 
 
 def _is_key(x: Any) -> bool:

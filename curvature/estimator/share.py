@@ -1,0 +1,115 @@
+"""A share of a batch's examples whose curvature stands for that of all of them.
+
+The examples are evenly spaced, so that every device of a batch that is divided over devices has its
+share of them. The weights dL/dl of a loss's units then have another sum: the same where the loss is
+a mean over examples, a smaller one where it is a sum, either with masks. Each loss's weights are
+multiplied by what makes their sum that of the whole batch. That takes a derivative of what the loss
+function does with the tagged losses, which mostly needs no pass through the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from curvature.estimator import devices
+from curvature.estimator.devices import Axes
+from curvature.estimator.evaluate import Sweep, evaluate
+from curvature.estimator.kinds import Kind
+from curvature.meshes import automatic
+from curvature.registry import Registry
+from curvature.registry.registry import Analysis
+from curvature.registry.taps import Batch
+
+PyTree = Any
+
+
+def check_share(share: Any, registry: Registry) -> None:
+    """Raises for what is no share of a batch, and where examples are not known."""
+    number = isinstance(share, int | float) and not isinstance(share, bool)
+    if not number or not 0 < share <= 1:
+        raise ValueError(f"statistics_batch is {share!r}, expected a number in (0, 1].")
+    if share < 1 and not any(registry.batch):
+        raise ValueError(
+            f"statistics_batch is {share}, but no argument of the loss function was found to have "
+            "an axis of examples. Pass the batch as an argument, or leave statistics_batch out."
+        )
+
+
+def examples_of(args: PyTree, batch: Sequence[Batch | None], share: float) -> PyTree:
+    """The arguments with a share of the examples, at least one: every k-th for a share of 1 / k.
+
+    Raises:
+      ValueError: arguments have different numbers of examples.
+    """
+    leaves, structure = jax.tree.flatten(args)
+    pairs = list(zip(leaves, batch, strict=True))
+    sizes = {x.shape[b.axis] // b.each for x, b in pairs if b is not None}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"Arguments of the loss function have different numbers of examples, {sorted(sizes)}: "
+            "a share of them cannot be taken. Leave statistics_batch out."
+        )
+    (size,) = sizes
+    kept = max(1, round(share * size))
+    chosen = [x if b is None else _chosen(x, b, size, kept) for x, b in pairs]
+    return jax.tree.unflatten(structure, chosen)
+
+
+def _chosen(x: jax.Array, batch: Batch, size: int, kept: int) -> jax.Array:
+    """`kept` of the `size` examples of one array."""
+    before, after = x.shape[: batch.axis], x.shape[batch.axis + 1 :]
+    out = (*before, kept * batch.each, *after)
+
+    def spaced(x: jax.Array) -> jax.Array:
+        if size % kept:
+            rows = x.reshape((*before, size, batch.each, *after))
+            return jnp.take(rows, np.arange(kept) * size // kept, axis=batch.axis).reshape(out)
+        rows = x.reshape((*before, kept, size // kept * batch.each, *after))
+        return jax.lax.slice_in_dim(rows, 0, batch.each, axis=batch.axis + 1).reshape(out)
+
+    return automatic(spaced, x, like=x)
+
+
+def weights(
+    whole: tuple[Analysis, PyTree], part: tuple[Analysis, PyTree], kind: Kind, axes: Axes
+) -> Mapping[int, jax.Array]:
+    """For each loss, what the weights of its units in a part are multiplied by.
+
+    Args:
+      whole: the trace on all examples, and the leaves of parameters and arguments there.
+      part: the same on a share of them.
+      kind: the source of cotangents.
+      axes: axes of devices, each with examples of its own.
+    """
+    full, seen = (_sums(*one, kind, axes) for one in (whole, part))
+    return {
+        i: jnp.where(seen[i] > 0, full[i] / jnp.where(seen[i] > 0, seen[i], 1), 0) for i in full
+    }
+
+
+def _sums(
+    analysis: Analysis, inputs: Sequence[Any], kind: Kind, axes: Axes
+) -> dict[int, jax.Array]:
+    """The sum of |dL/dl| over the units of every loss."""
+    count = range(len(analysis.losses))
+    layers = {layer.name: layer for layer in analysis.layers}
+
+    def loss(tokens: dict[int, jax.Array]) -> jax.Array:
+        nothing: dict[int, Any] = {i: () for i in count}
+        sweep = Sweep(
+            layers,
+            kind,
+            {},
+            nothing,
+            devices=devices.around(axes),
+            weights=tokens,
+            weighing=True,
+        )
+        return evaluate(analysis.plan, inputs, sweep)[0][0]
+
+    return jax.grad(loss)(devices.own({i: jnp.zeros(()) for i in count}, axes))
