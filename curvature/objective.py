@@ -99,7 +99,7 @@ class Problem(NamedTuple):
         return jnp.where(jnp.isnan(change), jnp.where(either, -jnp.inf, 0), ratio)
 
     def _loss(self, params: PyTree) -> jax.Array:
-        out = self.registry.loss_fn(params, *self.args)
+        out = self.registry.traced_once(params, *self.args)
         return mean(out[0] if self.registry.has_aux else out, self.axes)
 
 

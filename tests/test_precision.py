@@ -165,7 +165,8 @@ def of_block(block: str, *, centred: bool = False) -> set[tuple[str, int]]:
             out += [[b.to_dense() for b in op.blocks.values()]]
         return out
 
-    return traced(everything, PARAMS, jax.random.key(0), exact=(*EXACT, "curvature/blocks/"))
+    operators = ("blocks/kronecker.py", "blocks/dense.py", "(EigenKronecker.")
+    return traced(everything, PARAMS, jax.random.key(0), exact=(*EXACT, *operators))
 
 
 def block_for(layer: curvature.Layer, block: str) -> str | None:

@@ -90,7 +90,8 @@ def test_a_share_that_has_no_weight_adds_nothing(loss):
 def test_examples_are_evenly_spaced(share, indices, axis):
     x, state = jnp.moveaxis(jnp.arange(12).reshape(6, 2), 0, axis), jnp.ones(6)
     keys = jax.random.split(KEY, 6)
-    found = examples_of((x, state, keys), [Batch(axis), None, Batch(0)], share)
+    found, size = examples_of((x, state, keys), [Batch(axis), None, Batch(0)], share)
+    assert size == 6
     np.testing.assert_array_equal(found[0], jnp.take(x, np.array(indices), axis=axis))
     assert found[1] is state
     np.testing.assert_array_equal(
@@ -101,7 +102,7 @@ def test_examples_are_evenly_spaced(share, indices, axis):
 def test_an_example_may_have_several_entries():
     x = jnp.arange(12)
     for share, expected in ((0.5, [0, 1, 4, 5, 8, 9]), (2 / 3, [0, 1, 2, 3, 6, 7, 8, 9])):
-        (found,) = examples_of((x,), [Batch(0, 2)], share)
+        (found,), _ = examples_of((x,), [Batch(0, 2)], share)
         np.testing.assert_array_equal(found, expected)
 
 
@@ -163,7 +164,7 @@ def test_a_share_of_a_divided_batch_stays_where_it_is():
     rows = jax.sharding.NamedSharding(mesh, P("data"))
     args = tuple(jax.device_put(jnp.repeat(x, 2, axis=0), rows) for x in MANY)
     batch = [Batch(0)] * 3
-    compiled = jax.jit(lambda *a: examples_of(a, batch, 1 / TIMES)).lower(*args).compile()
+    compiled = jax.jit(lambda *a: examples_of(a, batch, 1 / TIMES)[0]).lower(*args).compile()
     text = compiled.as_text()
     assert not any(x in text for x in ("all-to-all", "all-gather", "collective-permute"))
     assert all(s.spec == P("data") for s in compiled.output_shardings)

@@ -170,8 +170,8 @@ class Estimator:
                 weights: Mapping[int, jax.Array] = {}
                 if share < 1:
                     whole = analysis, jax.tree.leaves((params, args))
-                    args = examples_of(args, self.registry.batch, share)
-                    analysis = self.registry.analyse(params, args)
+                    args, size = examples_of(args, self.registry.batch, share)
+                    analysis = self.registry.analyse(params, args, larger=size)
                     part = analysis, jax.tree.leaves((params, args))
                     weights = weights_of(whole, part, self.kind, self.axes)
                 draws = self.kind.draw(analysis.losses, key)

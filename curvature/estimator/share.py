@@ -24,6 +24,7 @@ from curvature.meshes import automatic
 from curvature.registry import Registry
 from curvature.registry.registry import Analysis
 from curvature.registry.taps import Batch
+from curvature.registry.twin import numbers_of_examples
 
 PyTree = Any
 
@@ -40,15 +41,16 @@ def check_share(share: Any, registry: Registry) -> None:
         )
 
 
-def examples_of(args: PyTree, batch: Sequence[Batch | None], share: float) -> PyTree:
-    """The arguments with a share of the examples, at least one: every k-th for a share of 1 / k.
+def examples_of(args: PyTree, batch: Sequence[Batch | None], share: float) -> tuple[PyTree, int]:
+    """Arguments with a share of the examples, at least one, and how many there were.
+
+    For a share of 1 / k that is every k-th.
 
     Raises:
       ValueError: arguments have different numbers of examples.
     """
     leaves, structure = jax.tree.flatten(args)
-    pairs = list(zip(leaves, batch, strict=True))
-    sizes = {x.shape[b.axis] // b.each for x, b in pairs if b is not None}
+    sizes = numbers_of_examples(args, batch)
     if len(sizes) != 1:
         raise ValueError(
             f"Arguments of the loss function have different numbers of examples, {sorted(sizes)}: "
@@ -56,8 +58,9 @@ def examples_of(args: PyTree, batch: Sequence[Batch | None], share: float) -> Py
         )
     (size,) = sizes
     kept = max(1, round(share * size))
+    pairs = zip(leaves, batch, strict=True)
     chosen = [x if b is None else _chosen(x, b, size, kept) for x, b in pairs]
-    return jax.tree.unflatten(structure, chosen)
+    return jax.tree.unflatten(structure, chosen), size
 
 
 def _chosen(x: jax.Array, batch: Batch, size: int, kept: int) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -48,10 +49,9 @@ class Categorical(OutputLoss):
 
     def sampled_score(self, key: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
         """See `OutputLoss`."""
-        drawn = jax.random.categorical(key, _masked(z, targets, -jnp.inf))
-        one_hot = jax.nn.one_hot(drawn, z.shape[-1], dtype=z.dtype)
-        mass = self.mass(z, targets)
-        return jnp.sqrt(mass) * _masked(_probabilities(z, targets) - one_hot, targets)
+        q = _probabilities(z, targets)
+        one_hot = jax.nn.one_hot(_drawn(key, q), z.shape[-1], dtype=z.dtype)
+        return jnp.sqrt(self.mass(z, targets)) * _masked(q - one_hot, targets)
 
     def hessian_mvp(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
         """See `OutputLoss`."""
@@ -103,6 +103,39 @@ class SoftCategorical(Categorical):
 
     def _labels(self, z: jax.Array, targets: Targets) -> jax.Array:
         return _masked(targets[0].astype(z.dtype), targets)
+
+
+def _drawn(key: jax.Array, q: jax.Array) -> jax.Array:
+    """A class of every distribution, `[...]` from `[..., classes]`; one random number each.
+
+    `jax.random.categorical` takes one for every class, which are several arrays as large as the
+    logits. Here the classes are dealt to about as many groups as each has members: first a group is
+    drawn, then a member, so that none but `q` is.
+    """
+    classes = q.shape[-1]
+    root = math.isqrt(classes - 1) + 1
+    divisors = (n for n in range(root, root // 16, -1) if classes % n == 0)
+    width = next(divisors, root)  # else a few classes of no weight are added
+    padding = [(0, 0)] * (q.ndim - 1) + [(0, -classes % width)]
+    groups = jnp.pad(q, padding).reshape((*q.shape[:-1], -1, width))
+    sums = groups.sum(-1)
+    left = jax.random.uniform(key, q.shape[:-1], q.dtype) * sums.sum(-1)
+    group, left = _first_beyond(sums, left)
+    chosen = group[..., None] == jnp.arange(sums.shape[-1])
+    member, _ = _first_beyond(jnp.sum(groups, axis=-2, where=chosen[..., None]), left)
+    return group * width + member
+
+
+def _first_beyond(weights: jax.Array, left: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first entry up to which weights add up to more than `left`, and what is left before it.
+
+    It has weight, also where rounding leaves more than there is.
+    """
+    total = jnp.cumsum(weights, axis=-1)
+    last = weights.shape[-1] - 1 - jnp.argmax(jnp.flip(weights > 0, -1), axis=-1)
+    found = jnp.minimum(jnp.sum(total <= left[..., None], axis=-1), last)
+    before = found[..., None] > jnp.arange(weights.shape[-1])
+    return found, left - jnp.sum(weights, axis=-1, where=before)
 
 
 def _masked(x: jax.Array, targets: Targets, fill: float = 0.0) -> jax.Array:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -82,6 +83,11 @@ class Registry:
     batch_found: bool = True
     untagged: tuple[Term, ...] = ()
     batch: tuple[Batch | None, ...] = ()
+
+    @functools.cached_property
+    def traced_once(self) -> Callable[..., Any]:
+        """The loss function, traced once for all calls with arguments of the same shapes."""
+        return jax.jit(self.loss_fn, inline=True)
 
     @property
     def coverage(self) -> float:
@@ -174,11 +180,14 @@ class Registry:
         ]
         return dataclasses.replace(self, layers=tuple(layers))
 
-    def analyse(self, params: PyTree, args: tuple[PyTree, ...]) -> Analysis:
+    def analyse(
+        self, params: PyTree, args: tuple[PyTree, ...], larger: int | None = None
+    ) -> Analysis:
         """Traces the loss at these arguments, which must be of the registered kind.
 
         Shapes of `args` may differ from the registered ones (another batch size); the layers found
-        must be the same.
+        must be the same. It is traced with more examples as well: `larger` is a number of them for
+        which it is traced anyway.
 
         Raises:
           ValueError: trees, dtypes, ranks or layers differ from the registered ones.
@@ -187,7 +196,15 @@ class Registry:
         _check_tree("loss_args", args, self.args, exact=False)
         search = self.batch_found
         with on_mesh(params, args):
-            analysis = _analyse(self.loss_fn, self.has_aux, params, args, search=search)
+            analysis = _analyse(
+                self.loss_fn,
+                self.has_aux,
+                params,
+                args,
+                search=search,
+                known=self.batch,
+                larger=larger,
+            )
         found = [(x.name, x.kind, x.shape) for x in analysis.layers]
         expected = [(x.name, x.kind, x.shape) for x in self.layers]
         if found != expected:
@@ -267,8 +284,10 @@ def _analyse(
     args: tuple[PyTree, ...],
     *,
     search: bool = True,
+    known: Sequence[Batch | None] = (),
+    larger: int | None = None,
 ) -> Analysis:
-    """Traces a loss; `search` for a larger batch, unless there is none to be had."""
+    """Traces a loss; `search` for a larger batch, unless there is none, first where it is known."""
     jaxpr, out = _jax.trace(loss_fn, params, *args)
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(
@@ -282,7 +301,7 @@ def _analyse(
     finder = Finder([jax.tree_util.keystr(path) for path, _ in leaves])
     twin, growth, examples, closure = None, 1, 1, False
     if search:
-        twin, growth, examples = more_examples(loss_fn, params, args, jaxpr)
+        twin, growth, examples = more_examples(loss_fn, params, args, jaxpr, known, larger)
     if twin is None:
         examples, closure = batch_size(jaxpr, args)
     inputs = Inputs(

@@ -16,7 +16,12 @@ PyTree = Any
 
 
 def more_examples(
-    loss_fn: Callable[..., Any], params: PyTree, args: tuple[PyTree, ...], jaxpr: _jax.Jaxpr
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    args: tuple[PyTree, ...],
+    jaxpr: _jax.Jaxpr,
+    known: Sequence[Batch | None] = (),
+    larger: int | None = None,
 ) -> tuple[_jax.Jaxpr | None, int, int]:
     """The jaxpr of `loss_fn` on a larger batch, how many examples more it has, and how many it had.
 
@@ -29,8 +34,18 @@ def more_examples(
     time, unless examples are looped over. Axes other than the leading one are tried where the
     leading one can grow, but is not the batch; where it cannot, the batch size may be fixed in the
     function, and another axis that can grow would be mistaken for it.
+
+    What was found before (`known`, as `batch_axes` returns it) is tried first: a search may trace
+    the function ten times. So is a `larger` number of examples, for which it may be traced already.
     """
     outputs = _outputs(jaxpr)
+    for grown, growth, size in _as_known(args, known, larger):
+        try:
+            twin, _ = _jax.trace(loss_fn, params, *grown)
+        except Exception:  # one example more may not divide over devices or micro-batches
+            continue
+        if _jax.alike(jaxpr, twin) and _outputs(twin) != outputs:
+            return twin, growth, size
     longer, leading_grows = None, False
     tried = {_signature(args)}
     ndim = max((getattr(leaf, "ndim", 0) for leaf in jax.tree.leaves(args)), default=0)
@@ -55,6 +70,39 @@ def more_examples(
             if axis is not None:
                 longer = longer or (twin, growth, size)
     return longer or (None, 1, 1)
+
+
+def numbers_of_examples(args: PyTree, known: Sequence[Batch | None]) -> set[int]:
+    """How many examples arguments have along known axes: one number, if it is right."""
+    if not any(known):
+        return set()
+    pairs = zip(jax.tree.leaves(args), known, strict=True)
+    return {x.shape[batch.axis] // batch.each for x, batch in pairs if batch is not None}
+
+
+def _as_known(
+    args: tuple[PyTree, ...], known: Sequence[Batch | None], larger: int | None
+) -> Iterator[tuple[tuple[PyTree, ...], int, int]]:
+    """Arguments larger along known axes: as asked, by one example, and by as many as there are."""
+    leaves, structure = jax.tree.flatten(args)
+    sizes = numbers_of_examples(args, known)
+    if len(sizes) != 1:
+        return
+    (size,), pairs = sizes, list(zip(leaves, known, strict=True))
+
+    def grown(leaf: Any, batch: Batch | None, growth: int) -> Any:
+        if batch is None:
+            return leaf
+        shape = list(leaf.shape)
+        shape[batch.axis] += growth * batch.each
+        return _jax.resized(leaf, shape)
+
+    for growth in (1, size) if larger is None else (larger - size, 1, size):
+        try:
+            more = [grown(*pair, growth) for pair in pairs]
+            yield jax.tree.unflatten(structure, more), growth, size
+        except ValueError:  # that many examples do not divide over the mesh
+            continue
 
 
 def _outputs(jaxpr: _jax.Jaxpr) -> list[tuple[int, ...]]:
