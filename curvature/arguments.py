@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from curvature.trees import difference, different_shape
@@ -137,6 +138,17 @@ def is_time(period: Period, count: jax.Array, turn: int = 0) -> jax.Array:
         return count % period == turn
     rounded = jnp.round(jnp.asarray(period(count)).astype(float))
     return count % jnp.maximum(rounded, 1).astype(count.dtype) == turn
+
+
+def check_over(over: Any) -> None:
+    """Raises for what is no sharding of the leading axis over a mesh."""
+    if over is None:
+        return
+    if not isinstance(over, NamedSharding) or not over.spec or over.spec[0] is None:
+        raise ValueError(
+            f"refresh_over is {over!r}, expected NamedSharding(mesh, PartitionSpec(axis)) with the "
+            "mesh's axis, or axes, over whose devices inverses are dealt."
+        )
 
 
 def turns_of(refresh_every: Period, *, spread: bool) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from curvature.arguments import Period, ScalarOrSchedule, at, check_range
 from curvature.decay import Mask, decaying
@@ -43,6 +44,7 @@ def eigen_adam(
     warmup_steps: int = 20,
     refresh: Eigh | QR = _QR,
     spread: bool = True,
+    refresh_over: NamedSharding | None = None,
     max_factor_dim: int = 8192,
     axis_name: str | Sequence[str] | None = None,
     precision: Precision = FAST,
@@ -77,6 +79,7 @@ def eigen_adam(
       warmup_steps: steps at the start that all take statistics and renew every basis.
       refresh: how bases are found.
       spread: whether each of these steps renews a part of them.
+      refresh_over: over whose devices they are dealt to be renewed.
       max_factor_dim: a side wider than this keeps its own coordinates.
       axis_name: as `scale_by_curvature` takes it.
       precision: of products, as `in_eigenbasis` takes it.
@@ -114,6 +117,7 @@ def eigen_adam(
         warmup_steps=warmup_steps,
         refresh=refresh,
         spread=spread,
+        refresh_over=refresh_over,
         max_factor_dim=max_factor_dim,
         axis_name=axis_name,
         precision=precision,

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from curvature.arguments import (
     Period,
     ScalarOrSchedule,
     check_configuration,
     check_not_masked,
+    check_over,
     check_period,
     check_state,
     check_transformation,
@@ -105,6 +107,7 @@ def in_eigenbasis(
     warmup_steps: int = 20,
     refresh: Eigh | QR = _QR,
     spread: bool = True,
+    refresh_over: NamedSharding | None = None,
     max_factor_dim: int = 8192,
     axis_name: str | Sequence[str] | None = None,
     precision: Precision = FAST,
@@ -142,6 +145,7 @@ def in_eigenbasis(
       warmup_steps: steps at the start that all take statistics and renew every basis.
       refresh: how bases are found: `Eigh()` or `QR()`.
       spread: whether each of these steps renews a part of them; else the first one all.
+      refresh_over: over whose devices they are dealt to be renewed; see `scale_by_curvature`.
       max_factor_dim: a side wider than this keeps its own coordinates.
       axis_name: as `scale_by_curvature` takes it.
       precision: of the products of float32 in statistics and of changes of basis; see there.
@@ -183,6 +187,7 @@ def in_eigenbasis(
         warmup_steps=warmup_steps,
         refresh=refresh,
         spread=spread,
+        refresh_over=refresh_over,
         max_factor_dim=max_factor_dim,
         axis_name=axis_name,
         precision=precision,
@@ -204,6 +209,7 @@ def transformation(
     warmup_steps: int,
     refresh: Eigh | QR,
     spread: bool,
+    refresh_over: NamedSharding | None,
     max_factor_dim: int,
     axis_name: str | Sequence[str] | None,
     precision: Precision,
@@ -213,6 +219,7 @@ def transformation(
     check_period("refresh_every", refresh_every, schedules=True)
     if not isinstance(refresh, Eigh | QR):
         raise TypeError(f"refresh is {refresh!r}, expected Eigh() or QR().")
+    check_over(refresh_over)
     own_factors = isinstance(kind, Shampoo)
     if own_factors and statistics_batch != 1:
         raise ValueError(
@@ -228,7 +235,7 @@ def transformation(
         estimator, decay, burn_in, accumulate, period, warmup_steps, statistics_batch
     )
     turns = turns_of(refresh_every, spread=spread)
-    rotation = Rotation.create(registry, averaging, inner, layout, refresh, turns)
+    rotation = Rotation.create(registry, averaging, inner, layout, refresh, turns, refresh_over)
 
     def init(params: PyTree) -> EigenbasisState:
         check_not_masked(params, registry.params)
@@ -346,13 +353,14 @@ class Rotation:
         layout: Layout,
         refresh: Eigh | QR,
         turns: int,
+        over: NamedSharding | None,
     ) -> Rotation:
         """The rotation of a registry's layers."""
         wrapped = optax.with_extra_args_support(inner)
         zeros = jax.eval_shape(averaging.zeros, registry.params)["statistics"]
         factored = tuple(averaging.estimator.layers)
         precision = averaging.estimator.precision
-        eigenbases = Eigenbases(factored, zeros, refresh, turns, precision)
+        eigenbases = Eigenbases(factored, zeros, refresh, turns, precision, over)
         return cls(tuple(registry.layers), eigenbases, wrapped, layout)
 
     def into(self, bases: Arrays, tree: PyTree) -> Blocks:

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from curvature import quadratic
 from curvature.adaptive import LevenbergMarquardt, QuadraticModel
@@ -144,6 +145,7 @@ def kfac(
     warmup_steps: int = 20,
     refresh: Method = _CHOLESKY,
     spread: bool = True,
+    refresh_over: NamedSharding | None = None,
     graft: optax.GradientTransformation | None = None,
     max_factor_dim: int = 8192,
     fallback: optax.GradientTransformation | None = None,
@@ -189,6 +191,7 @@ def kfac(
       warmup_steps: steps at the start that all take statistics and renew every inverse.
       refresh: how inverses are renewed.
       spread: whether each of these steps renews a part of them.
+      refresh_over: over whose devices they are dealt to be renewed.
       graft: whose update gives the lengths.
       max_factor_dim: a Kronecker factor wider than this keeps its diagonal only.
       fallback: transformation of the gradients of generic and excluded parameters.
@@ -250,6 +253,7 @@ def kfac(
         warmup_steps=warmup_steps,
         refresh=refresh,
         spread=spread,
+        refresh_over=refresh_over,
         graft=graft,
         max_factor_dim=max_factor_dim,
         fallback=fallback,

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from curvature.arguments import (
     Period,
@@ -21,6 +22,7 @@ from curvature.arguments import (
     at,
     check_configuration,
     check_not_masked,
+    check_over,
     check_period,
     check_positive,
     check_range,
@@ -113,6 +115,7 @@ def scale_by_curvature(
     kl_clip: ScalarOrSchedule | None = None,
     refresh: Method = _CHOLESKY,
     spread: bool = True,
+    refresh_over: NamedSharding | None = None,
     graft: optax.GradientTransformation | None = None,
     max_factor_dim: int = 8192,
     fallback: optax.GradientTransformation | None = None,
@@ -161,6 +164,10 @@ def scale_by_curvature(
         curvature of a new net may grow a thousandfold in ten steps.
       refresh: how: `Cholesky()`, `NewtonSchulz()`, `Eigh()` or `QR()`.
       spread: whether each of these steps renews a part of the inverses; else the first one all.
+      refresh_over: a sharding, such as `NamedSharding(mesh, PartitionSpec("data"))`, over whose
+        devices factors of one size are dealt to be inverted, and the inverses gathered; by default
+        every device inverts all. With a method that has a tolerance, what is kept is then decided
+        by every device for its share.
       graft: a transformation such as `optax.scale_by_adam()`, whose update gives the length of
         every layer's part of the direction; only its direction is the curvature's.
       max_factor_dim: a Kronecker factor wider than this keeps its diagonal only.
@@ -202,6 +209,7 @@ def scale_by_curvature(
         warmup_steps=warmup_steps,
         refresh=refresh,
         spread=spread,
+        refresh_over=refresh_over,
         graft=graft,
         max_factor_dim=max_factor_dim,
         fallback=fallback,
@@ -268,6 +276,8 @@ class Preconditioner:
                 f"refresh is {refresh!r}, expected Cholesky(), NewtonSchulz(), Eigh() or QR()."
             )
         fallback, graft = options["fallback"], options["graft"]
+        over = options["refresh_over"]
+        check_over(over)
         check_transformation("fallback", fallback)
         check_transformation("graft", graft)
         excluded = registry.excluded
@@ -283,7 +293,7 @@ class Preconditioner:
         names = [field.name for field in dataclasses.fields(Averaging) if field.name in options]
         return cls(
             Averaging(estimator, **{name: options[name] for name in names}),
-            Inverses(estimator, refresh, turns, options["relative_damping"]),
+            Inverses(estimator, refresh, turns, options["relative_damping"], over),
             options["refresh_every"],
             None if graft is None else optax.with_extra_args_support(graft),
             optax.with_extra_args_support(optax.masked(fallback or optax.identity(), left)),

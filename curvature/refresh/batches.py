@@ -1,15 +1,19 @@
 """Factors of one size go through a method together, in one batched call.
 
-State stays in the layers' own arrays: stacking costs size^2 for each matrix, solving size^3.
+State stays in the layers' own arrays: stacking costs size^2 for each matrix, solving size^3. Over a
+mesh a batch can be dealt to devices: each solves its share, and the results are gathered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from curvature.refresh.methods import QR, Eigh, Method
 
@@ -17,6 +21,8 @@ Key = tuple[str, str]
 """Name of the layer, side."""
 Solved = dict[Key, tuple[jax.Array, ...]]
 """By key: (inverse,), or (eigenvalues, eigenvectors)."""
+Solve = Callable[..., tuple[jax.Array, ...]]
+"""From batches of factors and previous results, and `first`, to results and their staleness."""
 
 
 class Job(NamedTuple):
@@ -33,10 +39,35 @@ class Job(NamedTuple):
     eigen: bool
 
 
+def devices(over: NamedSharding | None) -> int:
+    """How many devices a batch is dealt to."""
+    return 1 if over is None else over.num_devices // _copies(over)
+
+
+def _copies(over: NamedSharding) -> int:
+    """How many devices have the same part of what is divided like this."""
+    divided = {axis for part in over.spec if part is not None for axis in _names(part)}
+    return math.prod(n for axis, n in over.mesh.shape.items() if axis not in divided)
+
+
+def _names(part: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else part
+
+
 def solved(
-    jobs: Mapping[Key, Job], method: Method, first: jax.Array
+    jobs: Mapping[Key, Job],
+    method: Method,
+    first: jax.Array,
+    over: NamedSharding | None = None,
 ) -> tuple[Solved, list[jax.Array]]:
-    """What a method gives for every job, and how stale the previous results were."""
+    """What a method gives for every job, and how stale the previous results were.
+
+    Args:
+      jobs: by key.
+      method: how factors are inverted, or their eigenbases found.
+      first: whether there are no results so far.
+      over: how a batch is divided over devices; None where each solves all of it.
+    """
     batches: dict[object, list[Key]] = {}
     for key, job in jobs.items():
         kind = (job.eigen, job.factor.shape[-1], job.factor.dtype.name)
@@ -47,7 +78,11 @@ def solved(
         batch = [jobs[key] for key in keys]
         factors = _stacked([job.factor for job in batch])
         previous = _stacked([job.previous for job in batch])
-        *results, stale = _solve(method, factors, previous, first, eigen=batch[0].eigen)
+        solve: Solve = functools.partial(_solve, method, eigen=batch[0].eigen)
+        if devices(over) > 1:
+            assert over is not None
+            solve = _dealt(solve, over, len(factors))
+        *results, stale = solve(factors, previous, first)
         staleness.append(jnp.max(stale))
         start = 0
         for key, job in zip(keys, batch, strict=True):
@@ -56,6 +91,26 @@ def solved(
             found[key] = tuple(x[start:stop].reshape(*stack, *x.shape[1:]) for x in results)
             start = stop
     return found, staleness
+
+
+def _dealt(solve: Solve, over: NamedSharding, count: int) -> Solve:
+    """`solve` with its batch dealt to devices, filled up with identities."""
+    missing, lead = -count % devices(over), PartitionSpec(*over.spec[:1])
+    # A mesh that is set is the one that arrays are on; its axes may be of another type here.
+    mesh = over.mesh if jax.sharding.get_abstract_mesh().empty else None
+    each = jax.shard_map(
+        solve, mesh=mesh, in_specs=(lead, lead, PartitionSpec()), out_specs=lead, check_vma=False
+    )
+
+    def filled(x: jax.Array) -> jax.Array:
+        identity = jnp.eye(x.shape[-1], dtype=x.dtype)
+        more = jnp.broadcast_to(identity, (missing, *identity.shape))
+        return jnp.concatenate([x, more]) if missing else x
+
+    def dealt(factors: jax.Array, previous: jax.Array, first: jax.Array) -> Any:
+        return tuple(x[:count] for x in each(filled(factors), filled(previous), first))
+
+    return dealt
 
 
 def _solve(

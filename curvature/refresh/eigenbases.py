@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from curvature.blocks.eigen_kronecker import from_basis
 from curvature.estimator.bases import BASES, identity, moved_diagonal, overlap
 from curvature.estimator.factors import factors_of
 from curvature.meshes import automatic
 from curvature.precision import Precision
-from curvature.refresh.batches import Job, Key, solved
+from curvature.refresh.batches import Job, Key, devices, solved
 from curvature.refresh.control import finite
 from curvature.refresh.inverses import Arrays
 from curvature.refresh.methods import QR, Eigh
@@ -75,6 +76,7 @@ class Eigenbases:
       method: how bases are found.
       turns: in how many turns everything is renewed once.
       precision: of changes of basis.
+      over: as `Inverses` has it.
     """
 
     layers: tuple[Layer, ...]
@@ -82,12 +84,14 @@ class Eigenbases:
     method: Eigh | QR
     turns: int
     precision: Precision
+    over: NamedSharding | None = None
 
     @functools.cached_property
     def schedule(self) -> tuple[tuple[Layer, ...], ...]:
         """Whose bases are renewed at each turn."""
         found = [unit for x in self.layers for unit in units(x, self.factors[x.name], eigen=True)]
-        return tuple(tuple(unit.layer for unit in turn) for turn in dealt(found, self.turns))
+        hands = dealt(found, self.turns, devices(self.over))
+        return tuple(tuple(unit.layer for unit in turn) for turn in hands)
 
     def identity(self) -> Arrays:
         """The coordinates themselves."""
@@ -161,7 +165,7 @@ class Eigenbases:
                     found[key] = jnp.ones_like(factor)
                 else:
                     jobs[key] = Job(factor, bases[layer.name][basis], eigen=True)
-        solutions, staleness = solved(jobs, self.method, first)
+        solutions, staleness = solved(jobs, self.method, first, self.over)
         stale = [x.astype(weight.dtype) for x in staleness]
         return found | {key: vectors for key, (_, vectors) in solutions.items()}, stale
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from curvature.blocks import BlockDiagonal, Dense, EigenKronecker, Kronecker, block_of
 from curvature.blocks.block import safe_power
@@ -29,7 +30,7 @@ from curvature.estimator.bases import BASES, carried_over, identity, known, prod
 from curvature.estimator.factors import Statistics, factors_of
 from curvature.linalg import diagonal, multiples_of_identity
 from curvature.meshes import automatic
-from curvature.refresh.batches import Job, Key, Solved, solved
+from curvature.refresh.batches import Job, Key, Solved, devices, solved
 from curvature.refresh.control import finite
 from curvature.refresh.methods import QR, Eigh, Method
 from curvature.refresh.plain import plain
@@ -81,19 +82,22 @@ class Inverses:
       method: how factors are inverted.
       turns: in how many turns everything is renewed once.
       relative: whether damping is a multiple of each block's mean eigenvalue.
+      over: how factors of one size are divided over devices to be inverted; None where each device
+        inverts all of them.
     """
 
     estimator: Estimator
     method: Method
     turns: int
     relative: bool
+    over: NamedSharding | None = None
 
     @functools.cached_property
     def schedule(self) -> tuple[tuple[Unit, ...], ...]:
         """What is renewed at each turn."""
         zeros, eigen = self.estimator.zeros(), isinstance(self.method, Eigh | QR)
         found = [units(layer, zeros[layer.name], eigen=eigen) for layer in self.estimator.layers]
-        return dealt([unit for some in found for unit in some], self.turns)
+        return dealt([unit for some in found for unit in some], self.turns, devices(self.over))
 
     def zeros(self) -> Arrays:
         """Inverses of nothing."""
@@ -231,7 +235,7 @@ class Inverses:
                     jobs[key] = Job(damped, kept[side], eigen=False)
                 else:
                     solutions[key] = (safe_power(factor + shifts[side][..., None], -1.0),)
-        batched, staleness = solved(jobs, self.method, now.first)
+        batched, staleness = solved(jobs, self.method, now.first, self.over)
         return solutions | batched, staleness
 
     def _renewed(

@@ -6,6 +6,7 @@ first and each to the turn that has least to do so far, so that no step is much 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -51,9 +52,19 @@ def units(layer: Layer, statistics: Statistics, *, eigen: bool) -> list[Unit]:
     return [Unit(layer, (side,), cost(side)) for side in SIDES]
 
 
-def dealt(units: Sequence[Unit], turns: int) -> tuple[tuple[Unit, ...], ...]:
-    """The units of each of a number of turns."""
+def dealt(units: Sequence[Unit], turns: int, devices: int = 1) -> tuple[tuple[Unit, ...], ...]:
+    """The units of each of a number of turns.
+
+    Units of one cost go together, as many as there are devices to work on them at once.
+    """
     hands: list[list[Unit]] = [[] for _ in range(turns)]
-    for unit in sorted(units, key=lambda unit: -unit.cost):
-        min(hands, key=lambda hand: sum(other.cost for other in hand)).append(unit)
+    costs = [0] * turns
+    ordered = sorted(units, key=lambda unit: -unit.cost)
+    for cost, equal in itertools.groupby(ordered, key=lambda unit: unit.cost):
+        rest = list(equal)
+        while rest:
+            turn = costs.index(min(costs))
+            hands[turn] += rest[:devices]
+            costs[turn] += cost
+            del rest[:devices]
     return tuple(tuple(hand) for hand in hands)
