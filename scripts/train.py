@@ -1,4 +1,4 @@
-"""Trains a small network on handwritten digits with K-FAC, Adam or SGD.
+"""Trains a small network on handwritten digits with K-FAC, Adam or SGD, or a large transformer.
 
 One plain-JAX loop serves Flax linen, Flax NNX and Haiku; nothing is downloaded. Writes metrics.json
 (settings, versions, curves, final figures) and training.png, and while it trains a line of
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,9 @@ models (64 inputs, 10 classes):
   mlp        64-64-64-10, ReLU
   deep       64-20-20-20-20-20-10, tanh: narrow and deep, hard for first-order methods
   batchnorm  as mlp, with batch norm (its statistics are model state) and dropout (needs keys)
+
+  transformer  decoder-only, on bytes, 0.1 M to over 100 M parameters, on one device, a mesh or
+               several processes; it has options of its own: --model transformer --help
 
 examples:
   python scripts/train.py
@@ -49,6 +53,7 @@ KFAC_OPTIONS = (
     "refresh_every",
     "adaptive",
 )
+TRANSFORMER = "transformer"
 ADAPTIVE_DAMPING = curvature.LevenbergMarquardt().initial
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(optimizers.Settings)}
 
@@ -78,7 +83,7 @@ def _add_problem(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--model",
-        choices=tuple(problems.ARCHITECTURES),
+        choices=(*problems.ARCHITECTURES, TRANSFORMER),
         default="mlp",
         help="see below (default: mlp)",
     )
@@ -219,6 +224,12 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--quiet", action="store_true", help="no progress bar and no layer table")
 
 
+def asks_for_transformer(argv: Sequence[str]) -> bool:
+    """Whether the model is the one with a command line of its own."""
+    pairs = itertools.pairwise(argv)
+    return f"--model={TRANSFORMER}" in argv or ("--model", TRANSFORMER) in pairs
+
+
 def settings_from(
     command: argparse.ArgumentParser, args: argparse.Namespace
 ) -> optimizers.Settings:
@@ -290,6 +301,11 @@ def metrics(problem: problems.Problem, plan: loop.Plan, run: loop.Run) -> dict[s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; the exit status is 1 if the training diverged."""
+    argv = sys.argv[1:] if argv is None else argv
+    if asks_for_transformer(argv):
+        from transformer import command as transformer
+
+        return transformer.main(argv)
     command = parser()
     args = command.parse_args(argv)
     settings = settings_from(command, args)

@@ -98,6 +98,7 @@ def _dealt(solve: Solve, over: NamedSharding, count: int) -> Solve:
     missing, lead = -count % devices(over), PartitionSpec(*over.spec[:1])
     # A mesh that is set is the one that arrays are on; its axes may be of another type here.
     mesh = over.mesh if jax.sharding.get_abstract_mesh().empty else None
+    everywhere = PartitionSpec() if mesh is None else NamedSharding(mesh, PartitionSpec())
     each = jax.shard_map(
         solve, mesh=mesh, in_specs=(lead, lead, PartitionSpec()), out_specs=lead, check_vma=False
     )
@@ -108,7 +109,9 @@ def _dealt(solve: Solve, over: NamedSharding, count: int) -> Solve:
         return jnp.concatenate([x, more]) if missing else x
 
     def dealt(factors: jax.Array, previous: jax.Array, first: jax.Array) -> Any:
-        return tuple(x[:count] for x in each(filled(factors), filled(previous), first))
+        whole = jax.lax.with_sharding_constraint((factors, previous), everywhere)
+        results = each(*map(filled, whole), first)
+        return tuple(x[:count] for x in jax.lax.with_sharding_constraint(results, everywhere))
 
     return dealt
 

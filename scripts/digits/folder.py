@@ -39,6 +39,7 @@ class RunFolder:
       steps: how many there will be in all.
       checkpoint_every: steps between checkpoints, of which the last step is one; None for none.
       resume: whether to go on from the checkpoint, if there is one.
+      writes: whether measurements are this process's to write; checkpoints are of all together.
 
     Raises:
       ValueError: the checkpoint there does not lead to this run, or resuming was not asked for.
@@ -51,6 +52,8 @@ class RunFolder:
         steps: int,
         checkpoint_every: int | None,
         resume: bool,
+        *,
+        writes: bool = True,
     ) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self._checkpoints = ocp.CheckpointManager(
@@ -62,6 +65,7 @@ class RunFolder:
             ),
         )
         self._settings, self._steps, self._every = settings, steps, checkpoint_every
+        self._writes = writes
         self.step = self._checkpoints.latest_step() or 0
         self.seconds = 0.0
         self.rows: list[dict[str, Any]] = []
@@ -73,6 +77,8 @@ class RunFolder:
                     "--resume, or give another --out"
                 )
             self._take_up(lines)
+        if not writes:
+            return
         self._lines = lines.open("a" if self.step else "w")
         self._events = EventsWriter(str(path / "events"), f".from_step_{self.step}")
         start = SessionLog(status=SessionLog.START)  # makes TensorBoard drop this step and later
@@ -102,8 +108,10 @@ class RunFolder:
                 f"--resume: {lines} is missing or shorter than at the checkpoint of step "
                 f"{self.step}: put it back, or start again with another --out"
             )
-        os.truncate(lines, run["lines_size"])
-        self.rows = [json.loads(line) for line in lines.read_text().splitlines()]
+        if self._writes:
+            os.truncate(lines, run["lines_size"])
+        text = lines.read_bytes()[: run["lines_size"]].decode()
+        self.rows = [json.loads(line) for line in text.splitlines()]
         self.seconds = run["seconds"]
 
     def restore(self, state: PyTree) -> PyTree:
@@ -118,6 +126,8 @@ class RunFolder:
 
         TensorBoard cannot draw error bars: errors of comparisons are in metrics.jsonl alone.
         """
+        if not self._writes:
+            return
         self._lines.write(report.json_line(row))
         self._lines.flush()
         shown = {k: v for k, v in row.items() if k != "step" and not is_error(k)}
@@ -130,12 +140,14 @@ class RunFolder:
         """Makes a checkpoint, which is there as a whole or not at all, and drops the one before."""
         if not self._every or (step % self._every and step != self._steps):
             return
-        run = {"settings": self._settings, "seconds": seconds, "lines_size": self._lines.tell()}
+        size = self._lines.tell() if self._writes else 0  # the first process's counts
+        run = {"settings": self._settings, "seconds": seconds, "lines_size": size}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
         self._checkpoints.save(step, args=args)
 
     def close(self) -> None:
         """Closes all files."""
-        self._lines.close()
-        self._events.close()
+        if self._writes:
+            self._lines.close()
+            self._events.close()
         self._checkpoints.close()
