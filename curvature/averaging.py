@@ -50,7 +50,7 @@ class Averaging:
     accumulate: int
     statistics_every: Period
     warmup_steps: int
-    statistics_batch: float
+    statistics_batch: float | None
 
     def __post_init__(self) -> None:
         check_range("decay", self.decay, 0.0, 1.0)

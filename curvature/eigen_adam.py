@@ -39,7 +39,7 @@ def eigen_adam(
     burn_in: int = 0,
     accumulate: int = 1,
     statistics_every: Period | None = None,
-    statistics_batch: float = 1.0,
+    statistics_batch: float | None = None,
     refresh_every: Period = 5,
     warmup_steps: int = 20,
     refresh: Eigh | QR = _QR,

@@ -102,7 +102,7 @@ def in_eigenbasis(
     burn_in: int = 0,
     accumulate: int = 1,
     statistics_every: Period | None = None,
-    statistics_batch: float = 1.0,
+    statistics_batch: float | None = None,
     refresh_every: Period = 5,
     warmup_steps: int = 20,
     refresh: Eigh | QR = _QR,
@@ -204,7 +204,7 @@ def transformation(
     burn_in: int,
     accumulate: int,
     statistics_every: Period | None,
-    statistics_batch: float,
+    statistics_batch: float | None,
     refresh_every: Period,
     warmup_steps: int,
     refresh: Eigh | QR,
@@ -221,7 +221,7 @@ def transformation(
         raise TypeError(f"refresh is {refresh!r}, expected Eigh() or QR().")
     check_over(refresh_over)
     own_factors = isinstance(kind, Shampoo)
-    if own_factors and statistics_batch != 1:
+    if own_factors and statistics_batch is not None:
         raise ValueError(
             f"statistics_batch is {statistics_batch}, but Shampoo() takes its factors from the "
             "gradient, which has no examples: leave it out."

@@ -140,7 +140,7 @@ def kfac(
     burn_in: int = 0,
     accumulate: int = 1,
     statistics_every: Period = 5,
-    statistics_batch: float = 1.0,
+    statistics_batch: float | None = None,
     refresh_every: Period = 10,
     warmup_steps: int = 20,
     refresh: Method = _CHOLESKY,

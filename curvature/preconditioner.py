@@ -109,7 +109,7 @@ def scale_by_curvature(
     burn_in: int = 0,
     accumulate: int = 1,
     statistics_every: Period = 1,
-    statistics_batch: float = 1.0,
+    statistics_batch: float | None = None,
     refresh_every: Period = 1,
     warmup_steps: int = 20,
     kl_clip: ScalarOrSchedule | None = None,

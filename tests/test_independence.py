@@ -168,6 +168,7 @@ def test_imports_run_downward_only(path):
         "kfac",
         "eigen_adam",
         "progress",
+        "placement",
         "checkpoint",
         "comparison",
     ]

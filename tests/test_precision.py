@@ -379,4 +379,5 @@ def test_products_as_each_platform_gets_them(platform: str, dtype: Any) -> None:
         else:  # the model's own: with the logits at the default
             found.add(f"{left} {right} {out}")
     own = {"f32 f32 f32"} if dtype == jnp.float32 else {"bf16 bf16 bf16", "rows"}
-    assert found == {"halves", "full"} | own, found
+    ours = {"full"} if platform == "cpu" else {"halves", "full"}
+    assert found == ours | own, found

@@ -126,7 +126,7 @@ class Estimator:
         *args: PyTree,
         key: jax.Array | None = None,
         bases: Mapping[str, Statistics] | None = None,
-        share: float = 1.0,
+        share: float | None = None,
     ) -> dict[str, Statistics]:
         """The statistics of every block, by layer name; linear averages of these are meaningful.
 
@@ -145,7 +145,8 @@ class Estimator:
           bases: statistics whose bases the corrections of EKFAC blocks are taken in, so that
             averages of corrections are meaningful; for example those of `rebased`. Their other
             entries are not looked at.
-          share: of the examples that are looked at, evenly spaced: they stand for all of them.
+          share: of the examples that are looked at, evenly spaced: they stand for all of them. By
+            default all are.
 
         Raises:
           ValueError: the key is missing, an argument differs from what was registered, `bases`
@@ -168,7 +169,7 @@ class Estimator:
         try:
             with on_mesh(params, args):
                 weights: Mapping[int, jax.Array] = {}
-                if share < 1:
+                if share is not None:
                     whole = analysis, jax.tree.leaves((params, args))
                     args, size = examples_of(args, self.registry.batch, share)
                     analysis = self.registry.analyse(params, args, larger=size)

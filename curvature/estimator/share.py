@@ -30,11 +30,13 @@ PyTree = Any
 
 
 def check_share(share: Any, registry: Registry) -> None:
-    """Raises for what is no share of a batch, and where examples are not known."""
+    """Raises for what is no share of a batch, and where examples are not known; None is all."""
+    if share is None:
+        return
     number = isinstance(share, int | float) and not isinstance(share, bool)
     if not number or not 0 < share <= 1:
-        raise ValueError(f"statistics_batch is {share!r}, expected a number in (0, 1].")
-    if share < 1 and not any(registry.batch):
+        raise ValueError(f"statistics_batch is {share!r}, expected a number in (0, 1], or None.")
+    if not any(registry.batch):
         raise ValueError(
             f"statistics_batch is {share}, but no argument of the loss function was found to have "
             "an axis of examples. Pass the batch as an argument, or leave statistics_batch out."

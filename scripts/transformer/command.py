@@ -106,9 +106,8 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--statistics-batch",
         type=options.positive_float,
-        default=1.0,
         metavar="X",
-        help="the share of a batch that statistics are taken of (default: 1)",
+        help="the share of a batch that statistics are taken of (default: all of it)",
     )
     group.add_argument(
         "--learning-rate",

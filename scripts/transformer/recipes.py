@@ -31,7 +31,7 @@ class Recipe:
     learning_rate: float
     weight_decay: float
     statistics_every: int
-    statistics_batch: float
+    statistics_batch: float | None
     refresh_every: int
 
     def schedule(self, steps: int) -> Callable[[Any], Any]:
