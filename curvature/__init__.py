@@ -17,7 +17,7 @@ from curvature.eigen_adam import eigen_adam
 from curvature.eigenbasis import EigenbasisState, EigenbasisStats, in_eigenbasis
 from curvature.estimator import EmpiricalFisher, Estimator, Fisher, GaussNewton
 from curvature.kfac import KFACState, KFACStats, ekfac, foof, kfac
-from curvature.placement import state_shardings
+from curvature.placement import state_memory, state_shardings
 from curvature.preconditioner import CurvatureState, CurvatureStats, scale_by_curvature
 from curvature.progress import check_progress
 from curvature.refresh import QR, Cholesky, Eigh, NewtonSchulz
@@ -67,6 +67,7 @@ __all__ = [
     "proximal",
     "register",
     "scale_by_curvature",
+    "state_memory",
     "state_shardings",
     "tag_layer",
     "with_factors",

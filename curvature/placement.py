@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -57,3 +59,38 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
         tx, like, state, params, transform_non_params=lambda _: everywhere
     )
     return found
+
+
+def state_memory(tx: optax.GradientTransformation, params: PyTree) -> dict[str, int]:
+    """The bytes of an optimizer's state on each device, by what they are for; nothing is allocated.
+
+    Args:
+      tx: any optax transformation, of this library or not.
+      params: parameters: arrays, or shapes. Where they have a `NamedSharding`, the state is taken
+        to be divided as `state_shardings` says; else one device has all of it.
+
+    Returns:
+      Bytes by the name of the state's field (`statistics`, `inverse`, `bases`, ...), and `total`.
+
+    >>> import jax, jax.numpy as jnp, optax, curvature
+    >>> params = {"w": jax.ShapeDtypeStruct((1000, 250), jnp.float32)}
+    >>> curvature.state_memory(optax.adam(1e-3), params)
+    {'count': 4, 'mu': 1000000, 'nu': 1000000, 'total': 2000004}
+    """
+    state = jax.eval_shape(tx.init, params)
+    leaves = jax.tree.leaves(params)
+    divided = all(isinstance(getattr(x, "sharding", None), NamedSharding) for x in leaves)
+    places = jax.tree.leaves(state_shardings(tx, params)) if divided else None
+    found: dict[str, int] = {}
+    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(state)):
+        shape = leaf.shape if places is None else places[i].shard_shape(leaf.shape)
+        name = _field(path)
+        found[name] = found.get(name, 0) + math.prod(shape) * leaf.dtype.itemsize
+    return found | {"total": sum(found.values())}
+
+
+def _field(path: Sequence[Any]) -> str:
+    """The name of the field of a state that a leaf is in; that of `curvature`'s own, of it."""
+    names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+    inner = names[1:] if names[:1] == ["curvature"] else names
+    return inner[0] if inner else jax.tree_util.keystr(tuple(path[:1]))

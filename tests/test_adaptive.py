@@ -214,7 +214,7 @@ def test_the_damping_grows_by_what_the_step_does_to_the_next_batch(rate, monkeyp
     before, params, state, damping, ratios = None, PARAMS, tx.init(PARAMS), 1e-2, []
     update = jax.jit(tx.update)
     for t in range(20):
-        x, y = X[t % 4 :][:4], jax.random.randint(jax.random.key(50 + t), (4,), 0, 4)
+        x, y = X[t % 4 :][:4], jax.random.randint(jax.random.key(52 + t), (4,), 0, 4)
         if t and t % every == 0:
             change = objective(params, x, y) - objective(before, x, y)
             ratios.append(change / state.stats.predicted)

@@ -1,0 +1,108 @@
+"""Where an optimizer's state lives on a mesh, how large it is, and that a step compiles once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import curvature
+
+KEY = jax.random.key(0)
+
+
+def problem():
+    """Two layers on 2 x 2 devices, their weights and the batch divided."""
+    devices = np.array(jax.devices()[:4]).reshape(2, 2)
+    mesh = jax.sharding.Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    params = {"w": jax.random.normal(KEY, (6, 8)), "b": jnp.zeros(8), "v": jnp.ones((8, 4))}
+    specs = {"w": P("data", "model"), "b": P(), "v": P("model")}
+    params = {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in params.items()}
+    x, y = jax.random.normal(KEY, (8, 6)), jnp.arange(8) % 4
+
+    def loss(p, x, y):
+        z = jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]
+        return curvature.losses.softmax_cross_entropy_with_integer_labels(z, y).mean()
+
+    batch = jax.device_put((x, y), NamedSharding(mesh, P("data")))
+    return loss, params, batch, mesh
+
+
+def recipes(registry, mesh):
+    over = NamedSharding(mesh, P(("data", "model")))
+    inner = optax.chain(optax.trace(0.9), optax.scale_by_rms(eps=1e-3))
+    return {
+        "kfac": curvature.kfac(registry, 0.1, refresh_over=over),
+        "ekfac": curvature.ekfac(registry, 0.1, accumulate=2),
+        "adaptive": curvature.kfac(
+            registry, curvature.QuadraticModel(), damping=curvature.LevenbergMarquardt()
+        ),
+        "in_eigenbasis": curvature.in_eigenbasis(registry, inner, refresh_over=over),
+        "chain": optax.chain(curvature.scale_by_curvature(registry), optax.trace(0.9)),
+    }
+
+
+RECIPES = ("kfac", "ekfac", "adaptive", "in_eigenbasis", "chain")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_step_compiles_once_and_leaves_the_state_where_it_is(name):
+    loss, params, batch, mesh = problem()
+    tx = recipes(curvature.register(loss, params, *batch), mesh)[name]
+    places = curvature.state_shardings(tx, params)
+    state = jax.jit(tx.init, out_shardings=places)(params)
+
+    def step(params, state, key):
+        value, grads = jax.value_and_grad(loss)(params, *batch)
+        updates, state = tx.update(grads, state, params, loss_args=batch, key=key, value=value)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step, out_shardings=(jax.tree.map(lambda x: x.sharding, params), places))
+    for i in range(3):
+        params, state = step(params, state, jax.random.fold_in(KEY, i))
+    assert step._cache_size() == 1
+    for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+
+
+def test_what_is_like_the_parameters_is_divided_as_they_are():
+    loss, params, batch, mesh = problem()
+    tx = recipes(curvature.register(loss, params, *batch), mesh)["kfac"]
+    places = curvature.state_shardings(tx, params)
+    assert {k: s.spec for k, s in places.previous.items()} == {
+        "w": P("data", "model"),
+        "b": P(),
+        "v": P("model"),
+    }
+    rest = jax.tree.leaves(places.curvature)
+    assert all(s.spec == P() for s in rest)
+    assert all(s.mesh == mesh for s in rest)
+
+
+def test_parameters_on_no_mesh_are_refused():
+    with pytest.raises(ValueError, match="on no mesh"):
+        curvature.state_shardings(optax.adam(0.1), {"w": jnp.ones(2)})
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("divided", [False, True])
+def test_memory_is_what_the_state_takes(name, divided):
+    loss, params, batch, mesh = problem()
+    if not divided:
+        params = {k: jnp.asarray(np.asarray(x)) for k, x in params.items()}
+    tx = recipes(curvature.register(loss, params, *batch), mesh)[name]
+    found = curvature.state_memory(tx, params)
+    places = curvature.state_shardings(tx, params) if divided else None
+    state = jax.jit(tx.init, out_shardings=places)(params)
+    device = jax.devices()[0]
+    expected = sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(state)
+        for shard in leaf.addressable_shards
+        if shard.device == device
+    )
+    assert found.pop("total") == expected
+    assert sum(found.values()) == expected
+    assert "statistics" in found
