@@ -275,7 +275,7 @@ def test_methods_agree_in_the_long_run(method, block):
     other = curvature.Eigh(factored=False) if exact else curvature.Cholesky()
     one, two = (
         run(
-            curvature.scale_by_curvature(registry, damping=0.1, refresh=m, refresh_every=2),
+            curvature.scale_by_curvature(registry, EXACT, damping=0.1, refresh=m, refresh_every=2),
             20,
             args=lambda t: (X * (1 + 0.5 * min(t, 3)), Y),
             move=False,

@@ -121,7 +121,7 @@ def _drawn(key: jax.Array, q: jax.Array) -> jax.Array:
     sums = groups.sum(-1)
     left = jax.random.uniform(key, q.shape[:-1], q.dtype) * sums.sum(-1)
     group, left = _first_beyond(sums, left)
-    chosen = group[..., None] == jnp.arange(sums.shape[-1])
+    chosen = _places(sums, group) == group[..., None]
     member, _ = _first_beyond(jnp.sum(groups, axis=-2, where=chosen[..., None]), left)
     return group * width + member
 
@@ -134,8 +134,13 @@ def _first_beyond(weights: jax.Array, left: jax.Array) -> tuple[jax.Array, jax.A
     total = jnp.cumsum(weights, axis=-1)
     last = weights.shape[-1] - 1 - jnp.argmax(jnp.flip(weights > 0, -1), axis=-1)
     found = jnp.minimum(jnp.sum(total <= left[..., None], axis=-1), last)
-    before = found[..., None] > jnp.arange(weights.shape[-1])
+    before = _places(weights, found) < found[..., None]
     return found, left - jnp.sum(weights, axis=-1, where=before)
+
+
+def _places(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The index of every entry along the last axis, in the dtype of other indices."""
+    return jax.lax.broadcasted_iota(like.dtype, x.shape, x.ndim - 1)
 
 
 def _masked(x: jax.Array, targets: Targets, fill: float = 0.0) -> jax.Array:
