@@ -92,11 +92,11 @@ def test_statistics_are_those_of_one_device(case, mode):
 
 
 def rotated(others):
-    """Every case with every one of the others, in turns in each of the modes; a half exhaustive."""
+    """Every case with every one of the others, in turns in each of the modes; a third not exhaustive."""
     modes = list(MODES)
     rest = pytest.mark.exhaustive
     return [
-        pytest.param(*(case, modes[(i + j) % len(modes)], other), marks=rest if (i + j) % 2 else ())
+        pytest.param(*(case, modes[(i + j) % len(modes)], other), marks=rest if (i - j) % 3 else ())
         for i, case in enumerate(CASES)
         for j, other in enumerate(others)
     ]
@@ -286,6 +286,7 @@ def compare_operators(case, mode, make):
     close(found, expected, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["explicit", "explicit, set"])
 @pytest.mark.parametrize("case", ["tensor_parallel"])
 def test_the_estimators_operator_is_that_of_one_device(case, mode):
