@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import train
-from transformer import command, config, mathematics, place, recipes, text
+from transformer import command, config, mathematics, place, text
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
