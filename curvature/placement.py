@@ -38,8 +38,8 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     >>> params = jax.device_put({"w": jnp.ones((2, 3))}, divided)
     >>> tx = optax.adam(1e-3)
     >>> places = curvature.state_shardings(tx, params)
-    >>> places[0].mu["w"].spec, places[0].count.spec
-    (PartitionSpec('model',), PartitionSpec())
+    >>> places[0].mu["w"] == divided, places[0].count.spec == PartitionSpec()
+    (True, True)
     >>> state = jax.jit(tx.init, out_shardings=places)(params)
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

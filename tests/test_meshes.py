@@ -92,7 +92,7 @@ def test_statistics_are_those_of_one_device(case, mode):
 
 
 def rotated(others):
-    """Every case with every one of the others, in turns in each of the modes; a third in every run."""
+    """Every case with every one of the others, in turns in the modes; a third in every run."""
     modes = list(MODES)
     rest = pytest.mark.exhaustive
     return [
