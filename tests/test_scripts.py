@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+import cost
 import demo
 import train
 from digits import data, fisher, loop, options, problems
@@ -208,3 +209,13 @@ def test_a_layer_without_curvature_has_no_ratio():
     layer = fisher.LayerComparison("dead", 0.0, 0.0, None)
     assert layer.trace_ratio != layer.trace_ratio
     assert "too large" in fisher.table([layer], [layer])
+
+def test_what_a_step_costs_is_measured_row_by_row(tmp_path, capsys):
+    small = "--layers 1 --width 16 --heads 2 --vocabulary 32 --context 8 --batch-size 2 --steps 2"
+    out = tmp_path / "cost.json"
+    rows = ["adamw", "kfac, a quarter every 10, inverses in 100"]
+    assert cost.main([*small.split(), "--network", "gpt", "--row", *rows, "--out", str(out)]) == 0
+    found = read_json(out)
+    assert list(found["gpt"]["rows"]) == rows
+    assert all(row["mean_ms"] > 0 for row in found["gpt"]["rows"].values())
+    assert "compile / adamw" in capsys.readouterr().out
