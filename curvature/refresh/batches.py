@@ -40,18 +40,12 @@ class Job(NamedTuple):
 
 
 def devices(over: NamedSharding | None) -> int:
-    """How many devices a batch is dealt to."""
-    return 1 if over is None else over.num_devices // _copies(over)
-
-
-def _copies(over: NamedSharding) -> int:
-    """How many devices have the same part of what is divided like this."""
-    divided = {axis for part in over.spec if part is not None for axis in _names(part)}
-    return math.prod(n for axis, n in over.mesh.shape.items() if axis not in divided)
-
-
-def _names(part: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (part,) if isinstance(part, str) else part
+    """How many devices a batch is dealt to: those along the axes of its leading part."""
+    if over is None:
+        return 1
+    lead = over.spec[0]
+    axes = (lead,) if isinstance(lead, str) else lead
+    return math.prod(over.mesh.shape[axis] for axis in axes)
 
 
 def solved(
