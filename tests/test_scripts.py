@@ -210,6 +210,7 @@ def test_a_layer_without_curvature_has_no_ratio():
     assert layer.trace_ratio != layer.trace_ratio
     assert "too large" in fisher.table([layer], [layer])
 
+
 def test_what_a_step_costs_is_measured_row_by_row(tmp_path, capsys):
     small = "--layers 1 --width 16 --heads 2 --vocabulary 32 --context 8 --batch-size 2 --steps 2"
     out = tmp_path / "cost.json"
