@@ -401,3 +401,20 @@ def test_a_part_of_the_state_that_a_first_update_leaves_alone_is_refused():
 
     with pytest.raises(ValueError, match="its first update does not change it"):
         curvature.in_eigenbasis(REGISTRY, optax.GradientTransformation(init, update))
+
+
+@pytest.mark.usefixtures("library_defaults")
+def test_moments_of_few_bits_stay_so_when_a_basis_is_renewed():
+    def loss(p, x, y):
+        return curvature.losses.l2_loss(x @ p["w"], y).mean()
+
+    params, x, y = {"w": jnp.eye(4, 3)}, jnp.ones((4, 4)), jnp.zeros((4, 3))
+    inner = optax.scale_by_adam(mu_dtype=jnp.bfloat16)
+    tx = curvature.in_eigenbasis(curvature.register(loss, params, x, y), inner)
+    state, grads = tx.init(params), jax.grad(loss)(params, x, y)
+    for i in range(2):
+        _, after = tx.update(grads, state, params, loss_args=(x, y), key=jax.random.key(i))
+        assert [x.dtype for x in jax.tree.leaves(after)] == [
+            x.dtype for x in jax.tree.leaves(state)
+        ]
+        state = after

@@ -137,10 +137,10 @@ class Eigenbases:
             # What is kept of a layer in another shape, as by a factored second moment, stays.
             for blocks in (x for x in vectors if x[name].shape == layer.shape):
                 moved = from_basis(_like(overlaps, blocks[name]), blocks[name], *rest)
-                blocks[name] = jnp.where(good, moved, blocks[name])
+                blocks[name] = jnp.where(good, moved.astype(blocks[name].dtype), blocks[name])
             for blocks in (x for x in diagonals if x[name].shape == layer.shape):
                 moved = moved_diagonal(_like(overlaps, blocks[name]), blocks[name], *rest)
-                blocks[name] = jnp.where(good, moved, blocks[name])
+                blocks[name] = jnp.where(good, moved.astype(blocks[name].dtype), blocks[name])
             bases[name] = after
         stale = functools.reduce(jnp.maximum, staleness, old.staleness)
         return Moved(bases, tuple(vectors), tuple(diagonals), failed, stale)
