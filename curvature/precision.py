@@ -23,8 +23,8 @@ Precision = jax.lax.Precision | jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPrese
 FAST: Precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3
 """Three products of bfloat16 halves, added up in float32: 16 bits. By peak figures five times as
 fast as float32 on an H100, and twice as fast as `HIGHEST` on a TPU. On a CPU this stands for
-`HIGHEST`, where there is nothing to gain. GPUs older than NVIDIA's Ampere have none and refuse: give
-`"highest"` there."""
+`HIGHEST`, where there is nothing to gain. GPUs older than NVIDIA's Ampere have none and refuse:
+give `"highest"` there."""
 
 
 def accumulator(*dtypes: Any) -> Any:

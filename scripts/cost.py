@@ -64,22 +64,16 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--network", nargs="+", choices=NETWORKS, default=NETWORKS, help="default: both")
     add("--row", nargs="+", choices=tuple(ROWS), default=tuple(ROWS), help="default: all")
-    for name, default in (
-        ("layers", 12),
-        ("width", 768),
-        ("heads", 12),
-        ("context", 1024),
-        ("vocabulary", 50_304),
-        ("batch-size", 8),
-        ("steps", 40),
+    for name, default, what in (
+        ("layers", 12, "of gpt"),
+        ("width", 768, "of gpt"),
+        ("heads", 12, "of gpt"),
+        ("context", 1024, "positions of a window"),
+        ("vocabulary", 50_304, "of gpt"),
+        ("batch-size", 8, "windows"),
+        ("steps", 40, "that are timed"),
     ):
-        add(
-            f"--{name}",
-            type=options.positive_int,
-            default=default,
-            metavar="N",
-            help=f"default: {default}",
-        )
+        options.add_number(result, name, default, what)
     add("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of gpt (default: bfloat16)")
     add("--out", type=Path, metavar="FILE", help="JSON (default: none)")
     return result

@@ -27,6 +27,17 @@ def positive_int(text: str) -> int:
     return int(value)
 
 
+def add_number(group: argparse._ActionsContainer, name: str, default: int, what: str) -> None:
+    """An option that is at least 1; its help ends with its default."""
+    group.add_argument(
+        f"--{name}",
+        type=positive_int,
+        default=default,
+        metavar="N",
+        help=f"{what} (default: {default})",
+    )
+
+
 def seed(text: str) -> int:
     """At least 0, and small enough for every generator that is seeded with it."""
     value = _number(text, int, "a whole number")

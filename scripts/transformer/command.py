@@ -67,14 +67,7 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
         ("kv-heads", "of keys and values"),
         ("context", "positions of a window"),
     ):
-        default = getattr(usual, name.replace("-", "_"))
-        group.add_argument(
-            f"--{name}",
-            type=options.positive_int,
-            default=default,
-            metavar="N",
-            help=f"{what} (default: {default})",
-        )
+        options.add_number(group, name, getattr(usual, name.replace("-", "_")), what)
     group.add_argument(
         "--dtype", choices=tuple(DTYPES), default=usual.dtype, help="of the computation"
     )
@@ -96,13 +89,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         ("statistics-every", 5, "steps between statistics"),
         ("refresh-every", 5, "steps in which every basis is renewed once"),
     ):
-        group.add_argument(
-            f"--{name}",
-            type=options.positive_int,
-            default=default,
-            metavar="N",
-            help=f"{what} (default: {default})",
-        )
+        options.add_number(group, name, default, what)
     group.add_argument(
         "--statistics-batch",
         type=options.positive_float,
