@@ -11,7 +11,7 @@ from curvature.blocks import (
     Identity,
     Kronecker,
 )
-from curvature.checkpoint import factors, with_factors
+from curvature.checkpoint import averages, factors, with_factors
 from curvature.comparison import Comparison, compare
 from curvature.eigen_adam import eigen_adam
 from curvature.eigenbasis import EigenbasisState, EigenbasisStats, in_eigenbasis
@@ -54,6 +54,7 @@ __all__ = [
     "QuadraticModel",
     "Registry",
     "Shampoo",
+    "averages",
     "check_progress",
     "compare",
     "eigen_adam",

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from curvature.arguments import Period, ScalarOrSchedule, at, check_period, check_range, is_time
-from curvature.estimator import Estimator, devices
+from curvature.estimator import devices
 from curvature.estimator.bases import BASES
 from curvature.estimator.share import check_share
+from curvature.estimator.stacks import Arrays, Stacks
+from curvature.meshes import automatic
 from curvature.precision import accumulator
-from curvature.refresh import Arrays
 from curvature.refresh.control import finite, when
 
 PyTree = Any
@@ -38,13 +39,13 @@ class Gathered(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Averaging:
-    """Running averages of an estimator's statistics, and micro-batches.
+    """Running averages of statistics by stack, and micro-batches.
 
     States are named tuples with `step`, `weight`, `statistics`, `micro` and `gradient`, as
     `CurvatureState` has them.
     """
 
-    estimator: Estimator
+    stacks: Stacks
     decay: ScalarOrSchedule
     burn_in: int
     accumulate: int
@@ -56,7 +57,7 @@ class Averaging:
         check_range("decay", self.decay, 0.0, 1.0)
         check_period("accumulate", self.accumulate)
         check_period("statistics_every", self.statistics_every, schedules=True)
-        check_share(self.statistics_batch, self.estimator.registry)
+        check_share(self.statistics_batch, self.stacks.estimator.registry)
         for name in ("burn_in", "warmup_steps"):
             check_period(name, getattr(self, name), smallest=0)
 
@@ -65,7 +66,7 @@ class Averaging:
         return {
             "step": jnp.zeros((), jnp.int32) - self.burn_in,
             "weight": jnp.zeros((), jnp.result_type(float)),
-            "statistics": self.estimator.zeros(),
+            "statistics": self.stacks.zeros(),
             "micro": jnp.zeros((), jnp.int32),
             "gradient": jax.tree.map(_wide_zeros, params) if self.accumulate > 1 else (),
         }
@@ -79,7 +80,7 @@ class Averaging:
         key: jax.Array | None,
     ) -> Gathered:
         """Averages statistics and gathers gradients, until there is a step to take."""
-        devices.check(self.estimator.axes, gradient, params, args, key)
+        devices.check(self.stacks.estimator.axes, gradient, params, args, key)
         averages, weight, sound = self._averaged(finite(gradient), state, params, args, key)
         state = state._replace(statistics=averages, weight=weight)
         return self._summed(gradient, state, sound)
@@ -119,14 +120,25 @@ class Averaging:
 
         def sample(carry: _Averages) -> _Averages:
             old, weight, sound = carry
-            fresh = self.estimator.statistics(
-                params, *args, key=key, bases=old, share=self.statistics_batch
-            )
+            fresh = self._fresh(old, params, args, key)
             # The factors are Gram matrices: none of their entries is beyond their traces.
-            sound &= jnp.isfinite(self.estimator.operator(fresh).trace())
+            sound &= jnp.isfinite(self.stacks.operator(fresh).trace())
             return mixed((old, weight), fresh, sound, past, share)
 
         return when(self._due(state), sample, (state.statistics, state.weight, sound))
+
+    def _fresh(
+        self, old: Arrays, params: PyTree, args: tuple[PyTree, ...], key: jax.Array | None
+    ) -> Arrays:
+        """The statistics of a call, with corrections in the bases of the averages."""
+        bases = {
+            name: {field: x for field, x in arrays.items() if field in BASES}
+            for name, arrays in old.items()
+        }
+        found = self.stacks.estimator.statistics(
+            params, *args, key=key, bases=self.stacks.apart(bases), share=self.statistics_batch
+        )
+        return automatic(self.stacks.together, found)
 
     def _past(self, state: Any) -> jax.Array:
         """The weight of the past; schedules begin after the burn-in."""

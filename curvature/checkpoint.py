@@ -13,7 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from curvature.eigenbasis import EigenbasisState
+from curvature.estimator import Estimator
+from curvature.estimator.factors import Statistics
+from curvature.estimator.stacks import Stacks, divided
 from curvature.preconditioner import CurvatureState
+from curvature.registry import Registry
+from curvature.uncovered import set_apart
 
 PyTree = Any
 
@@ -36,6 +41,47 @@ def factors(state: PyTree) -> dict[str, Any]:
         raise ValueError(f"Found {len(found)} states with averaged statistics, expected one.")
     (one,) = found
     return {"step": one.step, "weight": one.weight, "statistics": one.statistics}
+
+
+def averages(registry: Registry, state: PyTree) -> dict[str, Statistics]:
+    """The averaged statistics by layer, as `Estimator.statistics` has them of one batch.
+
+    `Estimator(registry).operator` makes the running curvature of them. A state keeps layers of one
+    shape together, see `curvature.estimator.stacks`.
+
+    Args:
+      registry: that of the transformation.
+      state: as `factors` takes it.
+
+    Returns:
+      The averages of every layer that has some.
+
+    Raises:
+      ValueError: as `factors`, or the state is of another registry.
+
+    >>> import jax, jax.numpy as jnp, curvature
+    >>> def loss_fn(params, x):
+    ...     return curvature.losses.l2_loss(x @ params["a"] @ params["b"]).mean()
+    >>> params, x = {"a": jnp.eye(2), "b": jnp.eye(2)}, jnp.ones((4, 2))
+    >>> registry = curvature.register(loss_fn, params, x)
+    >>> tx = curvature.kfac(registry, 0.1, kind=curvature.GaussNewton())
+    >>> _, state = tx.update(jax.grad(loss_fn)(params, x), tx.init(params), params, loss_args=(x,))
+    >>> averages = curvature.averages(registry, state)
+    >>> [averages[name]["input"].shape for name in ("a", "b")]
+    [(2, 2), (2, 2)]
+    """
+    saved = factors(state)
+    whole = Stacks(Estimator(set_apart(registry)[0]))
+    known = {name: arrays.keys() for name, arrays in whole.zeros().items()}
+    for name, arrays in saved["statistics"].items():
+        if not arrays.keys() <= known.get(name, set()):
+            raise ValueError(
+                f"The state has {sorted(arrays)} of {name!r}, expected some of "
+                f"{sorted(known.get(name, ()))}, of {sorted(known)}: it is another registry's, or "
+                "its layers have other blocks."
+            )
+    weight = jnp.where(saved["weight"] > 0, saved["weight"], 1)
+    return whole.apart({k: divided(x, weight) for k, x in saved["statistics"].items()})
 
 
 def with_factors(state: PyTree, saved: dict[str, Any]) -> PyTree:

@@ -34,13 +34,15 @@ from curvature.averaging import Averaging, Gathered
 from curvature.blocks.eigen_kronecker import from_basis, into_basis
 from curvature.estimator import Estimator, Fisher, Kind
 from curvature.estimator.bases import BASES
+from curvature.estimator.stacks import Arrays, Stack, Stacks, stacks
 from curvature.meshes import automatic, entering
 from curvature.moments import Layout, Moment
 from curvature.precision import FAST, Precision
 from curvature.preconditioner import masked
-from curvature.refresh import QR, Arrays, Eigh
+from curvature.refresh import QR, Eigh
 from curvature.refresh.control import finite, when
 from curvature.refresh.eigenbases import Blocks, Eigenbases, Moved
+from curvature.refresh.turns import Clock
 from curvature.registry import Layer, Registry, check_registry
 from curvature.registry.layers import EXCLUDED
 from curvature.shampoo import GradientAveraging, Shampoo
@@ -74,11 +76,12 @@ class EigenbasisState(NamedTuple):
       step: steps taken (skipped ones not counted); negative during burn-in.
       weight: total weight of the exponential average.
       statistics: the exponential averages of the factors, times that weight.
-      bases: their eigenvectors, by layer; ones where a factor is diagonal.
+      bases: their eigenvectors, by stack of layers of one shape (see `curvature.estimator.stacks`);
+        ones where a factor is diagonal.
       refreshed: whether they are known yet; before, they are the coordinates themselves.
       micro: micro-batches since the latest step.
       gradient: the sum of their gradients; empty without accumulation.
-      inner: the state of the inner transformation, of trees {layer: block coordinates}.
+      inner: the state of the inner transformation, of trees {stack: block coordinates}.
       stats: what happened.
     """
 
@@ -231,8 +234,9 @@ def transformation(
     estimator = Estimator(factored, source, max_factor_dim, axis_name, precision)
     decay = (0.95 if own_factors else 0.8) if decay is None else decay
     period = (1 if own_factors else 5) if statistics_every is None else statistics_every
+    stacked = Stacks(estimator, alone=not layout.by_entry)
     averaging = (GradientAveraging if own_factors else Averaging)(
-        estimator, decay, burn_in, accumulate, period, warmup_steps, statistics_batch
+        stacked, decay, burn_in, accumulate, period, warmup_steps, statistics_batch
     )
     turns = turns_of(refresh_every, spread=spread)
     rotation = Rotation.create(registry, averaging, inner, layout, refresh, turns, refresh_over)
@@ -300,27 +304,22 @@ def transformation(
         """Renews the bases whose turn it is; all of them in the first steps."""
         early = ~state.refreshed | (state.step < warmup_steps)
         parts = rotation.layout.split(state.inner)
-        zero, acted = jnp.zeros_like(state.stats.staleness), jnp.asarray(False)
-        everything = Moved(state.bases, parts["vector"], parts["diagonal"], acted, zero)
-        for turn, layers in enumerate(rotation.eigenbases.schedule):
-            if not layers:
-                continue
-            due = sound & (early | is_time(refresh_every, state.step, turn))
-            act = functools.partial(
-                rotation.eigenbases.refresh, turn, state.statistics, state.weight, ~state.refreshed
-            )
-            moved = when(due, act, everything.part([layer.name for layer in layers]))
-            everything = everything.updated(moved)
-            acted |= due
+        eigenbases, zero = rotation.eigenbases, jnp.zeros_like(state.stats.staleness)
+        due = sound & (early | (True if turns > 1 else is_time(refresh_every, state.step)))
+        clock = Clock(due, early, state.step % turns)
+        old = Moved(state.bases, parts["vector"], parts["diagonal"], jnp.asarray(False), zero)
+        everything = eigenbases.refresh(
+            state.statistics, state.weight, ~state.refreshed, clock, old
+        )
         failed = state.stats.failed_refreshes + everything.failed.astype(jnp.int32)
-        stale = jnp.where(acted, everything.staleness, state.stats.staleness)
+        stale = jnp.where(due, everything.staleness, state.stats.staleness)
         moments: dict[Moment, Any] = {
             "vector": everything.vectors,
             "diagonal": everything.diagonals,
         }
         return state._replace(
             bases=everything.bases,
-            refreshed=state.refreshed | acted,
+            refreshed=state.refreshed | due,
             inner=rotation.layout.joined(state.inner, moments),
             stats=state.stats._replace(failed_refreshes=failed, staleness=stale),
         )
@@ -333,13 +332,13 @@ class Rotation:
     """From parameter trees to blocks in eigenbases and back.
 
     Attributes:
-      layers: all layers of the model: together they hold every parameter.
+      layers: stacks of all layers of the model: together they hold every parameter.
       eigenbases: of those with factors.
       inner: what is applied there.
       layout: where in its state there are vectors and diagonals.
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[Stack, ...]
     eigenbases: Eigenbases
     inner: optax.GradientTransformationExtraArgs
     layout: Layout
@@ -358,13 +357,15 @@ class Rotation:
         """The rotation of a registry's layers."""
         wrapped = optax.with_extra_args_support(inner)
         zeros = jax.eval_shape(averaging.zeros, registry.params)["statistics"]
-        factored = tuple(averaging.estimator.layers)
-        precision = averaging.estimator.precision
+        factored, precision = averaging.stacks.layers, averaging.stacks.estimator.precision
         eigenbases = Eigenbases(factored, zeros, refresh, turns, precision, over)
-        return cls(tuple(registry.layers), eigenbases, wrapped, layout)
+        known = {layer.name for stack in factored for layer in stack.members}
+        others = [layer for layer in registry.layers if layer.name not in known]
+        apart = stacks(others, registry.params, alone=averaging.stacks.alone)
+        return cls((*factored, *apart), eigenbases, wrapped, layout)
 
     def into(self, bases: Arrays, tree: PyTree) -> Blocks:
-        """Block coordinates of every layer, in its eigenbasis."""
+        """Block coordinates of every stack, in its eigenbases."""
 
         def rotated(bases: Arrays, leaves: Sequence[jax.Array]) -> Blocks:
             blocks = {layer.name: layer.gather(leaves) for layer in self.layers}
@@ -389,10 +390,10 @@ class Rotation:
 
     def _turned(self, turn: Callable[..., jax.Array], bases: Arrays, blocks: Blocks) -> Blocks:
         precision = self.eigenbases.precision
-        depths = {layer.name: len(layer.stack) for layer in self.eigenbases.layers}
+        names = [layer.name for layer in self.eigenbases.layers]
         return blocks | {
-            name: turn([bases[name][basis] for basis in BASES], blocks[name], depth, precision)
-            for name, depth in depths.items()
+            name: turn([bases[name][basis] for basis in BASES], blocks[name], 1, precision)
+            for name in names
         }
 
 

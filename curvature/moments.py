@@ -25,10 +25,13 @@ class Layout:
     Attributes:
       structure: of the state with a leaf in the place of each such tree.
       moments: of each leaf of that structure, what it is; None for what depends on no coordinates.
+      by_entry: whether an update does to one array what it does to two that are stacked: then it
+        may see all layers of a shape as one array.
     """
 
     structure: Any
     moments: tuple[Moment | None, ...]
+    by_entry: bool = True
 
     @classmethod
     def of(cls, inner: optax.GradientTransformation) -> Layout:
@@ -43,9 +46,10 @@ class Layout:
         with jax.ensure_compile_time_eval():
             start = inner.init(like)
             after = [inner.update(sign * gradient, start, like)[1] for sign in (1, -1)]
+            by_entry = _by_entry(inner, like, gradient)
         leaves, structure = jax.tree.flatten(start)
         changed = [jax.tree.leaves(state) for state in after]
-        return cls(structure, tuple(map(_moment, leaves, *changed)))
+        return cls(structure, tuple(map(_moment, leaves, *changed)), by_entry)
 
     def split(self, state: PyTree) -> dict[Moment, tuple[PyTree, ...]]:
         """The vectors and the diagonals in a state."""
@@ -62,6 +66,16 @@ class Layout:
         parts = self.structure.flatten_up_to(state)
         pairs = zip(parts, self.moments, strict=True)
         return self.structure.unflatten([next(rest[m]) if m else part for part, m in pairs])
+
+
+def _by_entry(inner: optax.GradientTransformation, like: Any, gradient: Any) -> bool:
+    """Whether two arrays of different lengths give what they give stacked."""
+    pair = [gradient, 3 * gradient[::-1]]
+    params = [like + 1, like + 5]
+    alone = [inner.update(g, inner.init(p), p)[0] for g, p in zip(pair, params, strict=True)]
+    both = np.stack(params)
+    stacked = inner.update(np.stack(pair), inner.init(both), both)[0]
+    return bool(np.allclose(stacked, np.stack(alone), rtol=1e-4))
 
 
 def _moment(start: Any, plus: Any, minus: Any) -> Moment | None:

@@ -36,12 +36,14 @@ from curvature.arguments import (
 )
 from curvature.averaging import Averaging, Gathered
 from curvature.estimator import Estimator, Fisher, Kind
+from curvature.estimator.stacks import Arrays, Stacks
 from curvature.grafting import grafted
 from curvature.meshes import entering
 from curvature.precision import FAST, Precision
 from curvature.quadratic import dot
-from curvature.refresh import Arrays, Cholesky, Inverses, Method, Now, Refreshed
+from curvature.refresh import Cholesky, Inverses, Method, Now, Refreshed
 from curvature.refresh.control import finite, when
+from curvature.refresh.turns import Clock
 from curvature.registry import Layer, Registry, check_registry
 from curvature.uncovered import scaled, set_apart, typical
 
@@ -76,7 +78,8 @@ class CurvatureState(NamedTuple):
     Attributes:
       step: steps taken (skipped ones not counted); negative during burn-in.
       weight: total weight of the exponential average, which corrects its bias towards zero.
-      statistics: the exponential averages before that correction, by layer and factor; of EKFAC
+      statistics: the exponential averages before that correction, by stack of layers of one shape
+        (see `curvature.estimator.stacks`) and factor; of EKFAC
         layers also the bases of the latest refresh, in which corrections are averaged.
       inverse: the arrays of the damped inverse's blocks; see `curvature.refresh.inverses`.
       refreshed: whether there are inverses; set to False, all are made anew from the statistics.
@@ -289,11 +292,14 @@ class Preconditioner:
             registry, kind, *(options[x] for x in ("max_factor_dim", "axis_name", "precision"))
         )
         turns = turns_of(options["refresh_every"], spread=options["spread"])
-        left = jax.tree.unflatten(jax.tree.structure(registry.params), excluded)
+        left, stacks = (
+            jax.tree.unflatten(jax.tree.structure(registry.params), excluded),
+            Stacks(estimator),
+        )
         names = [field.name for field in dataclasses.fields(Averaging) if field.name in options]
         return cls(
-            Averaging(estimator, **{name: options[name] for name in names}),
-            Inverses(estimator, refresh, turns, options["relative_damping"], over),
+            Averaging(stacks, **{name: options[name] for name in names}),
+            Inverses(stacks, refresh, turns, options["relative_damping"], over),
             options["refresh_every"],
             None if graft is None else optax.with_extra_args_support(graft),
             optax.with_extra_args_support(optax.masked(fallback or optax.identity(), left)),
@@ -304,7 +310,7 @@ class Preconditioner:
     @property
     def estimator(self) -> Estimator:
         """Whose statistics are averaged."""
-        return self.averaging.estimator
+        return self.averaging.stacks.estimator
 
     def init(self, params: PyTree) -> CurvatureState:
         """The state before the first step."""
@@ -360,7 +366,7 @@ class Preconditioner:
             apart = scaled(self.uncovered, gradient, scale)
         else:
             like, graft = self.graft.update(gradient, state.graft, params, **extra)
-            direction, squared = grafted(self.estimator.layers, gradient, direction, like)
+            direction, squared = grafted(self.averaging.stacks.layers, gradient, direction, like)
             apart, _ = grafted(self.uncovered, gradient, gradient, like)
         left, fallback = self.rest.update(gradient, state.fallback, params, **extra)
         others = jax.tree.map(lambda out, x, y: x if out else y, self.left, left, apart)
@@ -378,26 +384,22 @@ class Preconditioner:
         first = ~state.refreshed
         early = first | (state.step < self.averaging.warmup_steps)
         now = Now(state.weight, damping, first, restart=first & (state.step <= 0))
-        statistics, inverse = dict(state.statistics), dict(state.inverse)
-        acted = failed = jnp.asarray(False)
-        staleness = jnp.zeros_like(damping)
-        for turn, group in enumerate(self.inverses.schedule):
-            if not group:
-                continue
-            due = sound & (early | is_time(self.refresh_every, state.step, turn))
-            old = Refreshed(*self.inverses.part(turn, statistics, inverse), failed, staleness)
-            act = functools.partial(self.inverses.refresh, turn, state.statistics, now)
-            moved, new, failed, staleness = when(due, act, old)
-            statistics |= {name: statistics[name] | arrays for name, arrays in moved.items()}
-            inverse |= {name: inverse[name] | arrays for name, arrays in new.items()}
-            acted |= due
+        turns = self.inverses.turns
+        due = sound & (early | (True if turns > 1 else is_time(self.refresh_every, state.step)))
+        clock = Clock(due, early, state.step % turns)
+        moving, staleness = self.inverses.moving(state.statistics), jnp.zeros_like(damping)
+        old = Refreshed(moving, state.inverse, jnp.asarray(False), staleness)
+        moving, inverse, failed, staleness = self.inverses.refresh(
+            state.statistics, now, clock, old
+        )
+        statistics = {k: x | moving.get(k, {}) for k, x in state.statistics.items()}
         stats = state.stats._replace(
             failed_refreshes=state.stats.failed_refreshes + failed.astype(jnp.int32),
-            damping=jnp.where(acted, damping, state.stats.damping),
-            staleness=jnp.where(acted, staleness, state.stats.staleness),
+            damping=jnp.where(due, damping, state.stats.damping),
+            staleness=jnp.where(due, staleness, state.stats.staleness),
         )
         return state._replace(
-            statistics=statistics, inverse=inverse, refreshed=state.refreshed | acted, stats=stats
+            statistics=statistics, inverse=inverse, refreshed=state.refreshed | due, stats=stats
         )
 
 

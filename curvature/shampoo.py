@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from curvature.averaging import Averaging, Gathered, mixed
-from curvature.estimator import Estimator
 from curvature.estimator.rows import moment
+from curvature.estimator.stacks import Arrays, Stacks
 from curvature.meshes import automatic
 from curvature.precision import accumulator
-from curvature.refresh import Arrays
 from curvature.refresh.control import finite, when
 
 PyTree = Any
@@ -37,7 +36,7 @@ class Shampoo:
 class GradientAveraging(Averaging):
     """Running averages of the outer products of a step's gradient.
 
-    The estimator says which layers there are, and which sides are too wide; its kind is not asked.
+    The estimator says which sides are too wide; its kind is not asked.
     """
 
     def gathered(
@@ -61,7 +60,7 @@ class GradientAveraging(Averaging):
 
         def sample(carry: Any) -> Any:
             old, weight, sound = carry
-            make = functools.partial(_factors, self.estimator, old)
+            make = functools.partial(_factors, self.stacks, old)
             fresh = automatic(make, leaves)
             return mixed((old, weight), fresh, sound, past, 1 - past)
 
@@ -71,9 +70,9 @@ class GradientAveraging(Averaging):
 
     def zeros(self, params: PyTree) -> dict[str, Any]:
         """The entries of a state before the first step."""
-        leaves, widest = jax.tree.leaves(params), self.estimator.max_factor_dim
+        leaves, widest = jax.tree.leaves(params), self.stacks.estimator.max_factor_dim
         statistics: Arrays = {}
-        for layer in self.estimator.layers:
+        for layer in self.stacks.layers:
             dtype = accumulator(*(leaves[v.source].dtype for v in layer.leaves))
             shapes = [(n,) if n > widest else (n, n) for n in layer.shape[-2:]]
             zeros = [jnp.zeros((*layer.stack, *shape), dtype) for shape in shapes]
@@ -81,16 +80,14 @@ class GradientAveraging(Averaging):
         return super().zeros(params) | {"statistics": statistics}
 
 
-def _factors(estimator: Estimator, like: Arrays, leaves: Sequence[jax.Array]) -> Arrays:
-    """G G' and G' G of every layer; their diagonals where `like` has no more."""
-    found = {}
-    for layer in estimator.layers:
-        gradient, depth = layer.gather(leaves), len(layer.stack)
+def _factors(stacks: Stacks, like: Arrays, leaves: Sequence[jax.Array]) -> Arrays:
+    """G G' and G' G of every copy; their diagonals where `like` has no more."""
+    found, precision = {}, stacks.estimator.precision
+    for layer in stacks.layers:
+        gradient = layer.gather(leaves)
         rows = {"input": gradient.mT, "output": gradient}
         found[layer.name] = {
-            side: moment(
-                x[..., None, :, :], like[layer.name][side].ndim == depth + 1, estimator.precision
-            )
+            side: moment(x[..., None, :, :], like[layer.name][side].ndim == 2, precision)
             for side, x in rows.items()
         }
     return found

@@ -46,7 +46,7 @@ def test_no_refresh_fails_however_far_the_damping_could_fall(refresh):
     # The damped factor is told from a singular one: a float64 of its eigenvalues says so.
     least = min(dampings)
     assert 1e-16 < least < 1e-5
-    factors = curvature.factors(state)["statistics"]["parameters"]
+    factors = jax.tree.map(lambda x: x[0], curvature.factors(state)["statistics"]["parameters"])
     a = np.asarray(factors["input"] / factors["rows"], np.float64)
     b = np.asarray(factors["output"] / factors["rows"] * 64, np.float64)
     pi = np.sqrt((np.trace(a) / 40) / (np.trace(b) / 3))

@@ -135,11 +135,16 @@ def test_each_device_factorises_its_share(axes, devices, turns):
         assert calls(refresh_over=over)[size] <= math.ceil(count / devices) + 1
 
 
-def test_units_of_one_cost_take_turns_together():
+def test_a_window_has_something_for_every_device():
     layer = curvature.register(*net()[:2], *net()[2]).layers[0]
-    units = [Unit(layer, (str(i),), cost) for i, cost in enumerate([8, 8, 8, 1, 1, 1, 1, 1])]
-    hands = dealt(units, 3, 4)
-    assert [[unit.cost for unit in hand] for hand in hands] == [[8, 8, 8], [1, 1, 1, 1], [1]]
+    for copies, turns, devices in [(3, 3, 4), (5, 3, 4), (9, 2, 4), (48, 10, 8), (100, 3, 8)]:
+        (window,) = dealt([Unit(layer, ("input",), copies, 8)], turns, devices)
+        assert window.size == copies or window.size % devices == 0
+        starts = [start for start in window.starts if start >= 0]
+        seen = {start + i for start in starts for i in range(window.size)}
+        assert seen == set(range(copies))
+        each = math.ceil(window.size / devices)
+        assert len(starts) * each <= math.ceil(copies / devices) + each
 
 
 @pytest.mark.parametrize("over", ["data", P("data"), "unsharded"])

@@ -75,7 +75,7 @@ class EigenKronecker:
             basis if basis.ndim == self.stack_ndim + 1 else basis**2
             for basis in (self.input_basis, self.output_basis)
         )
-        return turned(left, turned(right, self.values.mT, self.stack_ndim).mT, self.stack_ndim)
+        return from_basis((left, right), self.values, self.stack_ndim)
 
     def to_dense(self) -> jax.Array:
         """The matrix, shape `stack + (size, size)`."""
@@ -113,26 +113,31 @@ def into_basis(
     bases: Sequence[jax.Array], v: jax.Array, stack_ndim: int, precision: Precision = HIGHEST
 ) -> jax.Array:
     """Q_A' V Q_B, for the bases of both sides as an `EigenKronecker` has them."""
-    return from_basis([_back(basis, stack_ndim) for basis in bases], v, stack_ndim, precision)
+    return _turned(bases, v, stack_ndim, precision, "...ji,...jk->...ik", "...ik,...kl->...il")
 
 
 def from_basis(
     bases: Sequence[jax.Array], v: jax.Array, stack_ndim: int, precision: Precision = HIGHEST
 ) -> jax.Array:
     """Q_A V Q_B'."""
-    left, right = bases
-    half = turned(right, v.mT, stack_ndim, precision).mT
-    return turned(left, half, stack_ndim, precision)
+    return _turned(bases, v, stack_ndim, precision, "...ij,...jk->...ik", "...ik,...lk->...il")
 
 
-def turned(
-    basis: jax.Array, v: jax.Array, stack_ndim: int, precision: Precision = HIGHEST
+def _turned(
+    bases: Sequence[jax.Array],
+    v: jax.Array,
+    stack_ndim: int,
+    precision: Precision,
+    first: str,
+    second: str,
 ) -> jax.Array:
-    """Q v for a basis Q, `stack + (size, size)`, or `stack + (size,)` for the identity."""
-    if basis.ndim == stack_ndim + 1:
-        return v
-    return product("...ij,...jk->...ik", basis, v, precision)
+    """Products with both bases; a basis `stack + (size,)` is the identity.
 
-
-def _back(basis: jax.Array, stack_ndim: int) -> jax.Array:
-    return basis if basis.ndim == stack_ndim + 1 else basis.mT
+    Which axes are summed over is said by subscripts: a CPU copies the transpose of a batch.
+    """
+    left, right = bases
+    if left.ndim > stack_ndim + 1:
+        v = product(first, left, v, precision)
+    if right.ndim > stack_ndim + 1:
+        v = product(second, v, right, precision)
+    return v

@@ -82,7 +82,7 @@ def overlap(old: jax.Array, new: jax.Array, stack_ndim: int, precision: Precisio
     """Inner products (new_i, old_k) of two bases; ones where both are the identity."""
     if old.ndim == stack_ndim + 1:
         return old
-    return product("...ij,...jk->...ik", new.mT, old, precision)
+    return product("...ji,...jk->...ik", new, old, precision)
 
 
 def moved_diagonal(

@@ -1,11 +1,10 @@
 """Refresh: from averaged statistics to what preconditions, by which method and when."""
 
-from curvature.refresh.inverses import Arrays, Inverses, Now, Refreshed
+from curvature.refresh.inverses import Inverses, Now, Refreshed
 from curvature.refresh.methods import QR, Cholesky, Eigh, Method, NewtonSchulz
 
 __all__ = [
     "QR",
-    "Arrays",
     "Cholesky",
     "Eigh",
     "Inverses",

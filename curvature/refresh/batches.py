@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from curvature.refresh.methods import QR, Eigh, Method
 
-Key = tuple[str, str]
-"""Name of the layer, side."""
+Key = tuple[int, str]
+"""Number of the window, side."""
 Solved = dict[Key, tuple[jax.Array, ...]]
 """By key: (inverse,), or (eigenvalues, eigenvectors)."""
 Solve = Callable[..., tuple[jax.Array, ...]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -29,3 +30,14 @@ def finite(tree: Any) -> jax.Array:
     """
     means = [jnp.sum(x / x.size).astype(float) for x in jax.tree.leaves(tree) if x.size]
     return jnp.all(jnp.isfinite(jnp.stack(means))) if means else jnp.asarray(True)
+
+
+def finite_copies(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Of each copy along the first axes whether all of its entries are finite."""
+    means = [jnp.mean(x, axis=tuple(range(1, x.ndim))).astype(float) for x in arrays]
+    return functools.reduce(jnp.logical_and, map(jnp.isfinite, means))
+
+
+def chosen(good: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """New copies where they are good, one flag for each of them or for all; else the old ones."""
+    return jnp.where(good.reshape(good.shape + (1,) * (new.ndim - good.ndim)), new, old)

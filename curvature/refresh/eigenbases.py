@@ -1,4 +1,4 @@
-"""The eigenbases of all layers' factors, renewed turn by turn, and what is kept in them.
+"""The eigenbases of all stacks' factors, renewed turn by turn, and what is kept in them.
 
 State in the coordinates of a basis follows it into the next one: vectors exactly, a diagonal as
 well as a diagonal can (see `curvature.estimator.bases`).
@@ -17,25 +17,25 @@ from jax.sharding import NamedSharding
 
 from curvature.blocks.eigen_kronecker import from_basis
 from curvature.estimator.bases import BASES, identity, moved_diagonal, overlap
-from curvature.estimator.factors import factors_of
+from curvature.estimator.factors import Statistics, factors_of
+from curvature.estimator.stacks import Arrays, Stack, divided
 from curvature.meshes import automatic
 from curvature.precision import Precision
 from curvature.refresh.batches import Job, Key, devices, solved
-from curvature.refresh.control import finite
-from curvature.refresh.inverses import Arrays
+from curvature.refresh.control import chosen, finite_copies, when
 from curvature.refresh.methods import QR, Eigh
-from curvature.refresh.turns import SIDES, dealt, units
+from curvature.refresh.turns import SIDES, Clock, Unit, Window, dealt, in_turn, units
 from curvature.registry import Layer
 
 Blocks = dict[str, jax.Array]
-"""Block coordinates by layer."""
+"""Block coordinates by stack."""
 
 
 class Moved(NamedTuple):
     """What a refresh changes.
 
     Attributes:
-      bases: `input_basis` and `output_basis` by layer.
+      bases: `input_basis` and `output_basis` by stack.
       vectors: what is rotated with a basis.
       diagonals: what is kept of operators in a basis: their diagonals.
       failed: whether a basis was not finite, so that the previous one was kept.
@@ -48,38 +48,31 @@ class Moved(NamedTuple):
     failed: jax.Array
     staleness: jax.Array
 
-    def part(self, names: Sequence[str]) -> Moved:
-        """Of some layers only."""
-        bases = {name: self.bases[name] for name in names}
-        vectors, diagonals = (
-            tuple({name: blocks[name] for name in names} for blocks in some)
-            for some in (self.vectors, self.diagonals)
-        )
-        return self._replace(bases=bases, vectors=vectors, diagonals=diagonals)
 
-    def updated(self, part: Moved) -> Moved:
-        """With a part that has moved."""
-        vectors, diagonals = (
-            tuple(old | new for old, new in zip(olds, news, strict=True))
-            for olds, news in zip(self[1:3], part[1:3], strict=True)
-        )
-        return Moved(self.bases | part.bases, vectors, diagonals, *part[3:])
+class _Parts(NamedTuple):
+    """Of some windows, one after another, what a refresh changes; see `Moved`."""
+
+    bases: list[Statistics]
+    vectors: list[list[jax.Array]]
+    diagonals: list[list[jax.Array]]
+    failed: jax.Array
+    staleness: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Eigenbases:
-    """The eigenbases of some layers' factors.
+    """The eigenbases of some stacks' factors.
 
     Attributes:
-      layers: layers with Kronecker factors.
-      factors: shapes of their factors, by layer.
+      layers: stacks of layers with Kronecker factors.
+      factors: shapes of their factors, by stack.
       method: how bases are found.
       turns: in how many turns everything is renewed once.
       precision: of changes of basis.
       over: as `Inverses` has it.
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[Stack, ...]
     factors: Mapping[str, Any]
     method: Eigh | QR
     turns: int
@@ -87,87 +80,128 @@ class Eigenbases:
     over: NamedSharding | None = None
 
     @functools.cached_property
-    def schedule(self) -> tuple[tuple[Layer, ...], ...]:
+    def windows(self) -> tuple[Window, ...]:
         """Whose bases are renewed at each turn."""
         found = [unit for x in self.layers for unit in units(x, self.factors[x.name], eigen=True)]
-        hands = dealt(found, self.turns, devices(self.over))
-        return tuple(tuple(unit.layer for unit in turn) for turn in hands)
+        return dealt(found, self.turns, devices(self.over))
 
     def identity(self) -> Arrays:
         """The coordinates themselves."""
         return {
             layer.name: {
-                name: jnp.array(x)
-                for name, x in identity(self.factors[layer.name], len(layer.stack)).items()
+                name: jnp.array(x) for name, x in identity(self.factors[layer.name], 1).items()
             }
             for layer in self.layers
         }
 
     def refresh(
-        self, turn: int, statistics: Arrays, weight: jax.Array, first: jax.Array, old: Moved
+        self, statistics: Arrays, weight: jax.Array, first: jax.Array, clock: Clock, old: Moved
     ) -> Moved:
-        """Renews the bases of one turn.
+        """Renews the bases whose turn it is.
 
         Args:
-          turn: index into `schedule`.
           statistics: the averages of all statistics, times their weight.
           weight: that weight.
           first: whether the bases are the coordinates themselves so far.
-          old: the part of that turn's layers.
+          clock: what is due.
+          old: what may change.
         """
-        act = functools.partial(self._refreshed, turn)
-        return automatic(act, statistics, weight, first, old)
+
+        def refreshed(
+            statistics: Arrays, weight: jax.Array, first: jax.Array, clock: Clock, old: Moved
+        ) -> Moved:
+            act = functools.partial(self._refreshed, statistics, weight, first)
+            return in_turn(self.windows, clock, act, old)
+
+        return automatic(refreshed, statistics, weight, first, clock, old)
 
     def _refreshed(
-        self, turn: int, statistics: Arrays, weight: jax.Array, first: jax.Array, old: Moved
-    ) -> Moved:
-        layers = self.schedule[turn]
-        solutions, staleness = self._solved(layers, statistics, weight, first, old.bases)
-        bases, failed = dict(old.bases), old.failed
-        vectors, diagonals = ([dict(blocks) for blocks in some] for some in old[1:3])
-        for layer in layers:
-            name, depth = layer.name, len(layer.stack)
-            before = bases[name]
-            new = {basis: solutions[name, s] for basis, s in zip(BASES, SIDES, strict=True)}
-            good = finite(new)
-            failed |= ~good
-            after = {basis: jnp.where(good, x, before[basis]) for basis, x in new.items()}
-            rest = (depth, self.precision)
-            overlaps = [overlap(before[basis], after[basis], *rest) for basis in BASES]
-            # What is kept of a layer in another shape, as by a factored second moment, stays.
-            for blocks in (x for x in vectors if x[name].shape == layer.shape):
-                moved = from_basis(_like(overlaps, blocks[name]), blocks[name], *rest)
-                blocks[name] = jnp.where(good, moved.astype(blocks[name].dtype), blocks[name])
-            for blocks in (x for x in diagonals if x[name].shape == layer.shape):
-                moved = moved_diagonal(_like(overlaps, blocks[name]), blocks[name], *rest)
-                blocks[name] = jnp.where(good, moved.astype(blocks[name].dtype), blocks[name])
-            bases[name] = after
-        stale = functools.reduce(jnp.maximum, staleness, old.staleness)
-        return Moved(bases, tuple(vectors), tuple(diagonals), failed, stale)
-
-    def _solved(
         self,
-        layers: Sequence[Layer],
         statistics: Arrays,
         weight: jax.Array,
         first: jax.Array,
-        bases: Arrays,
+        windows: list[Window],
+        turn: jax.Array | int,
+        due: jax.Array | bool,
+        old: Moved,
+    ) -> Moved:
+        """Renews some windows, if that is due."""
+        bases = {name: dict(arrays) for name, arrays in old.bases.items()}
+        kept = [[dict(blocks) for blocks in some] for some in old[1:3]]
+        found, parts = [], _Parts([], [], [], *old[3:])
+        for window in windows:
+            layer, read = window.unit.layer, functools.partial(window.read, turn=turn)
+            found.append(jax.tree.map(read, statistics[layer.name]))
+            parts.bases.append(jax.tree.map(read, bases[layer.name]))
+            for part, some in zip(parts[1:3], kept, strict=True):
+                part.append([read(blocks[layer.name]) for blocks in _of_shape(some, layer)])
+        act = functools.partial(self._renewed, [w.some for w in windows], found, weight, first)
+        parts = when(due, act, parts)
+        for i, window in enumerate(windows):
+            layer, arrays = window.unit.layer, bases[window.unit.layer.name]
+            for name, x in parts.bases[i].items():
+                arrays[name] = window.written(arrays[name], x, turn)
+            for part, some in zip(parts[1:3], kept, strict=True):
+                for blocks, x in zip(_of_shape(some, layer), part[i], strict=True):
+                    blocks[layer.name] = window.written(blocks[layer.name], x, turn)
+        vectors, diagonals = map(tuple, kept)
+        return Moved(bases, vectors, diagonals, parts.failed, parts.staleness)
+
+    def _renewed(
+        self,
+        units: Sequence[Unit],
+        statistics: Sequence[Statistics],
+        weight: jax.Array,
+        first: jax.Array,
+        old: _Parts,
+    ) -> _Parts:
+        """Windows of some units after their refresh."""
+        solutions, stale = self._solved(units, statistics, weight, first, old.bases)
+        failed, new = old.failed, _Parts([], [], [], old.failed, old.staleness)
+        for i, before in enumerate(old.bases):
+            found = {basis: solutions[i, s] for basis, s in zip(BASES, SIDES, strict=True)}
+            good = finite_copies(list(found.values()))
+            failed |= ~jnp.all(good)
+            after = {basis: chosen(good, x, before[basis]) for basis, x in found.items()}
+            overlaps = [overlap(before[x], after[x], 1, self.precision) for x in BASES]
+            new.bases.append(after)
+            for kept, some, move in (
+                (new.vectors, old.vectors, from_basis),
+                (new.diagonals, old.diagonals, moved_diagonal),
+            ):
+                moved = [move(_like(overlaps, x), x, 1, self.precision) for x in some[i]]
+                pairs = zip(moved, some[i], strict=True)
+                kept.append([chosen(good, x.astype(y.dtype), y) for x, y in pairs])
+        return new._replace(
+            failed=failed, staleness=functools.reduce(jnp.maximum, stale, old.staleness)
+        )
+
+    def _solved(
+        self,
+        units: Sequence[Unit],
+        statistics: Sequence[Statistics],
+        weight: jax.Array,
+        first: jax.Array,
+        bases: Sequence[Statistics],
     ) -> tuple[dict[Key, jax.Array], list[jax.Array]]:
         """The eigenvectors of every factor, ones where it is diagonal, and their staleness."""
         found: dict[Key, jax.Array] = {}
         jobs: dict[Key, Job] = {}
-        for layer in layers:
-            averages = {k: x / weight.astype(x.dtype) for k, x in statistics[layer.name].items()}
-            factors = factors_of(layer, averages)
+        for i, (unit, sums) in enumerate(zip(units, statistics, strict=True)):
+            factors = factors_of(unit.layer, divided(sums, weight))
             for side, basis in zip(SIDES, BASES, strict=True):
-                factor, key = factors[side], (layer.name, side)
-                if factor.ndim == len(layer.stack) + 1:
-                    found[key] = jnp.ones_like(factor)
+                if factors[side].ndim == 2:
+                    found[i, side] = jnp.ones_like(factors[side])
                 else:
-                    jobs[key] = Job(factor, bases[layer.name][basis], eigen=True)
+                    jobs[i, side] = Job(factors[side], bases[i][basis], eigen=True)
         solutions, staleness = solved(jobs, self.method, first, self.over)
         stale = [x.astype(weight.dtype) for x in staleness]
         return found | {key: vectors for key, (_, vectors) in solutions.items()}, stale
+
+
+def _of_shape(some: Sequence[Blocks], layer: Layer) -> list[Blocks]:
+    """What is kept of a layer in another shape, as by a factored second moment, stays."""
+    return [blocks for blocks in some if blocks[layer.name].shape == layer.shape]
 
 
 def _like(overlaps: Sequence[jax.Array], x: jax.Array) -> list[jax.Array]:

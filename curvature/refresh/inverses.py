@@ -25,19 +25,18 @@ from jax.sharding import NamedSharding
 
 from curvature.blocks import BlockDiagonal, Dense, EigenKronecker, Kronecker, block_of
 from curvature.blocks.block import safe_power
-from curvature.estimator import Estimator
 from curvature.estimator.bases import BASES, carried_over, identity, known, products
 from curvature.estimator.factors import Statistics, factors_of
+from curvature.estimator.stacks import Arrays, Stacks, divided
 from curvature.linalg import diagonal, multiples_of_identity
 from curvature.meshes import automatic
 from curvature.refresh.batches import Job, Key, Solved, devices, solved
-from curvature.refresh.control import finite
+from curvature.refresh.control import chosen, finite_copies, when
 from curvature.refresh.methods import QR, Eigh, Method
 from curvature.refresh.plain import plain
-from curvature.refresh.turns import SIDES, Unit, dealt, units
+from curvature.refresh.turns import SIDES, Clock, Unit, Window, dealt, in_turn, units
 from curvature.registry import Layer
 
-Arrays = dict[str, Statistics]
 _MARGIN = 10.0  # rounding errors of a factorisation, in units of that of the matrix
 
 
@@ -53,6 +52,15 @@ class Refreshed(NamedTuple):
 
     statistics: Arrays
     inverse: Arrays
+    failed: jax.Array
+    staleness: jax.Array
+
+
+class _Parts(NamedTuple):
+    """Of some windows, one after another, what a refresh changes; see `Refreshed`."""
+
+    statistics: list[Statistics]
+    inverse: list[Statistics]
     failed: jax.Array
     staleness: jax.Array
 
@@ -75,10 +83,10 @@ class Now(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inverses:
-    """How the blocks of an estimator are inverted.
+    """How the blocks of some stacks are inverted.
 
     Attributes:
-      estimator: whose blocks.
+      stacks: the blocks' layers.
       method: how factors are inverted.
       turns: in how many turns everything is renewed once.
       relative: whether damping is a multiple of each block's mean eigenvalue.
@@ -86,38 +94,38 @@ class Inverses:
         inverts all of them.
     """
 
-    estimator: Estimator
+    stacks: Stacks
     method: Method
     turns: int
     relative: bool
     over: NamedSharding | None = None
 
     @functools.cached_property
-    def schedule(self) -> tuple[tuple[Unit, ...], ...]:
+    def windows(self) -> tuple[Window, ...]:
         """What is renewed at each turn."""
-        zeros, eigen = self.estimator.zeros(), isinstance(self.method, Eigh | QR)
-        found = [units(layer, zeros[layer.name], eigen=eigen) for layer in self.estimator.layers]
+        zeros, eigen = self.stacks.zeros(), isinstance(self.method, Eigh | QR)
+        found = [units(layer, zeros[layer.name], eigen=eigen) for layer in self.stacks.layers]
         return dealt([unit for some in found for unit in some], self.turns, devices(self.over))
 
     def zeros(self) -> Arrays:
         """Inverses of nothing."""
         found: Arrays = {}
-        statistics = self.estimator.zeros()
-        for unit in (unit for turn in self.schedule for unit in turn):
-            layer, like = unit.layer, dict(statistics[unit.layer.name])
+        statistics = self.stacks.zeros()
+        for layer, fields in ((w.unit.layer, _fields(w.unit)) for w in self.windows):
+            like = dict(statistics[layer.name])
             if layer.factored:
-                like |= identity(like, len(layer.stack))
+                like |= identity(like, 1)
                 like["values"] = jnp.zeros(layer.shape, like["input"].dtype)
-            fields = {field: jnp.zeros_like(like[field]) for field in _fields(unit)}
-            found[layer.name] = found.get(layer.name, {}) | fields
+            arrays = {field: jnp.zeros_like(like[field]) for field in fields}
+            found[layer.name] = found.get(layer.name, {}) | arrays
         return found
 
     def operator(self, statistics: Arrays, inverse: Arrays) -> BlockDiagonal:
         """The inverse as an operator on parameter trees."""
-        whole = self.estimator.operator(
+        whole = self.stacks.operator(
             {name: _bases(statistics[name]) | found for name, found in inverse.items()}
         )
-        precision = self.estimator.precision
+        precision = self.stacks.estimator.precision
         blocks = {
             name: dataclasses.replace(block, precision=precision)
             if isinstance(block, Kronecker | EigenKronecker)
@@ -144,88 +152,116 @@ class Inverses:
     def _smallest_damping(self, statistics: Arrays, weight: jax.Array) -> jax.Array:
         least = jnp.zeros_like(weight)
         weight = jnp.where(weight > 0, weight, 1)
-        for layer in (x for x in self.estimator.layers if x.factored and x.block != "ekfac"):
-            averages = {k: x / weight.astype(x.dtype) for k, x in statistics[layer.name].items()}
-            factors = factors_of(layer, averages)
-            block = Kronecker(factors["input"], factors["output"], stack_ndim=len(layer.stack))
+        for layer in (x for x in self.stacks.layers if x.factored and x.block != "ekfac"):
+            factors = factors_of(layer, divided(statistics[layer.name], weight))
+            block = Kronecker(factors["input"], factors["output"], stack_ndim=1)
             shifts = block.factored_damping(1.0)
             for side, shift in zip(SIDES, shifts, strict=True):
                 factor = factors[side]
-                if factor.ndim == len(layer.stack) + 1:
+                if factor.ndim == 2:
                     continue
                 lost = _MARGIN * float(np.finfo(factor.dtype).eps) * _norm(factor)
                 root = lost / jnp.where(shift > 0, shift, 1)
                 least = jnp.maximum(least, jnp.max(root**2).astype(least.dtype))
         return least
 
-    def part(self, turn: int, statistics: Arrays, inverse: Arrays) -> tuple[Arrays, Arrays]:
-        """What the refresh of one turn changes: of EKFAC layers' statistics, and of inverses."""
-        moving: Arrays = {}
-        mine: Arrays = {}
-        for unit in self.schedule[turn]:
-            name = unit.layer.name
-            mine.setdefault(name, {}).update({f: inverse[name][f] for f in _fields(unit)})
-            if unit.layer.block == "ekfac":
-                moving[name] = {f: statistics[name][f] for f in (*BASES, "values")}
-        return moving, mine
+    def moving(self, statistics: Arrays) -> Arrays:
+        """The statistics that a refresh changes: bases of EKFAC layers, and corrections in them."""
+        layers = (layer for layer in self.stacks.layers if layer.block == "ekfac")
+        return {
+            layer.name: {field: statistics[layer.name][field] for field in (*BASES, "values")}
+            for layer in layers
+        }
 
-    def refresh(self, turn: int, statistics: Arrays, now: Now, old: Refreshed) -> Refreshed:
-        """Renews the inverses of one turn.
+    def refresh(self, statistics: Arrays, now: Now, clock: Clock, old: Refreshed) -> Refreshed:
+        """Renews the inverses whose turn it is.
 
         Args:
-          turn: index into `schedule`.
           statistics: the averages of all statistics, times their weight.
           now: what else a refresh starts from.
-          old: `part` of the turn, and what happened so far.
+          clock: what is due.
+          old: `moving` statistics, inverses, and what happened so far.
         """
-        return automatic(functools.partial(self._refreshed, turn), statistics, now, old)
 
-    def _refreshed(self, turn: int, statistics: Arrays, now: Now, old: Refreshed) -> Refreshed:
-        group = self.schedule[turn]
-        layers = {unit.layer.name: unit.layer for unit in group}
-        averages = {
-            name: {
-                field: x if field in BASES else x / now.weight.astype(x.dtype)
-                for field, x in statistics[name].items()
-            }
-            for name in old.inverse
-        }
-        found = {name: factors_of(layers[name], x) for name, x in averages.items()}
-        solutions, staleness = self._solved(group, found, old.inverse, now)
-        moving, inverse, failed = dict(old.statistics), dict(old.inverse), old.failed
-        renewed: dict[str, tuple[Statistics, Statistics]] = {}
-        for unit in group:
-            moved, new = self._renewed(unit, found[unit.layer.name], solutions, now)
-            so_far = renewed.get(unit.layer.name, ({}, {}))
-            renewed[unit.layer.name] = so_far[0] | moved, so_far[1] | new
-        for name, (moved, new) in renewed.items():
-            layer = layers[name]
-            good = finite(_telling(new, len(layer.stack)))
-            failed |= ~good
+        def refreshed(statistics: Arrays, now: Now, clock: Clock, old: Refreshed) -> Refreshed:
+            act = functools.partial(self._refreshed, statistics, now)
+            return in_turn(self.windows, clock, act, old)
+
+        return automatic(refreshed, statistics, now, clock, old)
+
+    def _refreshed(
+        self,
+        statistics: Arrays,
+        now: Now,
+        windows: list[Window],
+        turn: jax.Array | int,
+        due: jax.Array | bool,
+        old: Refreshed,
+    ) -> Refreshed:
+        """Renews some windows, if that is due."""
+        moving, inverse = ({k: dict(x) for k, x in some.items()} for some in old[:2])
+        found, parts = [], _Parts([], [], *old[2:])
+        for window in windows:
+            name, read = window.unit.layer.name, functools.partial(window.read, turn=turn)
+            corrected = moving.get(name, {})
+            found.append(jax.tree.map(read, statistics[name] | corrected))
+            parts.statistics.append(jax.tree.map(read, corrected))
+            parts.inverse.append({k: read(inverse[name][k]) for k in _fields(window.unit)})
+        act = functools.partial(self._renewed, [window.some for window in windows], found, now)
+        parts = when(due, act, parts)
+        for window, *changed in zip(windows, *parts[:2], strict=True):
+            name = window.unit.layer.name
+            for arrays, new in zip((moving, inverse), changed, strict=True):
+                for field, x in new.items():
+                    arrays[name][field] = window.written(arrays[name][field], x, turn)
+        return Refreshed(moving, inverse, *parts[2:])
+
+    def _renewed(
+        self, units: Sequence[Unit], statistics: Sequence[Statistics], now: Now, old: _Parts
+    ) -> _Parts:
+        """Windows of some units after their refresh."""
+        found = [
+            factors_of(unit.layer, divided(arrays, now.weight))
+            for unit, arrays in zip(units, statistics, strict=True)
+        ]
+        solutions, staleness = self._solved(units, found, old.inverse, now)
+        new = [
+            self._inverted(unit, i, x, solutions, now)
+            for i, (unit, x) in enumerate(zip(units, found, strict=True))
+        ]
+        good: dict[str, jax.Array] = {}  # both sides are kept where one of them fails
+        for unit, (_, arrays) in zip(units, new, strict=True):
+            fine = finite_copies(_telling(arrays))
+            good[unit.layer.name] = fine & good.get(unit.layer.name, True)
+        moving, inverse = [], []
+        for i, (unit, (moved, arrays)) in enumerate(zip(units, new, strict=True)):
             # A first inverse that cannot be had must not freeze its layer.
-            kept = _replaced(inverse[name], self._plain(layer, found[name], now, new), now.first)
-            inverse[name] = _replaced(kept, new, good)
+            plain = self._plain(unit.layer, found[i], now, arrays)
+            kept = _replaced(old.inverse[i], plain, now.first)
+            inverse.append(_replaced(kept, arrays, good[unit.layer.name]))
             if moved:
                 moved["values"] *= now.weight.astype(moved["values"].dtype)
-                moving[name] = _replaced(moving[name], moved, good)
+            moving.append(_replaced(old.statistics[i], moved, good[unit.layer.name]))
+        failed = functools.reduce(jnp.logical_or, (~jnp.all(x) for x in good.values()), old.failed)
         stale = [x.astype(old.staleness.dtype) for x in staleness]
-        return Refreshed(
-            moving, inverse, failed, functools.reduce(jnp.maximum, stale, old.staleness)
-        )
+        return _Parts(moving, inverse, failed, functools.reduce(jnp.maximum, stale, old.staleness))
 
     def _solved(
-        self, group: Sequence[Unit], found: Arrays, inverse: Arrays, now: Now
+        self,
+        units: Sequence[Unit],
+        found: Sequence[Statistics],
+        inverse: Sequence[Statistics],
+        now: Now,
     ) -> tuple[Solved, list[jax.Array]]:
-        """Every factor of a group inverted, or its eigenvalues and eigenvectors."""
+        """Every factor of some windows inverted, or its eigenvalues and eigenvectors."""
         solutions: Solved = {}
         jobs: dict[Key, Job] = {}
-        for unit in group:
-            layer, name, eigen = unit.layer, unit.layer.name, len(unit.sides) == 2
-            statistics, kept = found[name], inverse[name] | _bases(found[name])
+        for i, (unit, statistics) in enumerate(zip(units, found, strict=True)):
+            kept, eigen = inverse[i] | _bases(statistics), len(unit.sides) == 2
             shifts = {} if eigen else self._shifts(unit, statistics, now.damping)
             for side in unit.sides:
-                factor, key = statistics[side], (name, side)
-                matrix = factor.ndim == len(layer.stack) + 2
+                factor, key = statistics[side], (i, side)
+                matrix = factor.ndim == 3
                 if eigen and matrix:
                     jobs[key] = Job(factor, kept[f"{side}_basis"], eigen=True)
                 elif eigen:
@@ -238,53 +274,53 @@ class Inverses:
         batched, staleness = solved(jobs, self.method, now.first, self.over)
         return solutions | batched, staleness
 
-    def _renewed(
-        self, unit: Unit, found: Statistics, solutions: Solved, now: Now
+    def _inverted(
+        self, unit: Unit, number: int, found: Statistics, solutions: Solved, now: Now
     ) -> tuple[Statistics, Statistics]:
-        """A unit's statistics, where they change, and its inverse."""
-        layer, depth = unit.layer, len(unit.layer.stack)
+        """A window's statistics, where they change, and its inverse."""
+        layer = unit.layer
         if len(unit.sides) == 1:
-            return {}, {side: solutions[layer.name, side][0] for side in unit.sides}
+            return {}, {side: solutions[number, side][0] for side in unit.sides}
         if not unit.sides:
-            return {}, {"values": self._damped(block_of(layer, found), depth, now.damping)}
-        values, vectors = zip(*(solutions[layer.name, side] for side in SIDES), strict=True)
+            return {}, {"values": self._damped(block_of(layer, found), now.damping)}
+        values, vectors = zip(*(solutions[number, side] for side in SIDES), strict=True)
         bases = dict(zip(BASES, vectors, strict=True))
         if layer.block == "ekfac":
-            precision = self.estimator.precision
-            moved = carried_over(found, bases, values, depth, now.restart, precision)
+            precision = self.stacks.estimator.precision
+            moved = carried_over(found, bases, values, 1, now.restart, precision)
             kept: Statistics = {}
             block: Any = block_of(layer, found | moved)
         else:
             moved, kept = {}, bases
-            block = EigenKronecker(vectors[0], vectors[1], products(*values), depth)
+            block = EigenKronecker(vectors[0], vectors[1], products(*values), 1)
         if isinstance(self.method, Eigh | QR) and not self.method.factored:
-            return moved, kept | {"values": self._damped(block, depth, now.damping)}
+            return moved, kept | {"values": self._damped(block, now.damping)}
         shifts = self._shifts(unit, found, now.damping)
         damping = _in_eigenbasis(values, tuple(shifts[side] for side in SIDES))
         return moved, kept | {"values": block.damped_inverse(damping).values}
 
     def _plain(self, layer: Layer, found: Statistics, now: Now, fields: Statistics) -> Statistics:
         """What `plain` gives for some fields of a layer's inverse."""
-        shifts = self._shifts(Unit(layer, SIDES if layer.factored else (), 0), found, now.damping)
-        arrays = plain(layer, found, shifts, now.damping)
+        unit = Unit(layer, SIDES if layer.factored else (), 0, 0)
+        arrays = plain(layer, found, self._shifts(unit, found, now.damping), now.damping)
         return {field: arrays[field].astype(x.dtype) for field, x in fields.items()}
 
     def _shifts(self, unit: Unit, found: Statistics, damping: jax.Array) -> Statistics:
         """What factored damping adds to the diagonals of a unit's factors."""
         if not unit.sides:
             return {}
-        block = Kronecker(found["input"], found["output"], stack_ndim=len(unit.layer.stack))
+        block = Kronecker(found["input"], found["output"], stack_ndim=1)
         pair = block.factored_damping(damping, relative=self.relative)
         return dict(zip(SIDES, pair, strict=True))
 
-    def _damped(self, block: Any, depth: int, damping: jax.Array) -> jax.Array:
+    def _damped(self, block: Any, damping: jax.Array) -> jax.Array:
         """The values of a block's damped inverse; all these blocks are linear in them."""
         values, scale = block.values, jnp.ones((), block.values.dtype)
         if self.relative:
             diagonal = block.diagonal() if isinstance(block, Dense) else values
-            mean = jnp.mean(diagonal, axis=tuple(range(depth, diagonal.ndim)))
+            mean = jnp.mean(diagonal, axis=tuple(range(1, diagonal.ndim)))
             mean = jnp.where(mean > 0, mean, 1)
-            scale = mean.reshape(mean.shape + (1,) * (values.ndim - depth))
+            scale = mean.reshape(mean.shape + (1,) * (values.ndim - 1))
         return (
             dataclasses.replace(block, values=values / scale).damped_inverse(damping).values / scale
         )
@@ -304,14 +340,11 @@ def _fields(unit: Unit) -> tuple[str, ...]:
     return (*BASES, "values") if len(unit.sides) == 2 else unit.sides
 
 
-def _telling(inverse: Statistics, depth: int) -> list[jax.Array]:
-    """Arrays that are finite only where all of an inverse is: it is positive semi-definite.
-
-    A side has `depth` axes of copies in front, and then one axis where it is diagonal, else two.
-    """
+def _telling(inverse: Statistics) -> list[jax.Array]:
+    """Arrays that are finite only where all of an inverse is: it is positive semi-definite."""
     if "values" in inverse:
         return [inverse["values"]]
-    return [x if x.ndim == depth + 1 else diagonal(x) for x in inverse.values()]
+    return [x if x.ndim == 2 else diagonal(x) for x in inverse.values()]
 
 
 def _norm(matrices: jax.Array) -> jax.Array:
@@ -324,4 +357,4 @@ def _bases(statistics: Statistics) -> Statistics:
 
 
 def _replaced(old: Statistics, new: Statistics, good: jax.Array) -> Statistics:
-    return old | {field: jnp.where(good, x, old[field]) for field, x in new.items()}
+    return old | {field: chosen(good, x, old[field]) for field, x in new.items()}

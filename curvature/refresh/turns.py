@@ -1,70 +1,171 @@
 """When each factor is refreshed: the work of a refresh, spread over the steps until the next one.
 
-A pure function of the layers' shapes. Factors are dealt to turns by their costs, the most expensive
-first and each to the turn that has least to do so far, so that no step is much slower than others.
+A pure function of the stacks' shapes. Of every stack a window of its copies is renewed at a time.
+Windows are dealt to turns by their costs, the most expensive first and each to the turn that has
+least to do so far, so that no step is much slower than others.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from curvature.estimator.factors import Statistics
 from curvature.registry import Layer
 
 SIDES = ("input", "output")
+T = TypeVar("T")
 
 
 class Unit(NamedTuple):
-    """What is refreshed together.
+    """What is refreshed together of each copy in a stack.
 
     Attributes:
-      layer: whose inverse it is.
+      layer: the stack.
       sides: the Kronecker factors that are inverted, or whose eigenbases are found; none where a
         block is stored as one array.
-      cost: size^3 of its matrices, summed; its number of entries without.
+      copies: how many there are.
+      cost: of one copy: size^3 of its matrices, summed; its number of entries without.
     """
 
     layer: Layer
     sides: tuple[str, ...]
+    copies: int
     cost: int
 
 
+class Window(NamedTuple):
+    """The copies of a unit that are refreshed at each turn.
+
+    Attributes:
+      unit: the unit.
+      size: how many copies at a time.
+      starts: the first of them, by turn; -1 where there are none.
+    """
+
+    unit: Unit
+    size: int
+    starts: tuple[int, ...]
+
+    @property
+    def some(self) -> Unit:
+        """The unit of a window's copies alone."""
+        layer = dataclasses.replace(self.unit.layer, stack=(self.size,))
+        return self.unit._replace(layer=layer, copies=self.size)
+
+    @property
+    def turns(self) -> tuple[bool, ...]:
+        """At which turns something is refreshed."""
+        return tuple(start >= 0 for start in self.starts)
+
+    def read(self, array: jax.Array, turn: jax.Array | int) -> jax.Array:
+        """The window of an array with all copies along its first axis."""
+        if self.size == self.unit.copies:
+            return array
+        return jax.lax.dynamic_slice_in_dim(array, self._start(turn), self.size)
+
+    def written(self, array: jax.Array, part: jax.Array, turn: jax.Array | int) -> jax.Array:
+        """The array with another window."""
+        if self.size == self.unit.copies:
+            return part
+        return jax.lax.dynamic_update_slice_in_dim(array, part, self._start(turn), axis=0)
+
+    def _start(self, turn: jax.Array | int) -> jax.Array:
+        return jnp.asarray(np.maximum(self.starts, 0).astype(np.int32))[turn]
+
+
 def units(layer: Layer, statistics: Statistics, *, eigen: bool) -> list[Unit]:
-    """The units of a layer: both sides at once in an eigenbasis, one by one otherwise.
+    """The units of a stack: both sides at once in an eigenbasis, one by one otherwise.
 
     Args:
-      layer: the layer.
+      layer: the stack.
       statistics: arrays of the shapes of its statistics.
       eigen: whether eigenbases are wanted, not inverses.
     """
+    (copies,) = layer.stack
 
     def cost(name: str) -> int:
-        array = statistics[name]
-        matrix = layer.block == "dense" or array.ndim == len(layer.stack) + 2
-        return array.size * (array.shape[-1] if matrix else 1)
+        shape = statistics[name].shape[1:]
+        matrix = layer.block == "dense" or (name != "values" and len(shape) == 2)
+        return math.prod(shape) * (shape[-1] if matrix else 1)
 
     if not layer.factored:
-        return [Unit(layer, (), cost("values"))]
+        return [Unit(layer, (), copies, cost("values"))]
     if eigen or layer.block == "ekfac":
-        return [Unit(layer, SIDES, sum(map(cost, SIDES)))]
-    return [Unit(layer, (side,), cost(side)) for side in SIDES]
+        return [Unit(layer, SIDES, copies, sum(map(cost, SIDES)))]
+    return [Unit(layer, (side,), copies, cost(side)) for side in SIDES]
 
 
-def dealt(units: Sequence[Unit], turns: int, devices: int = 1) -> tuple[tuple[Unit, ...], ...]:
-    """The units of each of a number of turns.
+class Clock(NamedTuple):
+    """What is due.
 
-    Units of one cost go together, as many as there are devices to work on them at once.
+    Attributes:
+      due: whether anything is.
+      everything: whether all turns are due at once.
+      turn: which one is.
     """
-    hands: list[list[Unit]] = [[] for _ in range(turns)]
+
+    due: jax.Array
+    everything: jax.Array
+    turn: jax.Array
+
+
+Act = Callable[[list[Window], Any, jax.Array | bool, T], T]
+"""From windows with the same turns, a turn, whether it is theirs and due, and what may change."""
+
+
+def in_turn(windows: Sequence[Window], clock: Clock, act: Act[T], value: T) -> T:
+    """What may change, after the turns that are due.
+
+    Stacks that take several turns are renewed in a loop over the turns that are due, mostly one or
+    none, so that its work is compiled once. What is renewed in one turn needs no loop.
+    """
+    groups: dict[tuple[bool, ...], list[Window]] = {}
+    for window in windows:
+        groups.setdefault(window.turns, []).append(window)
+    often = [turns for turns in groups if sum(turns) > 1]
+    for turns in (turns for turns in groups if sum(turns) == 1):
+        turn = turns.index(True)
+        due = clock.due & (clock.everything | (clock.turn == turn))
+        value = act(groups[turns], turn, due, value)
+    if not often:
+        return value
+
+    def one(turn: jax.Array, value: T) -> T:
+        for turns in often:
+            due = True if all(turns) else jnp.asarray(turns)[turn]
+            value = act(groups[turns], turn, due, value)
+        return value
+
+    count = len(often[0])
+    first = jnp.where(clock.everything, 0, clock.turn)
+    last = jnp.where(clock.everything, count, clock.turn + 1)
+    return jax.lax.fori_loop(first, jnp.where(clock.due, last, first), one, value)
+
+
+def dealt(units: Sequence[Unit], turns: int, devices: int = 1) -> tuple[Window, ...]:
+    """The windows of some units, dealt to a number of turns.
+
+    Args:
+      units: what is refreshed.
+      turns: in how many turns all of it is, once.
+      devices: how many of them share a window.
+    """
     costs = [0] * turns
-    ordered = sorted(units, key=lambda unit: -unit.cost)
-    for cost, equal in itertools.groupby(ordered, key=lambda unit: unit.cost):
-        rest = list(equal)
-        while rest:
-            turn = costs.index(min(costs))
-            hands[turn] += rest[:devices]
-            costs[turn] += cost
-            del rest[:devices]
-    return tuple(tuple(hand) for hand in hands)
+    windows = []
+    for unit in sorted(units, key=lambda unit: -unit.cost * unit.copies):
+        each = math.ceil(math.ceil(unit.copies / devices) / turns)  # of a device, at a turn
+        size = min(unit.copies, each * devices)
+        count = math.ceil(unit.copies / size)
+        starts = [-1] * turns
+        for i, turn in enumerate(sorted(sorted(range(turns), key=costs.__getitem__)[:count])):
+            starts[turn] = min(i * size, unit.copies - size)
+            costs[turn] += each * unit.cost
+        windows.append(Window(unit, size, tuple(starts)))
+    return tuple(windows)
