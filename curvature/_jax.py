@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex_core
 from jax.extend import source_info_util
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding
 
 Literal = jex_core.Literal
 Equation = Any  # jax.extend.core.JaxprEqn: .primitive.name, .params, .invars, .outvars
@@ -206,6 +207,23 @@ def alike(one: Jaxpr, other: Jaxpr, *, lengths: bool = False) -> bool:
     return len(one.equations) == len(other.equations) and all(
         signature(a) == signature(b) for a, b in pairs
     )
+
+
+def constraints(jaxpr: Jaxpr) -> list[NamedSharding | None]:
+    """How the results are divided that the program divides by itself; None of others."""
+    made = {id(v): equation for equation in jaxpr.equations for v in equation.outvars}
+
+    def one(v: Any) -> NamedSharding | None:
+        if id(v) not in made:
+            return None
+        equation = made[id(v)]
+        name: str = equation.primitive.name
+        if name in ("copy", "copy_p"):
+            return one(equation.invars[0])
+        key = {"sharding_constraint": "sharding", "reshard": "dst_sharding"}.get(name)
+        return None if key is None else equation.params[key]
+
+    return [one(v) for v in jaxpr.outvars]
 
 
 def bind(equation: Equation, operands: Sequence[Any]) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from curvature.trees import difference, different_shape
 PyTree = Any
 ScalarOrSchedule = ArrayLike | Callable[[ArrayLike], ArrayLike]
 Period = int | Callable[[ArrayLike], ArrayLike]
+Gather = Literal["inverses", "updates"]
 
 
 def at(value: Any, count: jax.Array, like: jax.Array) -> jax.Array:
@@ -140,8 +141,15 @@ def is_time(period: Period, count: jax.Array, turn: int = 0) -> jax.Array:
     return count % jnp.maximum(rounded, 1).astype(count.dtype) == turn
 
 
-def check_over(over: Any) -> None:
-    """Raises for what is no sharding of the leading axis over a mesh."""
+def check_over(over: Any, gather: Any) -> None:
+    """Raises for what is no sharding of the leading axis over a mesh, or not to be gathered."""
+    if gather not in get_args(Gather):
+        raise ValueError(f"gather is {gather!r}, expected 'inverses' or 'updates'.")
+    if over is None and gather == "updates":
+        raise ValueError(
+            "gather is 'updates', but nothing is dealt to devices: say over which, by refresh_over="
+            "NamedSharding(mesh, PartitionSpec(axis))."
+        )
     if over is None:
         return
     if not isinstance(over, NamedSharding) or not over.spec or over.spec[0] is None:

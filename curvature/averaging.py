@@ -135,10 +135,11 @@ class Averaging:
             name: {field: x for field, x in arrays.items() if field in BASES}
             for name, arrays in old.items()
         }
+        known = automatic(self.stacks.apart, bases)
         found = self.stacks.estimator.statistics(
-            params, *args, key=key, bases=self.stacks.apart(bases), share=self.statistics_batch
+            params, *args, key=key, bases=known, share=self.statistics_batch
         )
-        return automatic(self.stacks.together, found)
+        return automatic(self.stacks.together, found, like=old)
 
     def _past(self, state: Any) -> jax.Array:
         """The weight of the past; schedules begin after the burn-in."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from curvature.arguments import Period, ScalarOrSchedule, at, check_range
+from curvature.arguments import Gather, Period, ScalarOrSchedule, at, check_range
 from curvature.decay import Mask, decaying
 from curvature.eigenbasis import EigenbasisState, transformation
 from curvature.estimator import Fisher, Kind
@@ -45,6 +45,7 @@ def eigen_adam(
     refresh: Eigh | QR = _QR,
     spread: bool = True,
     refresh_over: NamedSharding | None = None,
+    gather: Gather = "inverses",
     max_factor_dim: int = 8192,
     axis_name: str | Sequence[str] | None = None,
     precision: Precision = FAST,
@@ -80,6 +81,7 @@ def eigen_adam(
       refresh: how bases are found.
       spread: whether each of these steps renews a part of them.
       refresh_over: over whose devices they are dealt to be renewed.
+      gather: `"inverses"` or `"updates"` from there, as `in_eigenbasis` takes it.
       max_factor_dim: a side wider than this keeps its own coordinates.
       axis_name: as `scale_by_curvature` takes it.
       precision: of products, as `in_eigenbasis` takes it.
@@ -118,6 +120,7 @@ def eigen_adam(
         refresh=refresh,
         spread=spread,
         refresh_over=refresh_over,
+        gather=gather,
         max_factor_dim=max_factor_dim,
         axis_name=axis_name,
         precision=precision,

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from curvature.arguments import (
+    Gather,
     Period,
     ScalarOrSchedule,
     check_configuration,
@@ -34,8 +35,8 @@ from curvature.averaging import Averaging, Gathered
 from curvature.blocks.eigen_kronecker import from_basis, into_basis
 from curvature.estimator import Estimator, Fisher, Kind
 from curvature.estimator.bases import BASES
-from curvature.estimator.stacks import Arrays, Stack, Stacks, stacks
-from curvature.meshes import automatic, entering
+from curvature.estimator.stacks import Arrays, Stack, Stacks
+from curvature.meshes import automatic, dealt, entering
 from curvature.moments import Layout, Moment
 from curvature.precision import FAST, Precision
 from curvature.preconditioner import masked
@@ -111,6 +112,7 @@ def in_eigenbasis(
     refresh: Eigh | QR = _QR,
     spread: bool = True,
     refresh_over: NamedSharding | None = None,
+    gather: Gather = "inverses",
     max_factor_dim: int = 8192,
     axis_name: str | Sequence[str] | None = None,
     precision: Precision = FAST,
@@ -149,6 +151,8 @@ def in_eigenbasis(
       refresh: how bases are found: `Eigh()` or `QR()`.
       spread: whether each of these steps renews a part of them; else the first one all.
       refresh_over: over whose devices they are dealt to be renewed; see `scale_by_curvature`.
+      gather: `"inverses"`, here bases, or `"updates"`; see there. What `inner` keeps is divided as
+        the bases are.
       max_factor_dim: a side wider than this keeps its own coordinates.
       axis_name: as `scale_by_curvature` takes it.
       precision: of the products of float32 in statistics and of changes of basis; see there.
@@ -191,6 +195,7 @@ def in_eigenbasis(
         refresh=refresh,
         spread=spread,
         refresh_over=refresh_over,
+        gather=gather,
         max_factor_dim=max_factor_dim,
         axis_name=axis_name,
         precision=precision,
@@ -213,6 +218,7 @@ def transformation(
     refresh: Eigh | QR,
     spread: bool,
     refresh_over: NamedSharding | None,
+    gather: Gather,
     max_factor_dim: int,
     axis_name: str | Sequence[str] | None,
     precision: Precision,
@@ -222,7 +228,7 @@ def transformation(
     check_period("refresh_every", refresh_every, schedules=True)
     if not isinstance(refresh, Eigh | QR):
         raise TypeError(f"refresh is {refresh!r}, expected Eigh() or QR().")
-    check_over(refresh_over)
+    check_over(refresh_over, gather)
     own_factors = isinstance(kind, Shampoo)
     if own_factors and statistics_batch is not None:
         raise ValueError(
@@ -234,12 +240,17 @@ def transformation(
     estimator = Estimator(factored, source, max_factor_dim, axis_name, precision)
     decay = (0.95 if own_factors else 0.8) if decay is None else decay
     period = (1 if own_factors else 5) if statistics_every is None else statistics_every
-    stacked = Stacks(estimator, alone=not layout.by_entry)
+    apart = refresh_over if gather == "updates" else None
+    stacked = Stacks(estimator, alone=not layout.by_entry, over=apart)
     averaging = (GradientAveraging if own_factors else Averaging)(
         stacked, decay, burn_in, accumulate, period, warmup_steps, statistics_batch
     )
     turns = turns_of(refresh_every, spread=spread)
     rotation = Rotation.create(registry, averaging, inner, layout, refresh, turns, refresh_over)
+
+    def placed(inner: optax.OptState) -> optax.OptState:
+        """The inner state with its moments on the devices of their bases."""
+        return layout.joined(inner, dealt(layout.split(inner), apart))
 
     def init(params: PyTree) -> EigenbasisState:
         check_not_masked(params, registry.params)
@@ -252,7 +263,7 @@ def transformation(
             **averaging.zeros(params),
             bases=bases,
             refreshed=jnp.zeros((), bool),
-            inner=rotation.inner.init(rotation.into(bases, params)),
+            inner=placed(rotation.inner.init(rotation.into(bases, params))),
             stats=EigenbasisStats(zero, zero, zero, jnp.zeros((), jnp.result_type(float))),
         )
         return own(state)
@@ -273,6 +284,10 @@ def transformation(
         args = (loss_args or ()) if own_factors else check_update(params, loss_args)
         check_state(state, EigenbasisState)
         check_configuration(state, expected())
+        kept = dealt(
+            (state.statistics, state.bases), apart
+        )  # if it was made, or restored, elsewhere
+        state = state._replace(statistics=kept[0], bases=kept[1], inner=placed(state.inner))
         gathered = averaging.gathered(updates, state, params, args, key)
         act = functools.partial(step, gathered, params, extra)
         return when(gathered.due, act, (jax.tree.map(jnp.zeros_like, updates), gathered.state))
@@ -361,8 +376,7 @@ class Rotation:
         eigenbases = Eigenbases(factored, zeros, refresh, turns, precision, over)
         known = {layer.name for stack in factored for layer in stack.members}
         others = [layer for layer in registry.layers if layer.name not in known]
-        apart = stacks(others, registry.params, alone=averaging.stacks.alone)
-        return cls((*factored, *apart), eigenbases, wrapped, layout)
+        return cls((*factored, *averaging.stacks.of(others)), eigenbases, wrapped, layout)
 
     def into(self, bases: Arrays, tree: PyTree) -> Blocks:
         """Block coordinates of every stack, in its eigenbases."""
@@ -371,7 +385,8 @@ class Rotation:
             blocks = {layer.name: layer.gather(leaves) for layer in self.layers}
             return self._turned(into_basis, bases, blocks)
 
-        return automatic(rotated, bases, jax.tree.leaves(tree))
+        like = {x.name: PartitionSpec(*(x.over.spec[:1] if x.over else ())) for x in self.layers}
+        return automatic(rotated, bases, jax.tree.leaves(tree), like=like)
 
     def out_of(self, bases: Arrays, blocks: Blocks, like: PyTree) -> PyTree:
         """A tree like the parameters from blocks in eigenbases."""

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from curvature import quadratic
 from curvature.adaptive import LevenbergMarquardt, QuadraticModel
 from curvature.arguments import (
+    Gather,
     Period,
     ScalarOrSchedule,
     at,
@@ -146,6 +147,7 @@ def kfac(
     refresh: Method = _CHOLESKY,
     spread: bool = True,
     refresh_over: NamedSharding | None = None,
+    gather: Gather = "inverses",
     graft: optax.GradientTransformation | None = None,
     max_factor_dim: int = 8192,
     fallback: optax.GradientTransformation | None = None,
@@ -192,6 +194,7 @@ def kfac(
       refresh: how inverses are renewed.
       spread: whether each of these steps renews a part of them.
       refresh_over: over whose devices they are dealt to be renewed.
+      gather: `"inverses"` or `"updates"` from there.
       graft: whose update gives the lengths.
       max_factor_dim: a Kronecker factor wider than this keeps its diagonal only.
       fallback: transformation of the gradients of generic and excluded parameters.
@@ -254,6 +257,7 @@ def kfac(
         refresh=refresh,
         spread=spread,
         refresh_over=refresh_over,
+        gather=gather,
         graft=graft,
         max_factor_dim=max_factor_dim,
         fallback=fallback,

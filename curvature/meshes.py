@@ -13,6 +13,7 @@ arguments, so that zeros made in there have the types of what they are added to.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -80,8 +81,8 @@ def automatic(function: Callable[..., T], *args: PyTree, like: PyTree = None) ->
     Args:
       function: from trees of arrays to a tree of arrays.
       *args: its arguments.
-      like: a tree of arrays, of the result's structure; the result is divided as they are. None:
-        every device has all of the result.
+      like: a tree of arrays (or `PartitionSpec`), of the result's structure; the result is divided
+        as they are. None: every device has all of the result.
     """
     axes = explicit_axes()
     if not axes:
@@ -99,6 +100,36 @@ def bind(equation: _jax.Equation, operands: Sequence[Any]) -> list[Any]:
         return _jax.bind(equation, operands)
     like = [v.aval for v in equation.outvars]
     return automatic(lambda *xs: _jax.unplaced(equation, xs), *operands, like=like)
+
+
+def devices(over: NamedSharding | None) -> int:
+    """How many devices the axes of a sharding's leading part have; 1 of None."""
+    if over is None:
+        return 1
+    lead = over.spec[0]
+    axes = (lead,) if isinstance(lead, str) else lead
+    return math.prod(over.mesh.shape[axis] for axis in axes)
+
+
+def dealt(tree: PyTree, over: NamedSharding | None) -> PyTree:
+    """Arrays whose first axis is divided as the leading part of a sharding says; None: as it is."""
+    if over is None:
+        return tree
+    spec = PartitionSpec(*over.spec[:1])
+    if explicit_axes():
+        return jax.tree.map(lambda x: jax.reshard(x, spec), tree)
+    if not jax.sharding.get_abstract_mesh().empty:
+        # It is the mesh that arrays are on; its axes may be of another type here.
+        return jax.lax.with_sharding_constraint(tree, spec)
+    sharding = NamedSharding(over.mesh, spec)
+    if AxisType.Explicit in over.mesh.axis_types:
+        return jax.tree.map(lambda x: jax.reshard(x, sharding), tree)
+    return jax.lax.with_sharding_constraint(tree, sharding)
+
+
+def whole(tree: PyTree, over: NamedSharding | None) -> PyTree:
+    """Arrays of which every device has all; None: as they are."""
+    return tree if over is None else dealt(tree, NamedSharding(over.mesh, PartitionSpec(None)))
 
 
 def here(tree: PyTree) -> PyTree:
@@ -159,6 +190,8 @@ def _sharding(leaf: Any) -> NamedSharding | None:
 
 
 def _spec(x: Any) -> PartitionSpec:
+    if isinstance(x, PartitionSpec):
+        return x
     sharding = _sharding(x)
     return PartitionSpec() if sharding is None else sharding.spec
 

@@ -10,6 +10,8 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from curvature import _jax
+
 PyTree = Any
 
 
@@ -17,7 +19,8 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     """How the state of an optimizer is divided over the mesh of the parameters.
 
     What is like the parameters (momentum, accumulated gradients, Adam's means) is divided as they
-    are; factors, inverses, bases and numbers are on every device. For `out_shardings` of a jitted
+    are; factors, inverses and bases over the devices that share them, with `gather="updates"`; else
+    they are on every device, and so are numbers. For `out_shardings` of a jitted
     `tx.init` and of a step, so that the first state is where later ones are and the step compiles
     once, and for restoring a checkpoint. Without, a new state is on one device.
 
@@ -54,11 +57,14 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
         found: NamedSharding = param.sharding
         return found if leaf.shape == param.shape else everywhere
 
-    state = jax.eval_shape(tx.init, params)
+    own, state = _own(tx, params)
     found: PyTree = optax.tree_utils.tree_map_params(
         tx, like, state, params, transform_non_params=lambda _: everywhere
     )
-    return found
+    places, structure = jax.tree.flatten(found)
+    pairs = zip(own, places, strict=True)
+    places = [place if x is None else NamedSharding(everywhere.mesh, x.spec) for x, place in pairs]
+    return jax.tree.unflatten(structure, places)
 
 
 def state_memory(tx: optax.GradientTransformation, params: PyTree) -> dict[str, int]:
@@ -67,7 +73,8 @@ def state_memory(tx: optax.GradientTransformation, params: PyTree) -> dict[str, 
     Args:
       tx: any optax transformation, of this library or not.
       params: parameters: arrays, or shapes. Where they have a `NamedSharding`, the state is taken
-        to be divided as `state_shardings` says; else one device has all of it.
+        to be divided as `state_shardings` says; else one device has all of it but for what
+        `gather="updates"` divides.
 
     Returns:
       Bytes by the name of the state's field (`statistics`, `inverse`, `bases`, ...), and `total`.
@@ -77,16 +84,25 @@ def state_memory(tx: optax.GradientTransformation, params: PyTree) -> dict[str, 
     >>> curvature.state_memory(optax.adam(1e-3), params)
     {'count': 4, 'mu': 1000000, 'nu': 1000000, 'total': 2000004}
     """
-    state = jax.eval_shape(tx.init, params)
+    places, state = _own(tx, params)
     leaves = jax.tree.leaves(params)
-    divided = all(isinstance(getattr(x, "sharding", None), NamedSharding) for x in leaves)
-    places = jax.tree.leaves(state_shardings(tx, params)) if divided else None
+    if all(isinstance(getattr(x, "sharding", None), NamedSharding) for x in leaves):
+        places = jax.tree.leaves(state_shardings(tx, params))
     found: dict[str, int] = {}
-    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(state)):
-        shape = leaf.shape if places is None else places[i].shard_shape(leaf.shape)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(state), places, strict=True)
+    for (path, leaf), place in pairs:
+        shape = leaf.shape if place is None else place.shard_shape(leaf.shape)
         name = _field(path)
         found[name] = found.get(name, 0) + math.prod(shape) * leaf.dtype.itemsize
     return found | {"total": sum(found.values())}
+
+
+def _own(
+    tx: optax.GradientTransformation, params: PyTree
+) -> tuple[list[NamedSharding | None], PyTree]:
+    """Of each leaf of a state how it divides itself, where it does; and the state's shapes."""
+    jaxpr, state = _jax.trace(tx.init, params)
+    return _jax.constraints(jaxpr), state
 
 
 def _field(path: Sequence[Any]) -> str:

@@ -17,6 +17,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from curvature.arguments import (
+    Gather,
     Period,
     ScalarOrSchedule,
     at,
@@ -38,7 +39,7 @@ from curvature.averaging import Averaging, Gathered
 from curvature.estimator import Estimator, Fisher, Kind
 from curvature.estimator.stacks import Arrays, Stacks
 from curvature.grafting import grafted
-from curvature.meshes import entering
+from curvature.meshes import dealt, entering
 from curvature.precision import FAST, Precision
 from curvature.quadratic import dot
 from curvature.refresh import Cholesky, Inverses, Method, Now, Refreshed
@@ -119,6 +120,7 @@ def scale_by_curvature(
     refresh: Method = _CHOLESKY,
     spread: bool = True,
     refresh_over: NamedSharding | None = None,
+    gather: Gather = "inverses",
     graft: optax.GradientTransformation | None = None,
     max_factor_dim: int = 8192,
     fallback: optax.GradientTransformation | None = None,
@@ -168,9 +170,12 @@ def scale_by_curvature(
       refresh: how: `Cholesky()`, `NewtonSchulz()`, `Eigh()` or `QR()`.
       spread: whether each of these steps renews a part of the inverses; else the first one all.
       refresh_over: a sharding, such as `NamedSharding(mesh, PartitionSpec("data"))`, over whose
-        devices factors of one size are dealt to be inverted, and the inverses gathered; by default
-        every device inverts all. With a method that has a tolerance, what is kept is then decided
-        by every device for its share.
+        devices factors of one size are dealt to be inverted; by default every device inverts all.
+        With a method that has a tolerance, what is kept is then decided by every device for its
+        share.
+      gather: what is gathered from these devices: `"inverses"` after a refresh, so that every
+        device has all of them; or `"updates"` in every step, so that each keeps, and applies, its
+        share of the statistics and inverses only. `curvature.state_shardings` says where they are.
       graft: a transformation such as `optax.scale_by_adam()`, whose update gives the length of
         every layer's part of the direction; only its direction is the curvature's.
       max_factor_dim: a Kronecker factor wider than this keeps its diagonal only.
@@ -213,6 +218,7 @@ def scale_by_curvature(
         refresh=refresh,
         spread=spread,
         refresh_over=refresh_over,
+        gather=gather,
         graft=graft,
         max_factor_dim=max_factor_dim,
         fallback=fallback,
@@ -280,7 +286,7 @@ class Preconditioner:
             )
         fallback, graft = options["fallback"], options["graft"]
         over = options["refresh_over"]
-        check_over(over)
+        check_over(over, options["gather"])
         check_transformation("fallback", fallback)
         check_transformation("graft", graft)
         excluded = registry.excluded
@@ -292,10 +298,8 @@ class Preconditioner:
             registry, kind, *(options[x] for x in ("max_factor_dim", "axis_name", "precision"))
         )
         turns = turns_of(options["refresh_every"], spread=options["spread"])
-        left, stacks = (
-            jax.tree.unflatten(jax.tree.structure(registry.params), excluded),
-            Stacks(estimator),
-        )
+        left = jax.tree.unflatten(jax.tree.structure(registry.params), excluded)
+        stacks = Stacks(estimator, over=over if options["gather"] == "updates" else None)
         names = [field.name for field in dataclasses.fields(Averaging) if field.name in options]
         return cls(
             Averaging(stacks, **{name: options[name] for name in names}),
@@ -342,6 +346,9 @@ class Preconditioner:
     ) -> Gathered:
         """Averages statistics and gathers gradients, until there is a step to take."""
         check_configuration(state, self._expected)
+        over = self.averaging.stacks.over  # of a state that was made, or restored, elsewhere
+        kept = dealt((state.statistics, state.inverse), over)
+        state = state._replace(statistics=kept[0], inverse=kept[1])
         return self.averaging.gathered(gradient, state, params, args, key)
 
     def direction(

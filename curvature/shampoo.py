@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from curvature.averaging import Averaging, Gathered, mixed
 from curvature.estimator.rows import moment
 from curvature.estimator.stacks import Arrays, Stacks
-from curvature.meshes import automatic
+from curvature.meshes import automatic, dealt
 from curvature.precision import accumulator
 from curvature.refresh.control import finite, when
 
@@ -61,7 +61,7 @@ class GradientAveraging(Averaging):
         def sample(carry: Any) -> Any:
             old, weight, sound = carry
             make = functools.partial(_factors, self.stacks, old)
-            fresh = automatic(make, leaves)
+            fresh = automatic(make, leaves, like=old)
             return mixed((old, weight), fresh, sound, past, 1 - past)
 
         due &= early | jnp.asarray(gathered.due)
@@ -76,6 +76,7 @@ class GradientAveraging(Averaging):
             dtype = accumulator(*(leaves[v.source].dtype for v in layer.leaves))
             shapes = [(n,) if n > widest else (n, n) for n in layer.shape[-2:]]
             zeros = [jnp.zeros((*layer.stack, *shape), dtype) for shape in shapes]
+            zeros = dealt(zeros, layer.over)
             statistics[layer.name] = dict(zip(("input", "output"), zeros, strict=True))
         return super().zeros(params) | {"statistics": statistics}
 

@@ -35,16 +35,20 @@ def recipes(registry, mesh):
     inner = optax.chain(optax.trace(0.9), optax.scale_by_rms(eps=1e-3))
     return {
         "kfac": curvature.kfac(registry, 0.1, refresh_over=over),
+        "apart": curvature.kfac(registry, 0.1, refresh_over=over, gather="updates"),
         "ekfac": curvature.ekfac(registry, 0.1, accumulate=2),
         "adaptive": curvature.kfac(
             registry, curvature.QuadraticModel(), damping=curvature.LevenbergMarquardt()
         ),
         "in_eigenbasis": curvature.in_eigenbasis(registry, inner, refresh_over=over),
+        "bases apart": curvature.in_eigenbasis(
+            registry, inner, refresh_over=over, gather="updates"
+        ),
         "chain": optax.chain(curvature.scale_by_curvature(registry), optax.trace(0.9)),
     }
 
 
-RECIPES = ("kfac", "ekfac", "adaptive", "in_eigenbasis", "chain")
+RECIPES = ("kfac", "apart", "ekfac", "adaptive", "in_eigenbasis", "bases apart", "chain")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -79,6 +83,45 @@ def test_what_is_like_the_parameters_is_divided_as_they_are():
     rest = jax.tree.leaves(places.curvature)
     assert all(s.spec == P() for s in rest)
     assert all(s.mesh == mesh for s in rest)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("make", [curvature.kfac, curvature.ekfac, curvature.eigen_adam])
+def test_every_device_has_its_share_of_the_state(make):
+    """Of a deep net's; what there is of copies beyond the layers is not much."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    params = {f"w{i}": jnp.ones((4, 4)) for i in range(20)}
+    params = jax.device_put(params, NamedSharding(mesh, P()))
+
+    def loss(p, x):
+        for w in p.values():
+            x = jnp.tanh(x @ w)
+        return curvature.losses.l2_loss(x).mean()
+
+    x = jax.device_put(jnp.ones((16, 4)), NamedSharding(mesh, P("data")))
+    over = NamedSharding(mesh, P("data"))
+    registry = curvature.register(loss, params, x)
+    tx = make(registry, 0.1, refresh_over=over, gather="updates")
+    state = jax.jit(tx.init, out_shardings=curvature.state_shardings(tx, params))(params)
+    found = curvature.state_memory(tx, params)
+    alone = curvature.state_memory(make(registry, 0.1), params)
+    assert alone["statistics"] > 20 * 2 * 4 * 4 * 8
+    for part in ("statistics", "inverse", "bases", "inner"):
+        assert found.get(part, 0) <= 1.3 * alone.get(part, 0) / 4
+    device = jax.devices()[0]
+    there = [s for x in jax.tree.leaves(state) for s in x.addressable_shards if s.device == device]
+    assert sum(s.data.nbytes for s in there) == found["total"]
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_gathering_updates_needs_devices():
+    loss, params, batch, _ = problem()
+    registry = curvature.register(loss, params, *batch)
+    for make in (curvature.kfac, curvature.eigen_adam):
+        with pytest.raises(ValueError, match="say over which"):
+            make(registry, 0.1, gather="updates")
+        with pytest.raises(ValueError, match="expected 'inverses' or 'updates'"):
+            make(registry, 0.1, gather="state")
 
 
 def test_parameters_on_no_mesh_are_refused():

@@ -16,11 +16,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from curvature.blocks import BlockDiagonal, block_of
 from curvature.estimator.bases import BASES
 from curvature.estimator.estimator import Estimator
 from curvature.estimator.factors import Statistics, factors_of
+from curvature.meshes import dealt, devices, whole
 from curvature.precision import accumulator
 from curvature.registry.layers import Layer
 from curvature.registry.views import Shape, View
@@ -38,12 +40,15 @@ class Stack(Layer):
 
     Attributes:
       members: the layers.
+      over: how copies are divided over devices, which are then as many more as divides them
+        equally; None where every device has all.
     """
 
     members: tuple[Layer, ...] = ()
+    over: NamedSharding | None = None
 
     @classmethod
-    def of(cls, members: Sequence[Layer]) -> Stack:
+    def of(cls, members: Sequence[Layer], over: NamedSharding | None = None) -> Stack:
         """The stack of some layers; of one, it has its name."""
         first, others = members[0], len(members) - 1
         fields = {x.name: getattr(first, x.name) for x in dataclasses.fields(first)}
@@ -51,9 +56,10 @@ class Stack(Layer):
             "name": f"{first.name} (+{others})" if others else first.name,
             "parameters": tuple(path for layer in members for path in layer.parameters),
             "views": tuple(view for layer in members for view in layer.views),
-            "stack": (sum(map(copies_of, members)),),
         }
-        return cls(**fields, members=tuple(members))
+        count = sum(map(copies_of, members))
+        fields["stack"] = (count + -count % devices(over),)
+        return cls(**fields, members=tuple(members), over=over)
 
     @property
     def leaves(self) -> tuple[View, ...]:
@@ -71,18 +77,35 @@ class Stack(Layer):
         return (*self.stack, *copy_shape(self.members[0]))
 
     def gather(self, leaves: Sequence[jax.Array] | Mapping[int, jax.Array]) -> jax.Array:
-        """The block coordinates of all members, from the leaves of a tree."""
-        return self.joined([layer.gather(leaves) for layer in self.members])
+        """The block coordinates of all members, from the leaves of a tree; zero beyond them."""
+        joined = self._joined([layer.gather(leaves) for layer in self.members])
+        return self.filled(joined, jnp.zeros(self.shape[1:], joined.dtype))
 
     def scatter(self, block: jax.Array) -> dict[int, jax.Array]:
         """Leaf-shaped arrays by leaf; zero outside the members' views."""
         found: dict[int, jax.Array] = {}
-        for layer, part in zip(self.members, self.split(block), strict=True):
+        parts = self.split(whole(block, self.over))
+        for layer, part in zip(self.members, parts, strict=True):
             for leaf, x in layer.scatter(part).items():
                 found[leaf] = found[leaf] + x if leaf in found else x
         return found
 
-    def joined(self, arrays: Sequence[jax.Array]) -> jax.Array:
+    def joined(self, name: str, arrays: Sequence[jax.Array]) -> jax.Array:
+        """One of the members' statistics; beyond them, those of the identity."""
+        found = self._joined(arrays)
+        matrix = name in BASES or self.block == "dense" or not name.startswith("values")
+        if matrix and found.ndim == 3:
+            return self.filled(found, jnp.eye(found.shape[-1], dtype=found.dtype))
+        return self.filled(found, jnp.ones(found.shape[1:], found.dtype))
+
+    def filled(self, array: jax.Array, one: jax.Array) -> jax.Array:
+        """An array with all copies, and others to divide over devices."""
+        missing = self.stack[0] - len(array)
+        if missing:
+            array = jnp.concatenate([array, jnp.broadcast_to(one, (missing, *one.shape))])
+        return dealt(array, self.over)
+
+    def _joined(self, arrays: Sequence[jax.Array]) -> jax.Array:
         """An array of each member, whose first axes are its own stack's, along one axis."""
         pairs = zip(self.members, arrays, strict=True)
         flat = [x.reshape(copies_of(layer), *x.shape[len(layer.stack) :]) for layer, x in pairs]
@@ -98,13 +121,20 @@ class Stack(Layer):
         return parts
 
 
-def stacks(layers: Sequence[Layer], params: Any, *, alone: bool = False) -> tuple[Stack, ...]:
+def stacks(
+    layers: Sequence[Layer],
+    params: Any,
+    *,
+    alone: bool = False,
+    over: NamedSharding | None = None,
+) -> tuple[Stack, ...]:
     """The stacks of some layers, in the order of their first members.
 
     Args:
       layers: the layers.
       params: the parameters, or their shapes.
       alone: whether every layer is a stack of its own.
+      over: how copies are divided over devices.
     """
     leaves = jax.tree.leaves(params)
     found: dict[Hashable, list[Layer]] = {}
@@ -112,7 +142,7 @@ def stacks(layers: Sequence[Layer], params: Any, *, alone: bool = False) -> tupl
         dtype = accumulator(*(leaves[view.source].dtype for view in layer.leaves))
         kind = (layer.block, layer.one_hot, layer.flipped, copy_shape(layer), dtype)
         found.setdefault(layer.name if alone else kind, []).append(layer)
-    return tuple(Stack.of(members) for members in found.values())
+    return tuple(Stack.of(members, over) for members in found.values())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,15 +152,21 @@ class Stacks:
     Attributes:
       estimator: whose layers.
       alone: whether every layer is a stack of its own.
+      over: how copies are divided over devices; None where every device has all.
     """
 
     estimator: Estimator
     alone: bool = False
+    over: NamedSharding | None = None
 
     @functools.cached_property
     def layers(self) -> tuple[Stack, ...]:
         """The stacks."""
-        return stacks(self.estimator.layers, self.estimator.registry.params, alone=self.alone)
+        return self.of(self.estimator.layers)
+
+    def of(self, layers: Sequence[Layer]) -> tuple[Stack, ...]:
+        """The stacks of some layers of the registry."""
+        return stacks(layers, self.estimator.registry.params, alone=self.alone, over=self.over)
 
     def zeros(self) -> Arrays:
         """Statistics of nothing."""
@@ -140,7 +176,7 @@ class Stacks:
         """Arrays by stack, from those by layer."""
         return {
             stack.name: {
-                name: stack.joined([arrays[layer.name][name] for layer in stack.members])
+                name: stack.joined(name, [arrays[layer.name][name] for layer in stack.members])
                 for name in arrays[stack.members[0].name]
             }
             for stack in self.layers
@@ -151,7 +187,8 @@ class Stacks:
         found: dict[str, Statistics] = {}
         for stack in self.layers:
             for name, array in arrays.get(stack.name, {}).items():
-                for layer, part in zip(stack.members, stack.split(array), strict=True):
+                parts = stack.split(whole(array, stack.over))
+                for layer, part in zip(stack.members, parts, strict=True):
                     found.setdefault(layer.name, {})[name] = part
         return found
 

@@ -7,7 +7,7 @@ mesh a batch can be dealt to devices: each solves its share, and the results are
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from curvature.meshes import dealt, devices, whole
 from curvature.refresh.methods import QR, Eigh, Method
 
 Key = tuple[int, str]
@@ -26,12 +27,12 @@ Solve = Callable[..., tuple[jax.Array, ...]]
 
 
 class Job(NamedTuple):
-    """A factor to solve, `stack + (size, size)`.
+    """Factors to solve.
 
     Attributes:
-      factor: the factor, damped if it is to be inverted.
-      previous: its inverse or eigenbasis so far.
-      eigen: whether its eigenbasis is wanted.
+      factor: the factors, `(copies, size, size)`, damped if they are to be inverted.
+      previous: their inverses or eigenbases so far.
+      eigen: whether eigenbases are wanted.
     """
 
     factor: jax.Array
@@ -39,20 +40,13 @@ class Job(NamedTuple):
     eigen: bool
 
 
-def devices(over: NamedSharding | None) -> int:
-    """How many devices a batch is dealt to: those along the axes of its leading part."""
-    if over is None:
-        return 1
-    lead = over.spec[0]
-    axes = (lead,) if isinstance(lead, str) else lead
-    return math.prod(over.mesh.shape[axis] for axis in axes)
-
-
 def solved(
     jobs: Mapping[Key, Job],
     method: Method,
     first: jax.Array,
     over: NamedSharding | None = None,
+    *,
+    apart: bool = False,
 ) -> tuple[Solved, list[jax.Array]]:
     """What a method gives for every job, and how stale the previous results were.
 
@@ -61,7 +55,9 @@ def solved(
       method: how factors are inverted, or their eigenbases found.
       first: whether there are no results so far.
       over: how a batch is divided over devices; None where each solves all of it.
+      apart: whether factors and results are divided like that too; else every device has all.
     """
+    parts = devices(over) if apart else 1
     batches: dict[object, list[Key]] = {}
     for key, job in jobs.items():
         kind = (job.eigen, job.factor.shape[-1], job.factor.dtype.name)
@@ -70,29 +66,25 @@ def solved(
     staleness = []
     for keys in batches.values():
         batch = [jobs[key] for key in keys]
-        factors = _stacked([job.factor for job in batch])
-        previous = _stacked([job.previous for job in batch])
+        factors = _stacked([job.factor for job in batch], parts)
+        previous = _stacked([job.previous for job in batch], parts)
         solve: Solve = functools.partial(_solve, method, eigen=batch[0].eigen)
         if devices(over) > 1:
             assert over is not None
-            solve = _dealt(solve, over, len(factors))
+            solve = _dealt(solve, over, len(factors), apart=apart)
         *results, stale = solve(factors, previous, first)
         staleness.append(jnp.max(stale))
-        start = 0
-        for key, job in zip(keys, batch, strict=True):
-            stack = job.factor.shape[:-2]
-            stop = start + job.factor[..., 0, 0].size
-            found[key] = tuple(x[start:stop].reshape(*stack, *x.shape[1:]) for x in results)
-            start = stop
+        sizes = [len(job.factor) // parts for job in batch]
+        for key, start, size in zip(keys, itertools.accumulate([0, *sizes]), sizes, strict=False):
+            found[key] = tuple(_part(x, parts, start, size) for x in results)
     return found, staleness
 
 
-def _dealt(solve: Solve, over: NamedSharding, count: int) -> Solve:
+def _dealt(solve: Solve, over: NamedSharding, count: int, *, apart: bool) -> Solve:
     """`solve` with its batch dealt to devices, filled up with identities."""
     missing, lead = -count % devices(over), PartitionSpec(*over.spec[:1])
-    # A mesh that is set is the one that arrays are on; its axes may be of another type here.
     mesh = over.mesh if jax.sharding.get_abstract_mesh().empty else None
-    everywhere = PartitionSpec() if mesh is None else NamedSharding(mesh, PartitionSpec())
+    placed = functools.partial(dealt if apart else whole, over=over)
     each = jax.shard_map(
         solve, mesh=mesh, in_specs=(lead, lead, PartitionSpec()), out_specs=lead, check_vma=False
     )
@@ -102,12 +94,11 @@ def _dealt(solve: Solve, over: NamedSharding, count: int) -> Solve:
         more = jnp.broadcast_to(identity, (missing, *identity.shape))
         return jnp.concatenate([x, more]) if missing else x
 
-    def dealt(factors: jax.Array, previous: jax.Array, first: jax.Array) -> Any:
-        whole = jax.lax.with_sharding_constraint((factors, previous), everywhere)
-        results = each(*map(filled, whole), first)
-        return tuple(x[:count] for x in jax.lax.with_sharding_constraint(results, everywhere))
+    def batched(factors: jax.Array, previous: jax.Array, first: jax.Array) -> Any:
+        results = each(*map(filled, placed((factors, previous))), first)
+        return tuple(x[:count] for x in placed(results))
 
-    return dealt
+    return batched
 
 
 def _solve(
@@ -120,6 +111,15 @@ def _solve(
     return method.inverse(factors, previous)
 
 
-def _stacked(arrays: list[jax.Array]) -> jax.Array:
-    flat = [x.reshape(-1, *x.shape[-2:]) for x in arrays]
-    return flat[0] if len(flat) == 1 else jnp.concatenate(flat)
+def _stacked(arrays: list[jax.Array], parts: int) -> jax.Array:
+    """Batches joined within each of the parts that their first axes are divided into."""
+    if len(arrays) == 1:
+        return arrays[0]
+    apart = [x.reshape(parts, -1, *x.shape[1:]) for x in arrays]
+    return jnp.concatenate(apart, axis=1).reshape(-1, *arrays[0].shape[1:])
+
+
+def _part(x: jax.Array, parts: int, start: int, size: int) -> jax.Array:
+    """One of the batches that were joined."""
+    apart = x.reshape(parts, -1, *x.shape[1:])
+    return apart[:, start : start + size].reshape(-1, *x.shape[1:])

@@ -19,9 +19,10 @@ from curvature.blocks.eigen_kronecker import from_basis
 from curvature.estimator.bases import BASES, identity, moved_diagonal, overlap
 from curvature.estimator.factors import Statistics, factors_of
 from curvature.estimator.stacks import Arrays, Stack, divided
-from curvature.meshes import automatic
+from curvature.meshes import automatic, devices
+from curvature.meshes import dealt as placed
 from curvature.precision import Precision
-from curvature.refresh.batches import Job, Key, devices, solved
+from curvature.refresh.batches import Job, Key, solved
 from curvature.refresh.control import chosen, finite_copies, when
 from curvature.refresh.methods import QR, Eigh
 from curvature.refresh.turns import SIDES, Clock, Unit, Window, dealt, in_turn, units
@@ -79,17 +80,23 @@ class Eigenbases:
     precision: Precision
     over: NamedSharding | None = None
 
+    @property
+    def apart(self) -> bool:
+        """Whether every device keeps its share of the bases only."""
+        return any(layer.over is not None for layer in self.layers)
+
     @functools.cached_property
     def windows(self) -> tuple[Window, ...]:
         """Whose bases are renewed at each turn."""
         found = [unit for x in self.layers for unit in units(x, self.factors[x.name], eigen=True)]
-        return dealt(found, self.turns, devices(self.over))
+        return dealt(found, self.turns, devices(self.over), apart=self.apart)
 
     def identity(self) -> Arrays:
         """The coordinates themselves."""
         return {
             layer.name: {
-                name: jnp.array(x) for name, x in identity(self.factors[layer.name], 1).items()
+                name: placed(jnp.array(x), layer.over)
+                for name, x in identity(self.factors[layer.name], 1).items()
             }
             for layer in self.layers
         }
@@ -113,7 +120,7 @@ class Eigenbases:
             act = functools.partial(self._refreshed, statistics, weight, first)
             return in_turn(self.windows, clock, act, old)
 
-        return automatic(refreshed, statistics, weight, first, clock, old)
+        return automatic(refreshed, statistics, weight, first, clock, old, like=old)
 
     def _refreshed(
         self,
@@ -194,7 +201,7 @@ class Eigenbases:
                     found[i, side] = jnp.ones_like(factors[side])
                 else:
                     jobs[i, side] = Job(factors[side], bases[i][basis], eigen=True)
-        solutions, staleness = solved(jobs, self.method, first, self.over)
+        solutions, staleness = solved(jobs, self.method, first, self.over, apart=self.apart)
         stale = [x.astype(weight.dtype) for x in staleness]
         return found | {key: vectors for key, (_, vectors) in solutions.items()}, stale
 

@@ -27,10 +27,11 @@ from curvature.blocks import BlockDiagonal, Dense, EigenKronecker, Kronecker, bl
 from curvature.blocks.block import safe_power
 from curvature.estimator.bases import BASES, carried_over, identity, known, products
 from curvature.estimator.factors import Statistics, factors_of
-from curvature.estimator.stacks import Arrays, Stacks, divided
+from curvature.estimator.stacks import Arrays, Stacks, copies_of, divided
 from curvature.linalg import diagonal, multiples_of_identity
-from curvature.meshes import automatic
-from curvature.refresh.batches import Job, Key, Solved, devices, solved
+from curvature.meshes import automatic, devices
+from curvature.meshes import dealt as placed
+from curvature.refresh.batches import Job, Key, Solved, solved
 from curvature.refresh.control import chosen, finite_copies, when
 from curvature.refresh.methods import QR, Eigh, Method
 from curvature.refresh.plain import plain
@@ -100,12 +101,18 @@ class Inverses:
     relative: bool
     over: NamedSharding | None = None
 
+    @property
+    def apart(self) -> bool:
+        """Whether every device keeps its share of the inverses only."""
+        return self.stacks.over is not None
+
     @functools.cached_property
     def windows(self) -> tuple[Window, ...]:
         """What is renewed at each turn."""
         zeros, eigen = self.stacks.zeros(), isinstance(self.method, Eigh | QR)
         found = [units(layer, zeros[layer.name], eigen=eigen) for layer in self.stacks.layers]
-        return dealt([unit for some in found for unit in some], self.turns, devices(self.over))
+        every = [unit for some in found for unit in some]
+        return dealt(every, self.turns, devices(self.over), apart=self.apart)
 
     def zeros(self) -> Arrays:
         """Inverses of nothing."""
@@ -118,7 +125,7 @@ class Inverses:
                 like["values"] = jnp.zeros(layer.shape, like["input"].dtype)
             arrays = {field: jnp.zeros_like(like[field]) for field in fields}
             found[layer.name] = found.get(layer.name, {}) | arrays
-        return found
+        return placed(found, self.stacks.over)
 
     def operator(self, statistics: Arrays, inverse: Arrays) -> BlockDiagonal:
         """The inverse as an operator on parameter trees."""
@@ -153,7 +160,9 @@ class Inverses:
         least = jnp.zeros_like(weight)
         weight = jnp.where(weight > 0, weight, 1)
         for layer in (x for x in self.stacks.layers if x.factored and x.block != "ekfac"):
-            factors = factors_of(layer, divided(statistics[layer.name], weight))
+            count = sum(map(copies_of, layer.members))
+            sums = {name: x[:count] for name, x in statistics[layer.name].items()}
+            factors = factors_of(layer, divided(sums, weight))
             block = Kronecker(factors["input"], factors["output"], stack_ndim=1)
             shifts = block.factored_damping(1.0)
             for side, shift in zip(SIDES, shifts, strict=True):
@@ -187,7 +196,7 @@ class Inverses:
             act = functools.partial(self._refreshed, statistics, now)
             return in_turn(self.windows, clock, act, old)
 
-        return automatic(refreshed, statistics, now, clock, old)
+        return automatic(refreshed, statistics, now, clock, old, like=old)
 
     def _refreshed(
         self,
@@ -271,7 +280,7 @@ class Inverses:
                     jobs[key] = Job(damped, kept[side], eigen=False)
                 else:
                     solutions[key] = (safe_power(factor + shifts[side][..., None], -1.0),)
-        batched, staleness = solved(jobs, self.method, now.first, self.over)
+        batched, staleness = solved(jobs, self.method, now.first, self.over, apart=self.apart)
         return solutions | batched, staleness
 
     def _inverted(

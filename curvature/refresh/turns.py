@@ -41,17 +41,19 @@ class Unit(NamedTuple):
 
 
 class Window(NamedTuple):
-    """The copies of a unit that are refreshed at each turn.
+    """The copies of a unit that are refreshed at each turn: a few of every part of the stack.
 
     Attributes:
       unit: the unit.
-      size: how many copies at a time.
-      starts: the first of them, by turn; -1 where there are none.
+      size: how many copies at a time, of all parts together.
+      starts: the first of them in each part, by turn; -1 where there are none.
+      parts: in how many equal parts the stack is divided over devices.
     """
 
     unit: Unit
     size: int
     starts: tuple[int, ...]
+    parts: int = 1
 
     @property
     def some(self) -> Unit:
@@ -68,13 +70,20 @@ class Window(NamedTuple):
         """The window of an array with all copies along its first axis."""
         if self.size == self.unit.copies:
             return array
-        return jax.lax.dynamic_slice_in_dim(array, self._start(turn), self.size)
+        start, each = self._start(turn), self.size // self.parts
+        found = jax.lax.dynamic_slice_in_dim(self._apart(array), start, each, axis=1)
+        return found.reshape(self.size, *array.shape[1:])
 
     def written(self, array: jax.Array, part: jax.Array, turn: jax.Array | int) -> jax.Array:
         """The array with another window."""
         if self.size == self.unit.copies:
             return part
-        return jax.lax.dynamic_update_slice_in_dim(array, part, self._start(turn), axis=0)
+        apart, new = self._apart(array), self._apart(part)
+        found = jax.lax.dynamic_update_slice_in_dim(apart, new, self._start(turn), axis=1)
+        return found.reshape(array.shape)
+
+    def _apart(self, array: jax.Array) -> jax.Array:
+        return array.reshape(self.parts, -1, *array.shape[1:])
 
     def _start(self, turn: jax.Array | int) -> jax.Array:
         return jnp.asarray(np.maximum(self.starts, 0).astype(np.int32))[turn]
@@ -149,23 +158,28 @@ def in_turn(windows: Sequence[Window], clock: Clock, act: Act[T], value: T) -> T
     return jax.lax.fori_loop(first, jnp.where(clock.due, last, first), one, value)
 
 
-def dealt(units: Sequence[Unit], turns: int, devices: int = 1) -> tuple[Window, ...]:
+def dealt(
+    units: Sequence[Unit], turns: int, devices: int = 1, *, apart: bool = False
+) -> tuple[Window, ...]:
     """The windows of some units, dealt to a number of turns.
 
     Args:
       units: what is refreshed.
       turns: in how many turns all of it is, once.
       devices: how many of them share a window.
+      apart: whether each of them has an equal part of every stack, and takes copies of its own.
     """
+    parts = devices if apart else 1
     costs = [0] * turns
     windows = []
     for unit in sorted(units, key=lambda unit: -unit.cost * unit.copies):
         each = math.ceil(math.ceil(unit.copies / devices) / turns)  # of a device, at a turn
-        size = min(unit.copies, each * devices)
-        count = math.ceil(unit.copies / size)
+        there = unit.copies // parts
+        size = min(there, each * devices // parts)
+        count = math.ceil(there / size)
         starts = [-1] * turns
         for i, turn in enumerate(sorted(sorted(range(turns), key=costs.__getitem__)[:count])):
-            starts[turn] = min(i * size, unit.copies - size)
+            starts[turn] = min(i * size, there - size)
             costs[turn] += each * unit.cost
-        windows.append(Window(unit, size, tuple(starts)))
+        windows.append(Window(unit, size * parts, tuple(starts), parts))
     return tuple(windows)
