@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from sklearn.datasets import load_digits
 
 import curvature
-from curvature import quadratic
+from curvature.optimizer import quadratic
 
 KEYS = jax.random.split(jax.random.key(0), 6)
 X, Y = jax.random.normal(KEYS[0], (8, 3)), jnp.arange(8) % 4

@@ -62,7 +62,7 @@ def test_without_the_floor_refreshes_fail_there():
 
 def test_a_failed_refresh_raises_the_damping(monkeypatch):
     """Without the floor, it climbs to where refreshes succeed."""
-    inverses = curvature.preconditioner.Inverses
+    inverses = curvature.optimizer.preconditioner.Inverses
     monkeypatch.setattr(inverses, "smallest_damping", lambda self, s, weight: 0 * weight)
     rule = curvature.LevenbergMarquardt(1e-18, every=5, minimum=1e-30)
     loss, state, dampings = train(rule, steps=60, warmup_steps=0, refresh_every=1)

@@ -10,7 +10,7 @@ import pytest
 from cases import normal
 
 import curvature
-from curvature.moments import Layout
+from curvature.optimizer.moments import Layout
 
 X, Y, TOKENS = normal(0, 8, 3), jnp.arange(8) % 4, jnp.arange(8) % 5
 PARAMS = {

@@ -22,8 +22,8 @@ from jax import export
 
 import curvature
 from curvature import _jax, losses
+from curvature.optimizer.quadratic import Quadratic
 from curvature.precision import FAST, product
-from curvature.quadratic import Quadratic
 
 DEFAULT, HIGH, HIGHEST = (
     getattr(jax.lax.Precision, name) for name in ("DEFAULT", "HIGH", "HIGHEST")

@@ -10,8 +10,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import curvature
-from curvature import linalg, quadratic
-from curvature.refresh import methods, turns
+from curvature import linalg
+from curvature.optimizer import quadratic
+from curvature.optimizer.refresh import methods, turns
 
 KEYS = jax.random.split(jax.random.key(0), 8)
 PARAMS = {

@@ -13,7 +13,7 @@ from meshes import MODES, entered, make_mesh, put
 
 import curvature
 from curvature import _jax
-from curvature.refresh.turns import Unit, dealt
+from curvature.optimizer.refresh.turns import Unit, dealt
 
 DEPTH, WIDTH, STEPS = 5, 4, 3
 KEY = jax.random.key(0)
@@ -71,20 +71,21 @@ def trained(recipe, loss, params, args, **options):
     return params
 
 
-def marks(i, j):
-    """One of all is quick; a third is not exhaustive, each recipe and each mode among it."""
+def marks(i, j, gather):
+    """Two of all are quick; of the rest a third is not exhaustive, each recipe among it."""
     if (i, j) == (0, 0):
         return ()
-    return pytest.mark.slow if i % 3 == j else (pytest.mark.slow, pytest.mark.exhaustive)
+    usual = i % 3 == j and (gather == "updates" or i < 3)
+    return pytest.mark.slow if usual else (pytest.mark.slow, pytest.mark.exhaustive)
 
 
-@pytest.mark.parametrize("gather", ["inverses", "updates"])
 @pytest.mark.parametrize(
-    ("recipe", "mode"),
+    ("recipe", "mode", "gather"),
     [
-        pytest.param(recipe, mode, marks=marks(i, j))
+        pytest.param(recipe, mode, gather, marks=marks(i, j, gather))
         for i, recipe in enumerate(RECIPES)
         for j, mode in enumerate(MODES)
+        for gather in ("inverses", "updates")
     ],
 )
 def test_training_is_that_of_one_device(recipe, mode, gather):

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import curvature
-from curvature.uncovered import typical
+from curvature.optimizer.uncovered import typical
 
 L = curvature.losses
 KEYS = jax.random.split(jax.random.key(0), 6)

@@ -10,7 +10,7 @@ import optax
 from flax import struct
 from flax.training import train_state
 
-from curvature.progress import stop_if_idle
+from curvature.optimizer.progress import stop_if_idle
 
 
 class TrainState(train_state.TrainState):

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 import curvature
-from curvature.progress import stop_if_idle
+from curvature.optimizer.progress import stop_if_idle
 
 
 def register(

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvature.arguments import Period, ScalarOrSchedule, at, check_period, check_range, is_time
 from curvature.estimator import devices
 from curvature.estimator.bases import BASES
 from curvature.estimator.share import check_share
 from curvature.estimator.stacks import Arrays, Stacks
 from curvature.meshes import automatic
+from curvature.optimizer.arguments import at, is_time
+from curvature.optimizer.options import Options
+from curvature.optimizer.refresh.control import finite, when
 from curvature.precision import accumulator
-from curvature.refresh.control import finite, when
 
 PyTree = Any
 _Averages = tuple[Arrays, jax.Array, jax.Array]
@@ -46,29 +47,19 @@ class Averaging:
     """
 
     stacks: Stacks
-    decay: ScalarOrSchedule
-    burn_in: int
-    accumulate: int
-    statistics_every: Period
-    warmup_steps: int
-    statistics_batch: float | None
+    options: Options
 
     def __post_init__(self) -> None:
-        check_range("decay", self.decay, 0.0, 1.0)
-        check_period("accumulate", self.accumulate)
-        check_period("statistics_every", self.statistics_every, schedules=True)
-        check_share(self.statistics_batch, self.stacks.estimator.registry)
-        for name in ("burn_in", "warmup_steps"):
-            check_period(name, getattr(self, name), smallest=0)
+        check_share(self.options.statistics_batch, self.stacks.estimator.registry)
 
     def zeros(self, params: PyTree) -> dict[str, Any]:
         """The entries of a state before the first step."""
         return {
-            "step": jnp.zeros((), jnp.int32) - self.burn_in,
+            "step": jnp.zeros((), jnp.int32) - self.options.burn_in,
             "weight": jnp.zeros((), jnp.result_type(float)),
             "statistics": self.stacks.zeros(),
             "micro": jnp.zeros((), jnp.int32),
-            "gradient": jax.tree.map(_wide_zeros, params) if self.accumulate > 1 else (),
+            "gradient": jax.tree.map(_wide_zeros, params) if self.options.accumulate > 1 else (),
         }
 
     def gathered(
@@ -88,18 +79,18 @@ class Averaging:
     def _summed(self, gradient: PyTree, state: Any, sound: jax.Array) -> Gathered:
         """The mean of the gradients of a step's micro-batches."""
         due: jax.Array | bool = True
-        if self.burn_in:
+        if self.options.burn_in:
             due = state.step >= 0
             state = state._replace(step=jnp.where(due, state.step, state.step + 1))
-        if self.accumulate > 1:
-            one, ready = 1 / self.accumulate, due
+        if self.options.accumulate > 1:
+            one, ready = 1 / self.options.accumulate, due
             summed = jax.tree.map(
                 lambda total, g: jnp.where(ready, total + g.astype(total.dtype) * one, total),
                 state.gradient,
                 gradient,
             )
             micro = jnp.where(ready, state.micro + 1, state.micro)
-            due = micro == self.accumulate
+            due = micro == self.options.accumulate
             left = jax.tree.map(lambda g: jnp.where(due, jnp.zeros_like(g), g), summed)
             gradient = jax.tree.map(lambda total, g: total.astype(g.dtype), summed, gradient)
             state = state._replace(micro=jnp.where(due, 0, micro), gradient=left)
@@ -115,7 +106,7 @@ class Averaging:
     ) -> tuple[Arrays, jax.Array, jax.Array]:
         """The averages with what this call adds, their weight, and whether that was finite."""
         decay = self._past(state)
-        share = (1 - decay) / self.accumulate
+        share = (1 - decay) / self.options.accumulate
         past = jnp.where(state.micro == 0, decay, 1.0)
 
         def sample(carry: _Averages) -> _Averages:
@@ -137,20 +128,20 @@ class Averaging:
         }
         known = automatic(self.stacks.apart, bases)
         found = self.stacks.estimator.statistics(
-            params, *args, key=key, bases=known, share=self.statistics_batch
+            params, *args, key=key, bases=known, share=self.options.statistics_batch
         )
         return automatic(self.stacks.together, found, like=old)
 
     def _past(self, state: Any) -> jax.Array:
         """The weight of the past; schedules begin after the burn-in."""
-        return at(self.decay, jnp.maximum(state.step, 0), state.weight)
+        return at(self.options.decay, jnp.maximum(state.step, 0), state.weight)
 
     def _due(self, state: Any) -> jax.Array | bool:
         """Whether it is time for statistics."""
-        if self.statistics_every == 1:
+        if self.options.statistics_every == 1:
             return True
-        early = state.step < self.warmup_steps
-        return is_time(self.statistics_every, jnp.maximum(state.step, 0)) | early
+        early = state.step < self.options.warmup_steps
+        return is_time(self.options.statistics_every, jnp.maximum(state.step, 0)) | early
 
 
 def mixed(

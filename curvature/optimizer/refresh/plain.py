@@ -16,7 +16,7 @@ from curvature.blocks.block import safe_power
 from curvature.estimator.bases import identity
 from curvature.estimator.factors import Statistics
 from curvature.linalg import diagonal, multiples_of_identity
-from curvature.refresh.turns import SIDES
+from curvature.optimizer.refresh.turns import SIDES
 from curvature.registry import Layer
 
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvature.eigenbasis import EigenbasisState
-from curvature.preconditioner import CurvatureState
+from curvature.optimizer.eigenbasis import EigenbasisState
+from curvature.optimizer.preconditioner import CurvatureState
 
 PyTree = Any
 

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from curvature.arguments import Gather, Period, ScalarOrSchedule, at, check_range
-from curvature.decay import Mask, decaying
-from curvature.eigenbasis import EigenbasisState, transformation
 from curvature.estimator import Fisher, Kind
-from curvature.moments import Layout
+from curvature.optimizer.arguments import Gather, Period, ScalarOrSchedule, at, check_range
+from curvature.optimizer.decay import Mask, decaying
+from curvature.optimizer.eigenbasis import EigenbasisState, options_of, transformation
+from curvature.optimizer.moments import Layout
+from curvature.optimizer.refresh import QR, Eigh
+from curvature.optimizer.shampoo import Shampoo
 from curvature.precision import FAST, Precision
-from curvature.refresh import QR, Eigh
 from curvature.registry import Registry
-from curvature.shampoo import Shampoo
 
 PyTree = Any
 _FISHER, _QR = Fisher(), QR()
@@ -103,6 +103,7 @@ def eigen_adam(
     >>> bool(loss_fn(optax.apply_updates(params, updates), x, y) < loss_fn(params, x, y))
     True
     """
+    options = options_of(locals())
     check_range("learning_rate", learning_rate, 0.0, float("inf"))
     decayed = decaying(weight_decay, weight_decay_mask)
     core = transformation(
@@ -110,20 +111,7 @@ def eigen_adam(
         optax.scale_by_adam(b1, b2, eps, nesterov=nesterov),
         Layout.of(optax.scale_by_adam()),  # b1 and b2 may be traced: a trial needs numbers
         kind,
-        decay=decay,
-        burn_in=burn_in,
-        accumulate=accumulate,
-        statistics_every=statistics_every,
-        statistics_batch=statistics_batch,
-        refresh_every=refresh_every,
-        warmup_steps=warmup_steps,
-        refresh=refresh,
-        spread=spread,
-        refresh_over=refresh_over,
-        gather=gather,
-        max_factor_dim=max_factor_dim,
-        axis_name=axis_name,
-        precision=precision,
+        options,
     )
 
     def update(

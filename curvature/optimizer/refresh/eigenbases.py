@@ -21,11 +21,11 @@ from curvature.estimator.factors import Statistics, factors_of
 from curvature.estimator.stacks import Arrays, Stack, divided
 from curvature.meshes import automatic, devices
 from curvature.meshes import dealt as placed
+from curvature.optimizer.refresh.batches import Job, Key, solved
+from curvature.optimizer.refresh.control import chosen, finite_copies, when
+from curvature.optimizer.refresh.methods import QR, Eigh
+from curvature.optimizer.refresh.turns import SIDES, Clock, Unit, Window, dealt, in_turn, units
 from curvature.precision import Precision
-from curvature.refresh.batches import Job, Key, solved
-from curvature.refresh.control import chosen, finite_copies, when
-from curvature.refresh.methods import QR, Eigh
-from curvature.refresh.turns import SIDES, Clock, Unit, Window, dealt, in_turn, units
 from curvature.registry import Layer
 
 Blocks = dict[str, jax.Array]

@@ -31,11 +31,11 @@ from curvature.estimator.stacks import Arrays, Stacks, copies_of, divided
 from curvature.linalg import diagonal, multiples_of_identity
 from curvature.meshes import automatic, devices
 from curvature.meshes import dealt as placed
-from curvature.refresh.batches import Job, Key, Solved, solved
-from curvature.refresh.control import chosen, finite_copies, when
-from curvature.refresh.methods import QR, Eigh, Method
-from curvature.refresh.plain import plain
-from curvature.refresh.turns import SIDES, Clock, Unit, Window, dealt, in_turn, units
+from curvature.optimizer.refresh.batches import Job, Key, Solved, solved
+from curvature.optimizer.refresh.control import chosen, finite_copies, when
+from curvature.optimizer.refresh.methods import QR, Eigh, Method
+from curvature.optimizer.refresh.plain import plain
+from curvature.optimizer.refresh.turns import SIDES, Clock, Unit, Window, dealt, in_turn, units
 from curvature.registry import Layer
 
 _MARGIN = 10.0  # rounding errors of a factorisation, in units of that of the matrix

@@ -16,37 +16,35 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from curvature.arguments import (
+from curvature.blocks.eigen_kronecker import from_basis, into_basis
+from curvature.estimator import Fisher, Kind
+from curvature.estimator.bases import BASES
+from curvature.estimator.stacks import Arrays, Stack
+from curvature.meshes import automatic, dealt, entering
+from curvature.optimizer.arguments import (
     Gather,
     Period,
     ScalarOrSchedule,
     check_configuration,
     check_not_masked,
-    check_over,
-    check_period,
     check_state,
     check_transformation,
     check_update,
     is_time,
     own,
-    turns_of,
 )
-from curvature.averaging import Averaging, Gathered
-from curvature.blocks.eigen_kronecker import from_basis, into_basis
-from curvature.estimator import Estimator, Fisher, Kind
-from curvature.estimator.bases import BASES
-from curvature.estimator.stacks import Arrays, Stack, Stacks
-from curvature.meshes import automatic, dealt, entering
-from curvature.moments import Layout, Moment
+from curvature.optimizer.averaging import Averaging, Gathered
+from curvature.optimizer.moments import Layout, Moment
+from curvature.optimizer.options import Options
+from curvature.optimizer.preconditioner import masked
+from curvature.optimizer.refresh import QR, Eigh
+from curvature.optimizer.refresh.control import finite, when
+from curvature.optimizer.refresh.eigenbases import Blocks, Eigenbases, Moved
+from curvature.optimizer.refresh.turns import Clock
+from curvature.optimizer.shampoo import GradientAveraging, Shampoo
 from curvature.precision import FAST, Precision
-from curvature.preconditioner import masked
-from curvature.refresh import QR, Eigh
-from curvature.refresh.control import finite, when
-from curvature.refresh.eigenbases import Blocks, Eigenbases, Moved
-from curvature.refresh.turns import Clock
 from curvature.registry import Layer, Registry, check_registry
 from curvature.registry.layers import EXCLUDED
-from curvature.shampoo import GradientAveraging, Shampoo
 
 PyTree = Any
 _FISHER, _QR = Fisher(), QR()
@@ -179,27 +177,16 @@ def in_eigenbasis(
     >>> bool(loss_fn(optax.apply_updates(params, updates), x, y) < loss_fn(params, x, y))
     True
     """
+    options = options_of(locals())
     check_transformation("inner", inner)
-    return transformation(
-        registry,
-        inner,
-        Layout.of(inner),
-        kind,
-        decay=decay,
-        burn_in=burn_in,
-        accumulate=accumulate,
-        statistics_every=statistics_every,
-        statistics_batch=statistics_batch,
-        refresh_every=refresh_every,
-        warmup_steps=warmup_steps,
-        refresh=refresh,
-        spread=spread,
-        refresh_over=refresh_over,
-        gather=gather,
-        max_factor_dim=max_factor_dim,
-        axis_name=axis_name,
-        precision=precision,
-    )
+    return transformation(registry, inner, Layout.of(inner), kind, options)
+
+
+def options_of(arguments: dict[str, Any]) -> Options:
+    """The options among arguments, with what suits the kind where the pace of factors is None."""
+    decay, period = (0.95, 1) if isinstance(arguments["kind"], Shampoo) else (0.8, 5)
+    suited = {"decay": decay, "statistics_every": period}
+    return Options.of(arguments | {k: x for k, x in suited.items() if arguments[k] is None})
 
 
 def transformation(
@@ -207,46 +194,23 @@ def transformation(
     inner: optax.GradientTransformation,
     layout: Layout,
     kind: Kind | Shampoo,
-    *,
-    decay: ScalarOrSchedule | None,
-    burn_in: int,
-    accumulate: int,
-    statistics_every: Period | None,
-    statistics_batch: float | None,
-    refresh_every: Period,
-    warmup_steps: int,
-    refresh: Eigh | QR,
-    spread: bool,
-    refresh_over: NamedSharding | None,
-    gather: Gather,
-    max_factor_dim: int,
-    axis_name: str | Sequence[str] | None,
-    precision: Precision,
+    options: Options,
 ) -> optax.GradientTransformationExtraArgs:
     """`in_eigenbasis` with a known layout of the inner transformation's state."""
     check_registry(registry)
-    check_period("refresh_every", refresh_every, schedules=True)
-    if not isinstance(refresh, Eigh | QR):
-        raise TypeError(f"refresh is {refresh!r}, expected Eigh() or QR().")
-    check_over(refresh_over, gather)
+    if not isinstance(options.refresh, Eigh | QR):
+        raise TypeError(f"refresh is {options.refresh!r}, expected Eigh() or QR().")
     own_factors = isinstance(kind, Shampoo)
-    if own_factors and statistics_batch is not None:
+    if own_factors and options.statistics_batch is not None:
         raise ValueError(
-            f"statistics_batch is {statistics_batch}, but Shampoo() takes its factors from the "
-            "gradient, which has no examples: leave it out."
+            f"statistics_batch is {options.statistics_batch}, but Shampoo() takes its factors from "
+            "the gradient, which has no examples: leave it out."
         )
     source = _FISHER if isinstance(kind, Shampoo) else kind  # the Fisher is not asked for
-    factored = _factored_alone(registry)
-    estimator = Estimator(factored, source, max_factor_dim, axis_name, precision)
-    decay = (0.95 if own_factors else 0.8) if decay is None else decay
-    period = (1 if own_factors else 5) if statistics_every is None else statistics_every
-    apart = refresh_over if gather == "updates" else None
-    stacked = Stacks(estimator, alone=not layout.by_entry, over=apart)
-    averaging = (GradientAveraging if own_factors else Averaging)(
-        stacked, decay, burn_in, accumulate, period, warmup_steps, statistics_batch
-    )
-    turns = turns_of(refresh_every, spread=spread)
-    rotation = Rotation.create(registry, averaging, inner, layout, refresh, turns, refresh_over)
+    stacked = options.stacks(_factored_alone(registry), source, alone=not layout.by_entry)
+    averaging = (GradientAveraging if own_factors else Averaging)(stacked, options)
+    rotation = Rotation.create(registry, averaging, inner, layout)
+    apart, turns = stacked.over, options.turns
 
     def placed(inner: optax.OptState) -> optax.OptState:
         """The inner state with its moments on the devices of their bases."""
@@ -317,10 +281,10 @@ def transformation(
 
     def refreshed(state: EigenbasisState, sound: jax.Array) -> EigenbasisState:
         """Renews the bases whose turn it is; all of them in the first steps."""
-        early = ~state.refreshed | (state.step < warmup_steps)
+        early = ~state.refreshed | (state.step < options.warmup_steps)
         parts = rotation.layout.split(state.inner)
         eigenbases, zero = rotation.eigenbases, jnp.zeros_like(state.stats.staleness)
-        due = sound & (early | (True if turns > 1 else is_time(refresh_every, state.step)))
+        due = sound & (early | (True if turns > 1 else is_time(options.refresh_every, state.step)))
         clock = Clock(due, early, state.step % turns)
         old = Moved(state.bases, parts["vector"], parts["diagonal"], jnp.asarray(False), zero)
         everything = eigenbases.refresh(
@@ -365,15 +329,14 @@ class Rotation:
         averaging: Averaging,
         inner: optax.GradientTransformation,
         layout: Layout,
-        refresh: Eigh | QR,
-        turns: int,
-        over: NamedSharding | None,
     ) -> Rotation:
         """The rotation of a registry's layers."""
         wrapped = optax.with_extra_args_support(inner)
         zeros = jax.eval_shape(averaging.zeros, registry.params)["statistics"]
-        factored, precision = averaging.stacks.layers, averaging.stacks.estimator.precision
-        eigenbases = Eigenbases(factored, zeros, refresh, turns, precision, over)
+        factored, options = averaging.stacks.layers, averaging.options
+        assert isinstance(options.refresh, Eigh | QR)
+        how = options.refresh, options.turns, options.precision, options.refresh_over
+        eigenbases = Eigenbases(factored, zeros, *how)
         known = {layer.name for stack in factored for layer in stack.members}
         others = [layer for layer in registry.layers if layer.name not in known]
         return cls((*factored, *averaging.stacks.of(others)), eigenbases, wrapped, layout)

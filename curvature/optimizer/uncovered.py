@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from curvature.meshes import automatic
-from curvature.quadratic import dot
+from curvature.optimizer.quadratic import dot
 from curvature.registry import Layer, Registry
 from curvature.registry.layers import EXCLUDED
 

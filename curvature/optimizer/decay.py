@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvature.arguments import ScalarOrSchedule, at, check_range
-from curvature.objective import combined, is_zero
+from curvature.optimizer.arguments import ScalarOrSchedule, at, check_range
+from curvature.optimizer.objective import combined, is_zero
 
 PyTree = Any
 Mask = PyTree | Callable[[PyTree], PyTree] | None

@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvature.eigenbasis import EigenbasisState
 from curvature.estimator import Estimator
 from curvature.estimator.factors import Statistics
 from curvature.estimator.stacks import Stacks, divided
-from curvature.preconditioner import CurvatureState
+from curvature.optimizer.eigenbasis import EigenbasisState
+from curvature.optimizer.preconditioner import CurvatureState
+from curvature.optimizer.uncovered import set_apart
 from curvature.registry import Registry
-from curvature.uncovered import set_apart
 
 PyTree = Any
 

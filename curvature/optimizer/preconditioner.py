@@ -16,15 +16,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from curvature.arguments import (
+from curvature.estimator import Estimator, Fisher, Kind
+from curvature.estimator.stacks import Arrays
+from curvature.meshes import dealt, entering
+from curvature.optimizer.arguments import (
     Gather,
     Period,
     ScalarOrSchedule,
     at,
     check_configuration,
     check_not_masked,
-    check_over,
-    check_period,
     check_positive,
     check_range,
     check_state,
@@ -33,20 +34,17 @@ from curvature.arguments import (
     default_damping,
     is_time,
     own,
-    turns_of,
 )
-from curvature.averaging import Averaging, Gathered
-from curvature.estimator import Estimator, Fisher, Kind
-from curvature.estimator.stacks import Arrays, Stacks
-from curvature.grafting import grafted
-from curvature.meshes import dealt, entering
+from curvature.optimizer.averaging import Averaging, Gathered
+from curvature.optimizer.grafting import grafted
+from curvature.optimizer.options import Options
+from curvature.optimizer.quadratic import dot
+from curvature.optimizer.refresh import Cholesky, Inverses, Method, Now, Refreshed
+from curvature.optimizer.refresh.control import finite, when
+from curvature.optimizer.refresh.turns import Clock
+from curvature.optimizer.uncovered import scaled, set_apart, typical
 from curvature.precision import FAST, Precision
-from curvature.quadratic import dot
-from curvature.refresh import Cholesky, Inverses, Method, Now, Refreshed
-from curvature.refresh.control import finite, when
-from curvature.refresh.turns import Clock
 from curvature.registry import Layer, Registry, check_registry
-from curvature.uncovered import scaled, set_apart, typical
 
 PyTree = Any
 _FISHER, _CHOLESKY = Fisher(), Cholesky()
@@ -80,9 +78,10 @@ class CurvatureState(NamedTuple):
       step: steps taken (skipped ones not counted); negative during burn-in.
       weight: total weight of the exponential average, which corrects its bias towards zero.
       statistics: the exponential averages before that correction, by stack of layers of one shape
-        (see `curvature.estimator.stacks`) and factor; of EKFAC
-        layers also the bases of the latest refresh, in which corrections are averaged.
-      inverse: the arrays of the damped inverse's blocks; see `curvature.refresh.inverses`.
+        (see `curvature.estimator.stacks`) and factor; of EKFAC layers also the bases of the latest
+        refresh, in which corrections are averaged.
+      inverse: the arrays of the damped inverse's blocks, by stack; see
+        `curvature.optimizer.refresh.inverses`.
       refreshed: whether there are inverses; set to False, all are made anew from the statistics.
       micro: micro-batches since the latest step.
       gradient: the sum of their gradients; empty without accumulation.
@@ -176,6 +175,7 @@ def scale_by_curvature(
       gather: what is gathered from these devices: `"inverses"` after a refresh, so that every
         device has all of them; or `"updates"` in every step, so that each keeps, and applies, its
         share of the statistics and inverses only. `curvature.state_shardings` says where they are.
+        Such a state is filled up for that number of devices.
       graft: a transformation such as `optax.scale_by_adam()`, whose update gives the length of
         every layer's part of the direction; only its direction is the curvature's.
       max_factor_dim: a Kronecker factor wider than this keeps its diagonal only.
@@ -199,6 +199,7 @@ def scale_by_curvature(
         or a needed `key`, with arguments that differ from what was registered, or inside
         `shard_map` or `pmap` without `axis_name`.
     """
+    options = Options.of(locals())
     if kl_clip is not None:
         check_positive("kl_clip", kl_clip)
     if isinstance(damping, str) and damping == "auto":
@@ -206,24 +207,11 @@ def scale_by_curvature(
     preconditioner = Preconditioner.create(
         registry,
         kind,
+        options,
         damping=damping,
         relative_damping=relative_damping,
-        decay=decay,
-        burn_in=burn_in,
-        accumulate=accumulate,
-        statistics_every=statistics_every,
-        statistics_batch=statistics_batch,
-        refresh_every=refresh_every,
-        warmup_steps=warmup_steps,
-        refresh=refresh,
-        spread=spread,
-        refresh_over=refresh_over,
-        gather=gather,
         graft=graft,
-        max_factor_dim=max_factor_dim,
         fallback=fallback,
-        axis_name=axis_name,
-        precision=precision,
     )
 
     def update(
@@ -265,28 +253,29 @@ def shortening(bound: jax.Array, squared: jax.Array) -> jax.Array:
 class Preconditioner:
     """The parts of `scale_by_curvature`, for transformations that do more."""
 
+    options: Options
     averaging: Averaging
     inverses: Inverses
-    refresh_every: Period
     graft: optax.GradientTransformationExtraArgs | None
     rest: optax.GradientTransformationExtraArgs
     left: PyTree
     uncovered: tuple[Layer, ...]
 
     @classmethod
-    def create(cls, registry: Registry, kind: Kind, **options: Any) -> Preconditioner:
+    def create(
+        cls,
+        registry: Registry,
+        kind: Kind,
+        options: Options,
+        *,
+        damping: Any,
+        relative_damping: bool,
+        graft: optax.GradientTransformation | None,
+        fallback: optax.GradientTransformation | None,
+    ) -> Preconditioner:
         """The arguments are those of `scale_by_curvature`, and are checked here."""
         check_registry(registry)
-        check_range("damping", options["damping"], 0.0, float("inf"))
-        check_period("refresh_every", options["refresh_every"], schedules=True)
-        refresh = options["refresh"]
-        if not isinstance(refresh, Method):
-            raise TypeError(
-                f"refresh is {refresh!r}, expected Cholesky(), NewtonSchulz(), Eigh() or QR()."
-            )
-        fallback, graft = options["fallback"], options["graft"]
-        over = options["refresh_over"]
-        check_over(over, options["gather"])
+        check_range("damping", damping, 0.0, float("inf"))
         check_transformation("fallback", fallback)
         check_transformation("graft", graft)
         excluded = registry.excluded
@@ -294,17 +283,13 @@ class Preconditioner:
         if fallback is not None:
             registry = registry.without_generic()
             excluded = registry.excluded
-        estimator = Estimator(
-            registry, kind, *(options[x] for x in ("max_factor_dim", "axis_name", "precision"))
-        )
-        turns = turns_of(options["refresh_every"], spread=options["spread"])
         left = jax.tree.unflatten(jax.tree.structure(registry.params), excluded)
-        stacks = Stacks(estimator, over=over if options["gather"] == "updates" else None)
-        names = [field.name for field in dataclasses.fields(Averaging) if field.name in options]
+        stacks = options.stacks(registry, kind)
+        how = options.refresh, options.turns, relative_damping, options.refresh_over
         return cls(
-            Averaging(stacks, **{name: options[name] for name in names}),
-            Inverses(stacks, refresh, turns, options["relative_damping"], over),
-            options["refresh_every"],
+            options,
+            Averaging(stacks, options),
+            Inverses(stacks, *how),
             None if graft is None else optax.with_extra_args_support(graft),
             optax.with_extra_args_support(optax.masked(fallback or optax.identity(), left)),
             left,
@@ -389,10 +374,12 @@ class Preconditioner:
     ) -> CurvatureState:
         """Renews the inverses whose turn it is; all of them where there are none yet."""
         first = ~state.refreshed
-        early = first | (state.step < self.averaging.warmup_steps)
+        early = first | (state.step < self.options.warmup_steps)
         now = Now(state.weight, damping, first, restart=first & (state.step <= 0))
         turns = self.inverses.turns
-        due = sound & (early | (True if turns > 1 else is_time(self.refresh_every, state.step)))
+        due = sound & (
+            early | (True if turns > 1 else is_time(self.options.refresh_every, state.step))
+        )
         clock = Clock(due, early, state.step % turns)
         moving, staleness = self.inverses.moving(state.statistics), jnp.zeros_like(damping)
         old = Refreshed(moving, state.inverse, jnp.asarray(False), staleness)

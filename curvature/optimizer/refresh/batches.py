@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from curvature.meshes import dealt, devices, whole
-from curvature.refresh.methods import QR, Eigh, Method
+from curvature.optimizer.refresh.methods import QR, Eigh, Method
 
 Key = tuple[int, str]
 """Number of the window, side."""

@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvature.averaging import Averaging, Gathered, mixed
 from curvature.estimator.rows import moment
 from curvature.estimator.stacks import Arrays, Stacks
 from curvature.meshes import automatic, dealt
+from curvature.optimizer.averaging import Averaging, Gathered, mixed
+from curvature.optimizer.refresh.control import finite, when
 from curvature.precision import accumulator
-from curvature.refresh.control import finite, when
 
 PyTree = Any
 
@@ -54,7 +54,7 @@ class GradientAveraging(Averaging):
         early, past, due = state.step < 0, self._past(state), self._due(state)
         gathered = self._summed(gradient, state, finite(gradient))
         seen = gathered.gradient
-        if self.burn_in:
+        if self.options.burn_in:
             seen = jax.tree.map(functools.partial(jnp.where, early), gradient, seen)
         state, sound, leaves = gathered.state, gathered.sound, jax.tree.leaves(seen)
 

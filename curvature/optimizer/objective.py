@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from curvature import quadratic
-from curvature.arguments import ScalarOrSchedule, at
 from curvature.estimator import Kind
 from curvature.estimator.devices import Axes, mean
+from curvature.optimizer import quadratic
+from curvature.optimizer.arguments import ScalarOrSchedule, at
 from curvature.registry import Registry
 
 PyTree = Any
