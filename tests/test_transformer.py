@@ -157,7 +157,7 @@ def test_a_mesh_and_processes_train_as_one_device(tmp_path):
     """Also where two processes stop at a checkpoint, and one goes on from there."""
     one, mesh, two, resumed = (tmp_path / name for name in ("one", "mesh", "two", "resumed"))
     finished(started(one))
-    finished(started(mesh, "--mesh", "data=2,fsdp=2,model=2", devices=8))
+    finished(started(mesh, "--mesh", "data=2,fsdp=2,model=2", "--gather", "updates", devices=8))
     several(two)
     checkpoints = ("--checkpoint-every", "2")
     several(resumed, *checkpoints, "--stop-after", "2", status=1)

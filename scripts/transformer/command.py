@@ -97,6 +97,12 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         help="the share of a batch that statistics are taken of (default: all of it)",
     )
     group.add_argument(
+        "--gather",
+        choices=("inverses", "updates"),
+        default="inverses",
+        help="on a mesh: every device keeps all bases, or its share of them (default: inverses)",
+    )
+    group.add_argument(
         "--learning-rate",
         type=options.positive_float,
         metavar="X",
@@ -184,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.statistics_every,
         args.statistics_batch,
         args.refresh_every,
+        args.gather,
     )
     fields = [field.name for field in dataclasses.fields(Config) if hasattr(args, field.name)]
     plan = Plan(

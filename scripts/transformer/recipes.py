@@ -33,6 +33,7 @@ class Recipe:
     statistics_every: int
     statistics_batch: float | None
     refresh_every: int
+    gather: str = "inverses"
 
     def schedule(self, steps: int) -> Callable[[Any], Any]:
         """The learning rate of every step."""
@@ -49,6 +50,8 @@ class Recipe:
             tx = optax.adamw(rate, b2=0.95, weight_decay=self.weight_decay)
             return optax.with_extra_args_support(tx)
         options: dict[str, Any] = {"refresh_every": self.refresh_every, "refresh_over": over}
+        if over is not None:
+            options["gather"] = self.gather
         if self.name == "soap":
             options["kind"] = curvature.Shampoo()
         else:
