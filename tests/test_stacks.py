@@ -132,11 +132,17 @@ def trained(tx, steps=4):
     return params, state
 
 
-QUICK = ("kfac", "ekfac", "grafted", "in_eigenbasis")
+QUICK, SLOW = ("ekfac", "in_eigenbasis"), ("kfac", "qr", "dense", "grafted", "shampoo")
+RARE = (pytest.mark.slow, pytest.mark.exhaustive)
 
 
 @pytest.mark.parametrize(
-    "recipe", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in RECIPES]
+    "recipe",
+    [
+        *QUICK,
+        *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW),
+        *(pytest.param(x, marks=RARE) for x in RECIPES if x not in QUICK + SLOW),
+    ],
 )
 def test_training_is_that_of_layers_one_by_one(recipe, monkeypatch):
     params, state = trained(RECIPES[recipe](REGISTRY))
