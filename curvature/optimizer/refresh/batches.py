@@ -1,7 +1,8 @@
 """Factors of one size go through a method together, in one batched call.
 
-State stays in the layers' own arrays: stacking costs size^2 for each matrix, solving size^3. Over a
-mesh a batch can be dealt to devices: each solves its share, and the results are gathered.
+Windows of several stacks are joined for it: that costs size^2 for each matrix, solving size^3. Over
+a mesh a batch can be dealt to devices: each solves its share, and the results are gathered, or stay
+where they are.
 """
 
 from __future__ import annotations
