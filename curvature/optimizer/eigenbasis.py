@@ -30,7 +30,6 @@ from curvature.optimizer.arguments import (
     check_state,
     check_transformation,
     check_update,
-    is_time,
     own,
 )
 from curvature.optimizer.averaging import Averaging, Gathered
@@ -40,7 +39,6 @@ from curvature.optimizer.preconditioner import masked
 from curvature.optimizer.refresh import QR, Eigh
 from curvature.optimizer.refresh.control import finite, when
 from curvature.optimizer.refresh.eigenbases import Blocks, Eigenbases, Moved
-from curvature.optimizer.refresh.turns import Clock
 from curvature.optimizer.shampoo import GradientAveraging, Shampoo
 from curvature.precision import FAST, Precision
 from curvature.registry import Layer, Registry, check_registry
@@ -210,7 +208,7 @@ def transformation(
     stacked = options.stacks(_factored_alone(registry), source, alone=not layout.by_entry)
     averaging = (GradientAveraging if own_factors else Averaging)(stacked, options)
     rotation = Rotation.create(registry, averaging, inner, layout)
-    apart, turns = stacked.over, options.turns
+    apart = stacked.over
 
     def placed(inner: optax.OptState) -> optax.OptState:
         """The inner state with its moments on the devices of their bases."""
@@ -248,9 +246,8 @@ def transformation(
         args = (loss_args or ()) if own_factors else check_update(params, loss_args)
         check_state(state, EigenbasisState)
         check_configuration(state, expected())
-        kept = dealt(
-            (state.statistics, state.bases), apart
-        )  # if it was made, or restored, elsewhere
+        # It may have been made, or restored, elsewhere.
+        kept = dealt((state.statistics, state.bases), apart)
         state = state._replace(statistics=kept[0], bases=kept[1], inner=placed(state.inner))
         gathered = averaging.gathered(updates, state, params, args, key)
         act = functools.partial(step, gathered, params, extra)
@@ -283,22 +280,20 @@ def transformation(
         """Renews the bases whose turn it is; all of them in the first steps."""
         early = ~state.refreshed | (state.step < options.warmup_steps)
         parts = rotation.layout.split(state.inner)
-        eigenbases, zero = rotation.eigenbases, jnp.zeros_like(state.stats.staleness)
-        due = sound & (early | (True if turns > 1 else is_time(options.refresh_every, state.step)))
-        clock = Clock(due, early, state.step % turns)
+        clock, zero = options.clock(state.step, sound, early), jnp.zeros_like(state.weight)
         old = Moved(state.bases, parts["vector"], parts["diagonal"], jnp.asarray(False), zero)
-        everything = eigenbases.refresh(
+        everything = rotation.eigenbases.refresh(
             state.statistics, state.weight, ~state.refreshed, clock, old
         )
         failed = state.stats.failed_refreshes + everything.failed.astype(jnp.int32)
-        stale = jnp.where(due, everything.staleness, state.stats.staleness)
+        stale = jnp.where(clock.due, everything.staleness, state.stats.staleness)
         moments: dict[Moment, Any] = {
             "vector": everything.vectors,
             "diagonal": everything.diagonals,
         }
         return state._replace(
             bases=everything.bases,
-            refreshed=state.refreshed | due,
+            refreshed=state.refreshed | clock.due,
             inner=rotation.layout.joined(state.inner, moments),
             stats=state.stats._replace(failed_refreshes=failed, staleness=stale),
         )

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from jax.sharding import NamedSharding
 
 from curvature.estimator import Estimator, Kind
@@ -17,9 +18,11 @@ from curvature.optimizer.arguments import (
     check_over,
     check_period,
     check_range,
+    is_time,
     turns_of,
 )
 from curvature.optimizer.refresh import Method
+from curvature.optimizer.refresh.turns import Clock
 from curvature.precision import Precision
 from curvature.registry import Registry
 
@@ -66,6 +69,19 @@ class Options:
     def turns(self) -> int:
         """In how many turns everything is refreshed once."""
         return turns_of(self.refresh_every, spread=self.spread)
+
+    def clock(self, step: jax.Array, sound: jax.Array, everything: jax.Array) -> Clock:
+        """What is to be refreshed at a step.
+
+        Args:
+          step: its number.
+          sound: whether it is taken.
+          everything: whether all of it is due, as in the first steps.
+        """
+        due = sound
+        if self.turns == 1:
+            due &= everything | is_time(self.refresh_every, step)
+        return Clock(due, everything, step % self.turns)
 
     def stacks(self, registry: Registry, kind: Kind, *, alone: bool = False) -> Stacks:
         """The stacks of a registry's layers, on the devices that share them."""

@@ -32,7 +32,6 @@ from curvature.optimizer.arguments import (
     check_transformation,
     check_update,
     default_damping,
-    is_time,
     own,
 )
 from curvature.optimizer.averaging import Averaging, Gathered
@@ -41,7 +40,6 @@ from curvature.optimizer.options import Options
 from curvature.optimizer.quadratic import dot
 from curvature.optimizer.refresh import Cholesky, Inverses, Method, Now, Refreshed
 from curvature.optimizer.refresh.control import finite, when
-from curvature.optimizer.refresh.turns import Clock
 from curvature.optimizer.uncovered import scaled, set_apart, typical
 from curvature.precision import FAST, Precision
 from curvature.registry import Layer, Registry, check_registry
@@ -376,11 +374,7 @@ class Preconditioner:
         first = ~state.refreshed
         early = first | (state.step < self.options.warmup_steps)
         now = Now(state.weight, damping, first, restart=first & (state.step <= 0))
-        turns = self.inverses.turns
-        due = sound & (
-            early | (True if turns > 1 else is_time(self.options.refresh_every, state.step))
-        )
-        clock = Clock(due, early, state.step % turns)
+        clock = self.options.clock(state.step, sound, early)
         moving, staleness = self.inverses.moving(state.statistics), jnp.zeros_like(damping)
         old = Refreshed(moving, state.inverse, jnp.asarray(False), staleness)
         moving, inverse, failed, staleness = self.inverses.refresh(
@@ -389,11 +383,14 @@ class Preconditioner:
         statistics = {k: x | moving.get(k, {}) for k, x in state.statistics.items()}
         stats = state.stats._replace(
             failed_refreshes=state.stats.failed_refreshes + failed.astype(jnp.int32),
-            damping=jnp.where(due, damping, state.stats.damping),
-            staleness=jnp.where(due, staleness, state.stats.staleness),
+            damping=jnp.where(clock.due, damping, state.stats.damping),
+            staleness=jnp.where(clock.due, staleness, state.stats.staleness),
         )
         return state._replace(
-            statistics=statistics, inverse=inverse, refreshed=state.refreshed | due, stats=stats
+            statistics=statistics,
+            inverse=inverse,
+            refreshed=state.refreshed | clock.due,
+            stats=stats,
         )
 
 
