@@ -6,12 +6,24 @@ input with its features last, `y` the output. Layers with members are named `nam
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 N = 6
+
+
+def half(*lists):
+    """All combinations, each with one of two that is not exhaustive: neighbours take turns."""
+    indices = itertools.product(*(range(len(x)) for x in lists))
+    combined = itertools.product(*lists)
+    return [
+        pytest.param(*values, marks=pytest.mark.exhaustive if sum(places) % 2 else ())
+        for places, values in zip(indices, combined, strict=True)
+    ]
 
 
 def normal(seed, *shape):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import half
 
 import curvature
 from curvature import losses
@@ -153,17 +154,19 @@ def test_trace_and_logdet(problem: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize(("problem", "kind"), half(list(PROBLEMS), list(KINDS)))
 def test_trace_and_logdet_of_every_net_and_kind(problem: str, kind: str) -> None:
     checked(problem, kind, None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "block", ["kronecker_reduce", "kronecker_weighted", "ekfac", "foof", "diagonal", "identity"]
+    ("problem", "block"),
+    half(
+        ["plain", "scanned", "embedded"],
+        ["kronecker_reduce", "kronecker_weighted", "ekfac", "foof", "diagonal", "identity"],
+    ),
 )
-@pytest.mark.parametrize("problem", ["plain", "scanned", "embedded"])
 def test_trace_and_logdet_of_every_block(problem: str, block: str) -> None:
     checked(problem, "Gauss-Newton", block)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import normal
+from cases import half, normal
 from jax.sharding import AxisType, PartitionSpec
 from test_block_kinds import KINDS
 
@@ -147,9 +147,11 @@ def test_statistics_are_those_of_the_whole_batch(loss, way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [EMPIRICAL, curvature.GaussNewton()], ids=str)
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("loss", [loss_fn, averaged_loss])
+@pytest.mark.parametrize(
+    ("loss", "way", "kind"),
+    half([loss_fn, averaged_loss], list(WAYS), [EMPIRICAL, curvature.GaussNewton()]),
+    ids=str,
+)
 def test_statistics_of_all_blocks_are_those_of_the_whole_batch(loss, way, kind):
     compare_statistics(way, loss, kind, KINDS)
 
@@ -189,8 +191,7 @@ def gradient_of(way, loss):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "variant"), half(list(WAYS), list(VARIANTS)))
 def test_training_is_that_of_one_device(way, variant):
     compare_training(way, variant)
 

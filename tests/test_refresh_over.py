@@ -107,7 +107,7 @@ def factorised(jaxpr):
     """
     found = []
     for equation in jaxpr.equations:
-        if equation.primitive.name in ("scan", "while"):
+        if equation.primitive.name == "scan":
             continue
         if equation.primitive.name == "cholesky":
             *batch, size, _ = equation.invars[0].aval.shape

@@ -236,6 +236,36 @@ def test_one_copy_that_fails_keeps_its_inverse_alone():
     assert [s.stats.failed_refreshes for s in states] == [0, 1]
 
 
+@pytest.mark.parametrize("recipe", ["kfac", "in_eigenbasis"])
+def test_a_step_has_a_derivative(recipe):
+    """In reverse as well, though a loop over the turns that are due would have none."""
+    params = {name: PARAMS[name] for name in "abc"}
+
+    def chain(p, x):
+        return curvature.losses.l2_loss(jnp.tanh(x @ p["a"]) @ p["b"] @ p["c"]).mean()
+
+    registry = curvature.register(chain, params, ARGS[0])
+    given = {"kind": EXACT, "refresh_every": 2}
+    tx = {
+        "kfac": lambda: curvature.scale_by_curvature(registry, damping=0.1, **given),
+        "in_eigenbasis": lambda: curvature.in_eigenbasis(
+            registry, optax.trace(0.9), refresh=curvature.Eigh(), **given
+        ),
+    }[recipe]()
+
+    @jax.jit
+    def after(p):
+        updates, _ = tx.update(jax.grad(chain)(p, ARGS[0]), tx.init(p), p, loss_args=ARGS[:1])
+        return chain(jax.tree.map(lambda x, u: x - 0.1 * u, p, updates), ARGS[0])
+
+    found = jax.jit(jax.grad(after))(params)
+    direction = jax.tree.map(jnp.cos, params)
+    up, down = (
+        after(jax.tree.map(lambda p, d, h=h: p + h * d, params, direction)) for h in (1e-5, -1e-5)
+    )
+    np.testing.assert_allclose(optax.tree.vdot(found, direction), (up - down) / 2e-5, rtol=1e-5)
+
+
 # The inner transformation of `in_eigenbasis` ------------------------------------------------------
 
 

@@ -117,20 +117,20 @@ class Eigenbases:
         def refreshed(
             statistics: Arrays, weight: jax.Array, first: jax.Array, clock: Clock, old: Moved
         ) -> Moved:
-            act = functools.partial(self._refreshed, statistics, weight, first)
-            return in_turn(self.windows, clock, act, old)
+            how = statistics, weight, first
+            return in_turn(self.windows, clock, self._refreshed, old, *how)
 
         return automatic(refreshed, statistics, weight, first, clock, old, like=old)
 
     def _refreshed(
         self,
-        statistics: Arrays,
-        weight: jax.Array,
-        first: jax.Array,
         windows: list[Window],
         turn: jax.Array | int,
         due: jax.Array | bool,
         old: Moved,
+        statistics: Arrays,
+        weight: jax.Array,
+        first: jax.Array,
     ) -> Moved:
         """Renews some windows, if that is due."""
         bases = {name: dict(arrays) for name, arrays in old.bases.items()}

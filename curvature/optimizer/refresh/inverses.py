@@ -193,19 +193,18 @@ class Inverses:
         """
 
         def refreshed(statistics: Arrays, now: Now, clock: Clock, old: Refreshed) -> Refreshed:
-            act = functools.partial(self._refreshed, statistics, now)
-            return in_turn(self.windows, clock, act, old)
+            return in_turn(self.windows, clock, self._refreshed, old, statistics, now)
 
         return automatic(refreshed, statistics, now, clock, old, like=old)
 
     def _refreshed(
         self,
-        statistics: Arrays,
-        now: Now,
         windows: list[Window],
         turn: jax.Array | int,
         due: jax.Array | bool,
         old: Refreshed,
+        statistics: Arrays,
+        now: Now,
     ) -> Refreshed:
         """Renews some windows, if that is due."""
         moving, inverse = ({k: dict(x) for k, x in some.items()} for some in old[:2])

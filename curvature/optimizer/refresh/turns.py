@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvature.estimator.factors import Statistics
+from curvature.optimizer.refresh.control import when
 from curvature.registry import Layer
 
 SIDES = ("input", "output")
@@ -125,11 +126,12 @@ class Clock(NamedTuple):
     turn: jax.Array
 
 
-Act = Callable[[list[Window], Any, jax.Array | bool, T], T]
-"""From windows with the same turns, a turn, whether it is theirs and due, and what may change."""
+Act = Callable[..., T]
+"""From windows with the same turns, a turn, whether it is theirs and due, what may change, and
+operands to what may change."""
 
 
-def in_turn(windows: Sequence[Window], clock: Clock, act: Act[T], value: T) -> T:
+def in_turn(windows: Sequence[Window], clock: Clock, act: Act[T], value: T, *operands: Any) -> T:
     """What may change, after the turns that are due.
 
     Stacks that take several turns are renewed in a loop over the turns that are due, mostly one or
@@ -142,20 +144,45 @@ def in_turn(windows: Sequence[Window], clock: Clock, act: Act[T], value: T) -> T
     for turns in (turns for turns in groups if sum(turns) == 1):
         turn = turns.index(True)
         due = clock.due & (clock.everything | (clock.turn == turn))
-        value = act(groups[turns], turn, due, value)
+        value = act(groups[turns], turn, due, value, *operands)
     if not often:
         return value
 
-    def one(turn: jax.Array, value: T) -> T:
+    def one(turn: jax.Array, value: T, *operands: Any) -> T:
         for turns in often:
             due = True if all(turns) else jnp.asarray(turns)[turn]
-            value = act(groups[turns], turn, due, value)
+            value = act(groups[turns], turn, due, value, *operands)
         return value
 
     count = len(often[0])
     first = jnp.where(clock.everything, 0, clock.turn)
     last = jnp.where(clock.everything, count, clock.turn + 1)
-    return jax.lax.fori_loop(first, jnp.where(clock.due, last, first), one, value)
+    return _loop(one, count)(first, jnp.where(clock.due, last, first), value, *operands)
+
+
+def _loop(one: Callable[..., T], count: int) -> Callable[..., T]:
+    """`one` for the turns from a first to before a last; where differentiated, over all of them.
+
+    A loop with bounds that are computed has no derivative in reverse.
+    """
+
+    def few(first: jax.Array, last: jax.Array, value: T, *operands: Any) -> T:
+        return jax.lax.fori_loop(first, last, lambda turn, x: one(turn, x, *operands), value)
+
+    def every(first: jax.Array, last: jax.Array, value: T, *operands: Any) -> T:
+        def step(value: T, turn: jax.Array) -> tuple[T, None]:
+            due = (first <= turn) & (turn < last)
+            return when(due, lambda x: one(turn, x, *operands), value), None
+
+        return jax.lax.scan(step, value, jnp.arange(count, dtype=first.dtype))[0]
+
+    loop = jax.custom_jvp(few)
+
+    @loop.defjvp
+    def derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[T, T]:
+        return jax.jvp(every, primals, tangents)
+
+    return loop
 
 
 def dealt(
