@@ -218,10 +218,7 @@ class Estimator:
 
     def operator(self, statistics: dict[str, Statistics]) -> BlockDiagonal:
         """The operator made from (averages of) `statistics`."""
-        layers = tuple(self.layers)
-        found = {layer.name: factors_of(layer, statistics[layer.name]) for layer in layers}
-        blocks = {layer.name: block_of(layer, found[layer.name]) for layer in layers}
-        return BlockDiagonal(blocks, layers, jax.tree.structure(self.registry.params))
+        return operator_of(self.layers, statistics, self.registry.params)
 
     def zeros(self) -> dict[str, Statistics]:
         """Statistics of nothing, of the shapes that `statistics` returns."""
@@ -370,6 +367,14 @@ class Estimator:
             return done
 
         return automatic(finished, raw, gradients, bases)
+
+
+def operator_of(
+    layers: Sequence[Layer], statistics: Mapping[str, Statistics], params: PyTree
+) -> BlockDiagonal:
+    """The operator made of some layers' statistics, or of blocks' arrays."""
+    blocks = {x.name: block_of(x, factors_of(x, statistics[x.name])) for x in layers}
+    return BlockDiagonal(blocks, tuple(layers), jax.tree.structure(params))
 
 
 def _bases(layer: Layer, statistics: Statistics) -> Statistics:

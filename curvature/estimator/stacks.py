@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from curvature.blocks import BlockDiagonal, block_of
+from curvature.blocks import BlockDiagonal
 from curvature.estimator.bases import BASES
-from curvature.estimator.estimator import Estimator
-from curvature.estimator.factors import Statistics, factors_of
+from curvature.estimator.estimator import Estimator, operator_of
+from curvature.estimator.factors import Statistics
 from curvature.meshes import dealt, devices, whole
 from curvature.precision import accumulator
 from curvature.registry.layers import Layer
@@ -79,7 +79,7 @@ class Stack(Layer):
     def gather(self, leaves: Sequence[jax.Array] | Mapping[int, jax.Array]) -> jax.Array:
         """The block coordinates of all members, from the leaves of a tree; zero beyond them."""
         joined = self._joined([layer.gather(leaves) for layer in self.members])
-        return self.filled(joined, jnp.zeros(self.shape[1:], joined.dtype))
+        return self._filled(joined, jnp.zeros(self.shape[1:], joined.dtype))
 
     def scatter(self, block: jax.Array) -> dict[int, jax.Array]:
         """Leaf-shaped arrays by leaf; zero outside the members' views."""
@@ -95,10 +95,10 @@ class Stack(Layer):
         found = self._joined(arrays)
         matrix = name in BASES or self.block == "dense" or not name.startswith("values")
         if matrix and found.ndim == 3:
-            return self.filled(found, jnp.eye(found.shape[-1], dtype=found.dtype))
-        return self.filled(found, jnp.ones(found.shape[1:], found.dtype))
+            return self._filled(found, jnp.eye(found.shape[-1], dtype=found.dtype))
+        return self._filled(found, jnp.ones(found.shape[1:], found.dtype))
 
-    def filled(self, array: jax.Array, one: jax.Array) -> jax.Array:
+    def _filled(self, array: jax.Array, one: jax.Array) -> jax.Array:
         """An array with all copies, and others to divide over devices."""
         missing = self.stack[0] - len(array)
         if missing:
@@ -195,9 +195,7 @@ class Stacks:
 
     def operator(self, statistics: Arrays) -> BlockDiagonal:
         """The operator made from (averages of) statistics by stack, or from blocks' arrays."""
-        blocks = {x.name: block_of(x, factors_of(x, statistics[x.name])) for x in self.layers}
-        structure = jax.tree.structure(self.estimator.registry.params)
-        return BlockDiagonal(blocks, self.layers, structure)
+        return operator_of(self.layers, statistics, self.estimator.registry.params)
 
 
 def divided(statistics: Statistics, weight: jax.Array) -> Statistics:

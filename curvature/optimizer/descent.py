@@ -266,7 +266,7 @@ class Descent:
     def at_rate(
         self, problem: Problem, descent: PyTree, squared: jax.Array, state: KFACState
     ) -> _Step:
-        """The step of a self.damping learning rate and self.momentum."""
+        """The step of a given learning rate and momentum."""
         lam, count = problem.lam, state.curvature.step
         rate, beta = at(self.learning_rate, count, lam), at(self.momentum, count, lam)
         clip = jnp.ones_like(lam)

@@ -251,7 +251,6 @@ def shortening(bound: jax.Array, squared: jax.Array) -> jax.Array:
 class Preconditioner:
     """The parts of `scale_by_curvature`, for transformations that do more."""
 
-    options: Options
     averaging: Averaging
     inverses: Inverses
     graft: optax.GradientTransformationExtraArgs | None
@@ -285,7 +284,6 @@ class Preconditioner:
         stacks = options.stacks(registry, kind)
         how = options.refresh, options.turns, relative_damping, options.refresh_over
         return cls(
-            options,
             Averaging(stacks, options),
             Inverses(stacks, *how),
             None if graft is None else optax.with_extra_args_support(graft),
@@ -372,9 +370,9 @@ class Preconditioner:
     ) -> CurvatureState:
         """Renews the inverses whose turn it is; all of them where there are none yet."""
         first = ~state.refreshed
-        early = first | (state.step < self.options.warmup_steps)
+        early = first | (state.step < self.averaging.options.warmup_steps)
         now = Now(state.weight, damping, first, restart=first & (state.step <= 0))
-        clock = self.options.clock(state.step, sound, early)
+        clock = self.averaging.options.clock(state.step, sound, early)
         moving, staleness = self.inverses.moving(state.statistics), jnp.zeros_like(damping)
         old = Refreshed(moving, state.inverse, jnp.asarray(False), staleness)
         moving, inverse, failed, staleness = self.inverses.refresh(

@@ -34,7 +34,9 @@ def finite(tree: Any) -> jax.Array:
 
 def finite_copies(arrays: Sequence[jax.Array]) -> jax.Array:
     """Of each copy along the first axes whether all of its entries are finite."""
-    means = [jnp.mean(x, axis=tuple(range(1, x.ndim))).astype(float) for x in arrays]
+    sizes = [x[0].size for x in arrays]  # divided by first, as in `finite`
+    pairs = zip(arrays, sizes, strict=True)
+    means = [jnp.sum(x / n, axis=tuple(range(1, x.ndim))).astype(float) for x, n in pairs]
     return functools.reduce(jnp.logical_and, map(jnp.isfinite, means))
 
 
