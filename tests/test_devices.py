@@ -150,7 +150,7 @@ def test_statistics_are_those_of_the_whole_batch(loss, way):
 @pytest.mark.parametrize(
     ("loss", "way", "kind"),
     half([loss_fn, averaged_loss], list(WAYS), [EMPIRICAL, curvature.GaussNewton()]),
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None) or str(value),
 )
 def test_statistics_of_all_blocks_are_those_of_the_whole_batch(loss, way, kind):
     compare_statistics(way, loss, kind, KINDS)
