@@ -20,6 +20,7 @@ from curvature.estimator.devices import Axes
 from curvature.estimator.evaluate import Sweep, evaluate
 from curvature.estimator.factors import Statistics, factors_of
 from curvature.estimator.kinds import Draw, Fisher, Kind
+from curvature.estimator.passes import sum_passes
 from curvature.estimator.share import check_share, examples_of
 from curvature.estimator.share import weights as weights_of
 from curvature.meshes import automatic, on_mesh
@@ -30,7 +31,6 @@ from curvature.registry.registry import Analysis
 
 PyTree = Any
 _FISHER = Fisher()
-_PASSES_AT_ONCE = 32  # backward passes vectorised together; more are run one group after another
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -289,7 +289,7 @@ class Estimator:
                 self._pass, analysis, params, args, alive, weights, tokens, generic, bases
             )
             summed = devices.together(
-                _sum_passes(one, draws, passes),
+                sum_passes(one, draws, passes),
                 self.axes,
                 analysis.plan.jaxpr.outvars[0].aval,
                 [tag.z for tag in analysis.losses],
@@ -385,29 +385,3 @@ def _known(layer: Layer, statistics: Statistics) -> Statistics:
     """The corrections of an EKFAC layer without what is a rounding error."""
     known = without_noise(factors_of(layer, statistics), len(layer.stack))
     return {"values": known["values"]}
-
-
-def _sum_passes(one: Any, draws: PyTree, passes: int) -> dict[str, Statistics]:
-    """The sum over passes of `one(draw)`, vectorised in groups."""
-    if passes == 1:
-        result: dict[str, Statistics] = one(jax.tree.map(lambda d: d[0], draws))
-        return result
-
-    def group(part: PyTree) -> dict[str, Statistics]:
-        return jax.tree.map(lambda s: s.sum(axis=0), jax.vmap(one)(part))
-
-    size = min(passes, _PASSES_AT_ONCE)
-    groups, rest = divmod(passes, size)
-    total = group(jax.tree.map(lambda d: d[:size], draws))
-    if groups > 1:
-        parts = jax.tree.map(
-            lambda d: d[size : groups * size].reshape((groups - 1, size, *d.shape[1:])), draws
-        )
-
-        def add(total: dict[str, Statistics], part: PyTree) -> tuple[dict[str, Statistics], None]:
-            return jax.tree.map(jnp.add, total, group(part)), None
-
-        total, _ = jax.lax.scan(add, total, parts)
-    if rest:
-        total = jax.tree.map(jnp.add, total, group(jax.tree.map(lambda d: d[-rest:], draws)))
-    return total
