@@ -1,8 +1,8 @@
 """The rows of a layer in one backward pass: inputs and output cotangents, and their moments.
 
 `Rows` holds arrays of shape `members + (examples, positions, features)`. A convolution makes its
-patches for a few examples at a time, so that no patch tensor is larger than the layer's input (or
-one example's patches); a lookup never makes its one-hot input.
+patches for a few examples at a time, so that no patch tensor is much larger than the layer's input
+(or one example's patches); a lookup never makes its one-hot input.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from curvature.estimator.chunks import map_over_examples, sum_over_examples
 from curvature.precision import HIGHEST, Precision, accumulator, kept_by, narrow, product
 from curvature.registry.taps import Contraction, Convolution, Lookup
+
+# Numbers that patches and gradients of a few examples of a convolution may take: what a core's
+# cache holds, and what keeps an accelerator busy.
+_CACHED, _AT_ONCE = 2**18, 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +90,7 @@ class Rows:
 
             per_image = [r.reshape((*self.how.members, len(x), -1)) for r in roots]
             leading = [jnp.moveaxis(r, -2, 0) for r in per_image]
-            chunk = max(1, len(x) // math.prod(self.how.window))
-            return _sum_over_examples(of_images, chunk, x, *leading)
+            return sum_over_examples(of_images, self._images_at_once, x, *leading)
         a = self._inputs(x)
         for root in roots:
             a = a * root[..., None]
@@ -110,14 +113,13 @@ class Rows:
             x = self.x.reshape((self.how.examples, -1, *self.x.shape[1:]))
             alive = jnp.moveaxis(self.weights(), -2, 0)
 
-            def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-                image, alive = part
-                rows = self._inputs(image)
-                rows = rows.reshape((*self.how.members, -1, rows.shape[-1]))
-                return jnp.sum(rows * alive[..., None], axis=-2)
+            def one(x: jax.Array, alive: jax.Array) -> jax.Array:
+                rows = self._inputs(x.reshape((-1, *x.shape[2:])))
+                rows = rows.reshape((*self.how.members, len(x), -1, rows.shape[-1]))
+                rows = rows * jnp.moveaxis(alive, 0, -2)[..., None]
+                return jnp.moveaxis(jnp.sum(rows, axis=-2), -2, 0)
 
-            chunk = max(1, len(x) // math.prod(self.how.window))
-            return jnp.moveaxis(jax.lax.map(one, (x, alive), batch_size=chunk), 0, -2)
+            return jnp.moveaxis(map_over_examples(one, self._images_at_once, x, alive), 0, -2)
         a = self._inputs(self.x)
         return jnp.sum(a if self.alive is None else a * self.alive[..., None], axis=-2)
 
@@ -160,8 +162,8 @@ class Rows:
                 return product("...ri,...ro->...io", a, g, self.precision)
 
             per_image = self.g.reshape((*self.how.members, len(self.x), -1, self.how.d_out))
-            chunk = max(1, len(self.x) // math.prod(self.how.window))
-            return _sum_over_examples(of_images, chunk, self.x, jnp.moveaxis(per_image, -3, 0))
+            leading = jnp.moveaxis(per_image, -3, 0)
+            return sum_over_examples(of_images, self._images_at_once, self.x, leading)
         a = self._inputs(self.x)
         return product("...nti,...nto->...io", a, self.g, self.precision)
 
@@ -170,28 +172,46 @@ class Rows:
         if isinstance(self.how, Lookup):
             return self._lookup_squares(self.g) * self.how.scale**2
         if isinstance(self.how, Convolution):
-
-            def squares(x: jax.Array, g: jax.Array) -> jax.Array:
-                x = x.reshape((-1, *x.shape[2:]))
-                return jnp.sum(dataclasses.replace(self, x=x, g=g).gradients() ** 2, axis=0)
-
             x = self.x.reshape((self.how.examples, -1, *self.x.shape[1:]))
-            return (
-                squares(x, self.g)
-                if self.how.members
-                else _sum_over_examples(squares, 1, x, self.g)
+            found: jax.Array = jax.lax.platform_dependent(
+                x,
+                jnp.moveaxis(self.g, -3, 0),
+                cpu=functools.partial(self._squares_of_images, _CACHED),
+                default=functools.partial(self._squares_of_images, _AT_ONCE),
             )
+            return found
         if self.g.shape[-2] == 1:  # one row an example: (a^2)' g^2, no per-example gradients
             a = self._inputs(self.x)[..., 0, :]
             g = self.g[..., 0, :]
             return product("...ni,...no->...io", a * a, g * g, self.precision)
         return jnp.sum(self.gradients() ** 2, axis=0)
 
+    def _squares_of_images(self, entries: int, x: jax.Array, g: jax.Array) -> jax.Array:
+        """`squares` of a convolution, from what examples have in front of inputs and cotangents."""
+
+        def squares(x: jax.Array, g: jax.Array) -> jax.Array:
+            part = dataclasses.replace(
+                self, x=x.reshape((-1, *x.shape[2:])), g=jnp.moveaxis(g, 0, -3)
+            )
+            return jnp.sum(part.gradients() ** 2, axis=0)
+
+        # An example has patches, maybe the same in another basis, and a gradient.
+        each = math.prod(self.how.members) * self.how.d_in * (2 * g.shape[-2] + self.how.d_out)
+        return sum_over_examples(squares, entries // each, x, g)
+
     def squared_counts(self) -> jax.Array:
         """For a lookup, the sum over examples of each entry's squared share of the positions."""
         weights = self.weights()
         share = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1)
         return self._lookup_squares(share[..., None])[:, 0] * self.how.scale**2
+
+    @property
+    def _images_at_once(self) -> int:
+        """Images whose patches are no larger than the layer's input, or fit into a cache."""
+        assert isinstance(self.how, Convolution)
+        images, window = len(self.x), math.prod(self.how.window)
+        patches = self.how.d_in * math.prod(self.g.shape[:-1]) // images
+        return max(images // window, _CACHED // patches)
 
     def _lookup_squares(self, values: jax.Array) -> jax.Array:
         """For a lookup, squares of the sums of `values` by example and entry, summed over examples.
@@ -293,16 +313,3 @@ def _scatter(how: Contraction, indices: jax.Array, values: jax.Array) -> jax.Arr
     assert isinstance(how, Lookup)
     mode = "clip" if how.clip else "drop"
     return jnp.zeros((how.d_in, values.shape[-1]), values.dtype).at[indices].add(values, mode=mode)
-
-
-def _sum_over_examples(one: Callable[..., jax.Array], chunk: int, *arrays: jax.Array) -> jax.Array:
-    """The sum of `one` over chunks of the arrays' leading axis."""
-    examples = arrays[0].shape[0]
-    if chunk >= examples:
-        return one(*arrays)
-    groups, rest = divmod(examples, chunk)
-    head = [x[: groups * chunk].reshape((groups, chunk, *x.shape[1:])) for x in arrays]
-    like = jax.eval_shape(one, *(x[0] for x in head))
-    zero = jnp.zeros(like.shape, like.dtype)
-    total, _ = jax.lax.scan(lambda sum_, part: (sum_ + one(*part), None), zero, tuple(head))
-    return total + one(*(x[groups * chunk :] for x in arrays)) if rest else total
