@@ -94,7 +94,12 @@ def contractions(jaxpr: _jax.Jaxpr) -> Iterator[Any]:
             yield from contractions(inner)
 
 
-EXACT = ("curvature/linalg.py", "curvature/quadratic.py", "curvature/refresh/methods.py")
+EXACT = (
+    "curvature/linalg.py",
+    "curvature/optimizer/quadratic.py",
+    "curvature/optimizer/refresh/methods.py",
+)
+assert all((ROOT.parent / name).is_file() for name in EXACT)
 
 
 def traced(function: Any, *args: Any, exact: tuple[str, ...] = EXACT) -> set[tuple[str, int]]:
