@@ -111,7 +111,7 @@ def devices(over: NamedSharding | None) -> int:
     return math.prod(over.mesh.shape[axis] for axis in axes)
 
 
-def dealt(tree: PyTree, over: NamedSharding | None) -> PyTree:
+def divided(tree: PyTree, over: NamedSharding | None) -> PyTree:
     """Arrays whose first axis is divided as the leading part of a sharding says; None: as it is."""
     if over is None:
         return tree
@@ -129,7 +129,7 @@ def dealt(tree: PyTree, over: NamedSharding | None) -> PyTree:
 
 def whole(tree: PyTree, over: NamedSharding | None) -> PyTree:
     """Arrays of which every device has all; None: as they are."""
-    return tree if over is None else dealt(tree, NamedSharding(over.mesh, PartitionSpec(None)))
+    return tree if over is None else divided(tree, NamedSharding(over.mesh, PartitionSpec(None)))
 
 
 def here(tree: PyTree) -> PyTree:

@@ -21,8 +21,7 @@ from curvature.estimator.evaluate import Sweep, evaluate
 from curvature.estimator.factors import Statistics, factors_of
 from curvature.estimator.kinds import Draw, Fisher, Kind
 from curvature.estimator.passes import sum_passes
-from curvature.estimator.share import check_share, examples_of
-from curvature.estimator.share import weights as weights_of
+from curvature.estimator.share import check_share, examples_of, ratios, sums
 from curvature.meshes import automatic, on_mesh
 from curvature.precision import FAST, Precision, accumulator, check_precision
 from curvature.registry import Layer, Registry, check_registry
@@ -154,6 +153,45 @@ class Estimator:
             of, or this is called inside `shard_map` or
             `pmap` without `axis_name`.
         """
+        return self._sampled(params, args, key, bases, share, weigh=False)[0]
+
+    def weighed_statistics(
+        self,
+        params: PyTree,
+        *args: PyTree,
+        key: jax.Array | None = None,
+        bases: Mapping[str, Statistics] | None = None,
+        share: float | None = None,
+    ) -> tuple[dict[str, Statistics], jax.Array]:
+        """`statistics`, and the total weight sum_i |dL/dl_i| of the loss's predictions.
+
+        That is 1 where the loss is a mean over all predictions, and their number in an example
+        where it is a mean over examples and a sum in each: what a KL divergence has to be divided
+        by to be that of one prediction, in the mean. It takes no pass through the model unless
+        weights depend on one.
+
+        Args:
+          params: as `statistics` takes them, and all that follow.
+          *args: the other arguments of the loss function.
+          key: random key, where the kind needs one.
+          bases: for the corrections of EKFAC blocks.
+          share: of the examples that statistics are taken of; the weight is that of all.
+        """
+        found, weight = self._sampled(params, args, key, bases, share, weigh=True)
+        assert weight is not None
+        return found, weight
+
+    def _sampled(
+        self,
+        params: PyTree,
+        args: PyTree,
+        key: jax.Array | None,
+        bases: Mapping[str, Statistics] | None,
+        share: float | None,
+        *,
+        weigh: bool,
+    ) -> tuple[dict[str, Statistics], jax.Array | None]:
+        """The statistics, and the weight of the predictions if it is asked for."""
         if self.needs_key and key is None:
             raise ValueError(
                 f"{self.kind} needs a random key here: pass key=jax.random.key(...). {self._why()}"
@@ -169,14 +207,17 @@ class Estimator:
         try:
             with on_mesh(params, args):
                 weights: Mapping[int, jax.Array] = {}
+                whole: Mapping[int, jax.Array] = {}
+                if weigh or share is not None:
+                    whole = sums(analysis, jax.tree.leaves((params, args)), self.kind, self.axes)
+                total = self._together(sum(whole.values()), analysis) if weigh else None
                 if share is not None:
-                    whole = analysis, jax.tree.leaves((params, args))
                     args, size = examples_of(args, self.registry.batch, share)
                     analysis = self.registry.analyse(params, args, larger=size)
-                    part = analysis, jax.tree.leaves((params, args))
-                    weights = weights_of(whole, part, self.kind, self.axes)
+                    part = sums(analysis, jax.tree.leaves((params, args)), self.kind, self.axes)
+                    weights = ratios(whole, part)
                 draws = self.kind.draw(analysis.losses, key)
-                return self._statistics(analysis, params, args, draws, weights, known)
+                return self._statistics(analysis, params, args, draws, weights, known), total
         except (ValueError, NotImplementedError) as error:
             if not analysis.blocked:
                 raise
@@ -236,6 +277,11 @@ class Estimator:
         inputs = [*jax.tree.leaves(params), *jax.tree.leaves(args)]
         return alive_rows(analysis, layers, inputs, self.axes)
 
+    def _together(self, tree: PyTree, analysis: Analysis) -> PyTree:
+        """What is linear in the loss's weights, of the loss of all devices."""
+        outputs = [tag.z for tag in analysis.losses]
+        return devices.together(tree, self.axes, analysis.plan.jaxpr.outvars[0].aval, outputs)
+
     def _checked(self, bases: Mapping[str, Statistics]) -> dict[str, Statistics]:
         """The bases of every EKFAC layer, of the right shapes."""
         found: dict[str, Statistics] = {}
@@ -288,12 +334,7 @@ class Estimator:
             one = functools.partial(
                 self._pass, analysis, params, args, alive, weights, tokens, generic, bases
             )
-            summed = devices.together(
-                sum_passes(one, draws, passes),
-                self.axes,
-                analysis.plan.jaxpr.outvars[0].aval,
-                [tag.z for tag in analysis.losses],
-            )
+            summed = self._together(sum_passes(one, draws, passes), analysis)
             averaged = self.kind.averaged
             return {name: stats.combined(x, passes, averaged) for name, x in summed.items()}
 

@@ -80,27 +80,27 @@ def _chosen(x: jax.Array, batch: Batch, size: int, kept: int) -> jax.Array:
     return automatic(spaced, x, like=x)
 
 
-def weights(
-    whole: tuple[Analysis, PyTree], part: tuple[Analysis, PyTree], kind: Kind, axes: Axes
+def ratios(
+    whole: Mapping[int, jax.Array], part: Mapping[int, jax.Array]
 ) -> Mapping[int, jax.Array]:
     """For each loss, what the weights of its units in a part are multiplied by.
 
     Args:
-      whole: the trace on all examples, and the leaves of parameters and arguments there.
-      part: the same on a share of them.
+      whole: the `sums` on all examples.
+      part: those on a share of them.
+    """
+    return {i: jnp.where(x > 0, whole[i] / jnp.where(x > 0, x, 1), 0) for i, x in part.items()}
+
+
+def sums(analysis: Analysis, inputs: Sequence[Any], kind: Kind, axes: Axes) -> dict[int, jax.Array]:
+    """The sum of |dL/dl| over the units of every loss.
+
+    Args:
+      analysis: a trace of the loss.
+      inputs: the leaves of parameters and arguments there.
       kind: the source of cotangents.
       axes: axes of devices, each with examples of its own.
     """
-    full, seen = (_sums(*one, kind, axes) for one in (whole, part))
-    return {
-        i: jnp.where(seen[i] > 0, full[i] / jnp.where(seen[i] > 0, seen[i], 1), 0) for i in full
-    }
-
-
-def _sums(
-    analysis: Analysis, inputs: Sequence[Any], kind: Kind, axes: Axes
-) -> dict[int, jax.Array]:
-    """The sum of |dL/dl| over the units of every loss."""
     count = range(len(analysis.losses))
     layers = {layer.name: layer for layer in analysis.layers}
 

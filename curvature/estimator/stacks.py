@@ -22,7 +22,7 @@ from curvature.blocks import BlockDiagonal
 from curvature.estimator.bases import BASES
 from curvature.estimator.estimator import Estimator, operator_of
 from curvature.estimator.factors import Statistics
-from curvature.meshes import dealt, devices, whole
+from curvature.meshes import devices, divided, whole
 from curvature.precision import accumulator
 from curvature.registry.layers import Layer
 from curvature.registry.views import Shape, View
@@ -104,7 +104,7 @@ class Stack(Layer):
         if missing:
             array = jnp.concatenate([array, jnp.broadcast_to(one, (missing, *one.shape))])
         # From whole arrays: what the compiler finds between two divisions is many times dearer.
-        return dealt(whole(array, self.over), self.over)
+        return divided(whole(array, self.over), self.over)
 
     def _joined(self, arrays: Sequence[jax.Array]) -> jax.Array:
         """An array of each member, whose first axes are its own stack's, along one axis."""
@@ -198,7 +198,7 @@ class Stacks:
         return operator_of(self.layers, statistics, self.estimator.registry.params)
 
 
-def divided(statistics: Statistics, weight: jax.Array) -> Statistics:
+def unweighted(statistics: Statistics, weight: jax.Array) -> Statistics:
     """A stack's statistics from their averages times a weight; bases are no averages."""
     return {k: x if k in BASES else x / weight.astype(x.dtype) for k, x in statistics.items()}
 

@@ -20,6 +20,7 @@ from curvature.precision import accumulator
 
 PyTree = Any
 _Averages = tuple[Arrays, jax.Array, jax.Array]
+_Sampled = tuple[Arrays, jax.Array, jax.Array, jax.Array | None]
 
 
 class Gathered(NamedTuple):
@@ -43,18 +44,24 @@ class Averaging:
     """Running averages of statistics by stack, and micro-batches.
 
     States are named tuples with `step`, `weight`, `statistics`, `micro` and `gradient`, as
-    `CurvatureState` has them.
+    `CurvatureState` has them; and `predictions`, where these are weighed.
+
+    Attributes:
+      stacks: of layers.
+      options: when and how statistics are taken.
+      weighs: whether the total weight of predictions is kept with them.
     """
 
     stacks: Stacks
     options: Options
+    weighs: bool = False
 
     def __post_init__(self) -> None:
         check_share(self.options.statistics_batch, self.stacks.estimator.registry)
 
     def zeros(self, params: PyTree) -> dict[str, Any]:
         """The entries of a state before the first step."""
-        return {
+        return ({"predictions": jnp.zeros(())} if self.weighs else {}) | {
             "step": jnp.zeros((), jnp.int32) - self.options.burn_in,
             "weight": jnp.zeros((), jnp.result_type(float)),
             "statistics": self.stacks.zeros(),
@@ -72,8 +79,12 @@ class Averaging:
     ) -> Gathered:
         """Averages statistics and gathers gradients, until there is a step to take."""
         devices.check(self.stacks.estimator.axes, gradient, params, args, key)
-        averages, weight, sound = self._averaged(finite(gradient), state, params, args, key)
+        averages, weight, sound, predictions = self._averaged(
+            finite(gradient), state, params, args, key
+        )
         state = state._replace(statistics=averages, weight=weight)
+        if self.weighs:
+            state = state._replace(predictions=predictions)
         return self._summed(gradient, state, sound)
 
     def _summed(self, gradient: PyTree, state: Any, sound: jax.Array) -> Gathered:
@@ -103,34 +114,49 @@ class Averaging:
         params: PyTree,
         args: tuple[PyTree, ...],
         key: jax.Array | None,
-    ) -> tuple[Arrays, jax.Array, jax.Array]:
-        """The averages with what this call adds, their weight, and whether that was finite."""
+    ) -> _Sampled:
+        """The averages with what this call adds, their weight, and whether that was finite.
+
+        Last comes the total weight of the first predictions.
+        """
         decay = self._past(state)
         share = (1 - decay) / self.options.accumulate
         past = jnp.where(state.micro == 0, decay, 1.0)
 
-        def sample(carry: _Averages) -> _Averages:
-            old, weight, sound = carry
-            fresh = self._fresh(old, params, args, key)
+        def sample(carry: _Sampled) -> _Sampled:
+            old, weight, sound, before = carry
+            fresh, predictions = self._fresh(old, params, args, key)
             # The factors are Gram matrices: none of their entries is beyond their traces.
             sound &= jnp.isfinite(self.stacks.operator(fresh).trace())
-            return mixed((old, weight), fresh, sound, past, share)
+            if (
+                predictions is not None and before is not None
+            ):  # later weights may be learned, and run away with the bound
+                predictions = jnp.where(sound & (before == 0), predictions, before)
+            return *mixed((old, weight), fresh, sound, past, share), predictions
 
-        return when(self._due(state), sample, (state.statistics, state.weight, sound))
+        predictions = state.predictions if self.weighs else None
+        return when(self._due(state), sample, (state.statistics, state.weight, sound, predictions))
 
     def _fresh(
         self, old: Arrays, params: PyTree, args: tuple[PyTree, ...], key: jax.Array | None
-    ) -> Arrays:
-        """The statistics of a call, with corrections in the bases of the averages."""
+    ) -> tuple[Arrays, jax.Array | None]:
+        """The statistics of a call, with corrections in the bases of the averages.
+
+        With them comes the weight of the predictions.
+        """
         bases = {
             name: {field: x for field, x in arrays.items() if field in BASES}
             for name, arrays in old.items()
         }
         known = automatic(self.stacks.apart, bases)
-        found = self.stacks.estimator.statistics(
-            params, *args, key=key, bases=known, share=self.options.statistics_batch
-        )
-        return automatic(self.stacks.together, found, like=old)
+        estimator, share = self.stacks.estimator, self.options.statistics_batch
+        how: Any = {"key": key, "bases": known, "share": share}
+        predictions = None
+        if self.weighs:
+            found, predictions = estimator.weighed_statistics(params, *args, **how)
+        else:
+            found = estimator.statistics(params, *args, **how)
+        return automatic(self.stacks.together, found, like=old), predictions
 
     def _past(self, state: Any) -> jax.Array:
         """The weight of the past; schedules begin after the burn-in."""

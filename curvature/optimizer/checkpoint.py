@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from curvature.estimator import Estimator
 from curvature.estimator.factors import Statistics
-from curvature.estimator.stacks import Stacks, divided
+from curvature.estimator.stacks import Stacks, unweighted
 from curvature.optimizer.eigenbasis import EigenbasisState
 from curvature.optimizer.preconditioner import CurvatureState
 from curvature.optimizer.uncovered import set_apart
@@ -81,7 +81,7 @@ def averages(registry: Registry, state: PyTree) -> dict[str, Statistics]:
                 "its layers have other blocks."
             )
     weight = jnp.where(saved["weight"] > 0, saved["weight"], 1)
-    return whole.apart({k: divided(x, weight) for k, x in saved["statistics"].items()})
+    return whole.apart({k: unweighted(x, weight) for k, x in saved["statistics"].items()})
 
 
 def with_factors(state: PyTree, saved: dict[str, Any]) -> PyTree:

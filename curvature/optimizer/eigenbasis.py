@@ -20,7 +20,7 @@ from curvature.blocks.eigen_kronecker import from_basis, into_basis
 from curvature.estimator import Fisher, Kind
 from curvature.estimator.bases import BASES
 from curvature.estimator.stacks import Arrays, Stack
-from curvature.meshes import automatic, dealt, entering
+from curvature.meshes import automatic, divided, entering
 from curvature.optimizer.arguments import (
     Gather,
     Period,
@@ -212,7 +212,7 @@ def transformation(
 
     def placed(inner: optax.OptState) -> optax.OptState:
         """The inner state with its moments on the devices of their bases."""
-        return layout.joined(inner, dealt(layout.split(inner), apart))
+        return layout.joined(inner, divided(layout.split(inner), apart))
 
     def init(params: PyTree) -> EigenbasisState:
         check_not_masked(params, registry.params)
@@ -247,7 +247,7 @@ def transformation(
         check_state(state, EigenbasisState)
         check_configuration(state, expected())
         # It may have been made, or restored, elsewhere.
-        kept = dealt((state.statistics, state.bases), apart)
+        kept = divided((state.statistics, state.bases), apart)
         state = state._replace(statistics=kept[0], bases=kept[1], inner=placed(state.inner))
         gathered = averaging.gathered(updates, state, params, args, key)
         act = functools.partial(step, gathered, params, extra)

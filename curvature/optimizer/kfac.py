@@ -161,6 +161,7 @@ def kfac(
         options,
         damping=given,
         relative_damping=relative_damping,
+        clips=kl_clip is not None,
         graft=graft,
         fallback=fallback,
     )

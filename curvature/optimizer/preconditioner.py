@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 
 from curvature.estimator import Estimator, Fisher, Kind
 from curvature.estimator.stacks import Arrays
-from curvature.meshes import dealt, entering
+from curvature.meshes import divided, entering
 from curvature.optimizer.arguments import (
     Gather,
     Period,
@@ -86,6 +86,8 @@ class CurvatureState(NamedTuple):
       fallback: the state of the fallback transformation.
       graft: the state of the transformation whose lengths are taken.
       stats: what happened.
+      predictions: the total weight dL/dl of the loss's predictions, when statistics were taken
+        first, zero before; None without `kl_clip`.
     """
 
     step: jax.Array
@@ -98,6 +100,7 @@ class CurvatureState(NamedTuple):
     fallback: optax.OptState
     graft: optax.OptState
     stats: CurvatureStats
+    predictions: jax.Array | None = None
 
 
 def scale_by_curvature(
@@ -208,6 +211,7 @@ def scale_by_curvature(
         options,
         damping=damping,
         relative_damping=relative_damping,
+        clips=kl_clip is not None,
         graft=graft,
         fallback=fallback,
     )
@@ -231,7 +235,7 @@ def scale_by_curvature(
             lam = at(damping, state.step, state.stats.damping)
             direction, squared, new = preconditioner.direction(gathered, state, params, lam, extra)
             if kl_clip is not None:
-                clip = shortening(at(kl_clip, state.step, lam), squared)
+                clip = shortening(at(kl_clip, state.step, lam), squared, new.predictions)
                 direction = jax.tree.map(lambda d: d * clip.astype(d.dtype), direction)
             good = gathered.sound & finite(direction)
             return masked(good, direction), settled(good, new, state)
@@ -242,9 +246,17 @@ def scale_by_curvature(
     return entering(optax.GradientTransformationExtraArgs(preconditioner.init, update))
 
 
-def shortening(bound: jax.Array, squared: jax.Array) -> jax.Array:
-    """What shortens a step v with v'Gv = `squared` to 1/2 v'Gv <= `bound`."""
-    return jnp.sqrt(2 * bound / jnp.maximum(squared, 2 * bound))
+def shortening(bound: jax.Array, squared: jax.Array, predictions: jax.Array | None) -> jax.Array:
+    """What shortens a step v with v'Gv = `squared` to 1/2 v'Gv <= `bound` a prediction.
+
+    Args:
+      bound: on the mean over predictions.
+      squared: summed over them.
+      predictions: their total weight; zero, where none is known, stands for 1.
+    """
+    assert predictions is not None
+    most = 2 * bound * jnp.where(predictions > 0, predictions, 1).astype(squared.dtype)
+    return jnp.sqrt(most / jnp.maximum(squared, most))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -267,10 +279,14 @@ class Preconditioner:
         *,
         damping: Any,
         relative_damping: bool,
+        clips: bool,
         graft: optax.GradientTransformation | None,
         fallback: optax.GradientTransformation | None,
     ) -> Preconditioner:
-        """The arguments are those of `scale_by_curvature`, and are checked here."""
+        """The arguments are those of `scale_by_curvature`, and are checked here.
+
+        `clips` is whether the length of steps is bounded, so that predictions are weighed.
+        """
         check_registry(registry)
         check_range("damping", damping, 0.0, float("inf"))
         check_transformation("fallback", fallback)
@@ -284,7 +300,7 @@ class Preconditioner:
         stacks = options.stacks(registry, kind)
         how = options.refresh, options.turns, relative_damping, options.refresh_over
         return cls(
-            Averaging(stacks, options),
+            Averaging(stacks, options, weighs=clips),
             Inverses(stacks, *how),
             None if graft is None else optax.with_extra_args_support(graft),
             optax.with_extra_args_support(optax.masked(fallback or optax.identity(), left)),
@@ -328,7 +344,7 @@ class Preconditioner:
         """Averages statistics and gathers gradients, until there is a step to take."""
         check_configuration(state, self._expected)
         over = self.averaging.stacks.over  # of a state that was made, or restored, elsewhere
-        kept = dealt((state.statistics, state.inverse), over)
+        kept = divided((state.statistics, state.inverse), over)
         state = state._replace(statistics=kept[0], inverse=kept[1])
         return self.averaging.gathered(gradient, state, params, args, key)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from curvature.estimator.rows import moment
 from curvature.estimator.stacks import Arrays, Stacks
-from curvature.meshes import automatic, dealt
+from curvature.meshes import automatic, divided
 from curvature.optimizer.averaging import Averaging, Gathered, mixed
 from curvature.optimizer.refresh.control import finite, when
 from curvature.precision import accumulator
@@ -76,7 +76,7 @@ class GradientAveraging(Averaging):
             dtype = accumulator(*(leaves[v.source].dtype for v in layer.leaves))
             shapes = [(n,) if n > widest else (n, n) for n in layer.shape[-2:]]
             zeros = [jnp.zeros((*layer.stack, *shape), dtype) for shape in shapes]
-            zeros = dealt(zeros, layer.over)
+            zeros = divided(zeros, layer.over)
             statistics[layer.name] = dict(zip(("input", "output"), zeros, strict=True))
         return super().zeros(params) | {"statistics": statistics}
 

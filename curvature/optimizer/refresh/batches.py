@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from curvature.meshes import dealt, devices, whole
+from curvature.meshes import devices, divided, whole
 from curvature.optimizer.refresh.methods import QR, Eigh, Method
 
 Key = tuple[int, str]
@@ -85,7 +85,7 @@ def _dealt(solve: Solve, over: NamedSharding, count: int, *, apart: bool) -> Sol
     """`solve` with its batch dealt to devices, filled up with identities."""
     missing, lead = -count % devices(over), PartitionSpec(*over.spec[:1])
     mesh = over.mesh if jax.sharding.get_abstract_mesh().empty else None
-    placed = functools.partial(dealt if apart else whole, over=over)
+    placed = functools.partial(divided if apart else whole, over=over)
     each = jax.shard_map(
         solve, mesh=mesh, in_specs=(lead, lead, PartitionSpec()), out_specs=lead, check_vma=False
     )

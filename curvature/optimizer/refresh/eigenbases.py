@@ -18,9 +18,8 @@ from jax.sharding import NamedSharding
 from curvature.blocks.eigen_kronecker import from_basis
 from curvature.estimator.bases import BASES, identity, moved_diagonal, overlap
 from curvature.estimator.factors import Statistics, factors_of
-from curvature.estimator.stacks import Arrays, Stack, divided
-from curvature.meshes import automatic, devices
-from curvature.meshes import dealt as placed
+from curvature.estimator.stacks import Arrays, Stack, unweighted
+from curvature.meshes import automatic, devices, divided
 from curvature.optimizer.refresh.batches import Job, Key, solved
 from curvature.optimizer.refresh.control import chosen, finite_copies, when
 from curvature.optimizer.refresh.methods import QR, Eigh
@@ -95,7 +94,7 @@ class Eigenbases:
         """The coordinates themselves."""
         return {
             layer.name: {
-                name: placed(jnp.array(x), layer.over)
+                name: divided(jnp.array(x), layer.over)
                 for name, x in identity(self.factors[layer.name], 1).items()
             }
             for layer in self.layers
@@ -195,7 +194,7 @@ class Eigenbases:
         found: dict[Key, jax.Array] = {}
         jobs: dict[Key, Job] = {}
         for i, (unit, sums) in enumerate(zip(units, statistics, strict=True)):
-            factors = factors_of(unit.layer, divided(sums, weight))
+            factors = factors_of(unit.layer, unweighted(sums, weight))
             for side, basis in zip(SIDES, BASES, strict=True):
                 if factors[side].ndim == 2:
                     found[i, side] = jnp.ones_like(factors[side])

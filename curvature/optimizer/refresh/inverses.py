@@ -27,10 +27,9 @@ from curvature.blocks import BlockDiagonal, Dense, EigenKronecker, Kronecker, bl
 from curvature.blocks.block import safe_power
 from curvature.estimator.bases import BASES, carried_over, identity, known, products
 from curvature.estimator.factors import Statistics, factors_of
-from curvature.estimator.stacks import Arrays, Stacks, copies_of, divided
+from curvature.estimator.stacks import Arrays, Stacks, copies_of, unweighted
 from curvature.linalg import diagonal, multiples_of_identity
-from curvature.meshes import automatic, devices
-from curvature.meshes import dealt as placed
+from curvature.meshes import automatic, devices, divided
 from curvature.optimizer.refresh.batches import Job, Key, Solved, solved
 from curvature.optimizer.refresh.control import chosen, finite_copies, when
 from curvature.optimizer.refresh.methods import QR, Eigh, Method
@@ -125,7 +124,7 @@ class Inverses:
                 like["values"] = jnp.zeros(layer.shape, like["input"].dtype)
             arrays = {field: jnp.zeros_like(like[field]) for field in fields}
             found[layer.name] = found.get(layer.name, {}) | arrays
-        return placed(found, self.stacks.over)
+        return divided(found, self.stacks.over)
 
     def operator(self, statistics: Arrays, inverse: Arrays) -> BlockDiagonal:
         """The inverse as an operator on parameter trees."""
@@ -162,7 +161,7 @@ class Inverses:
         for layer in (x for x in self.stacks.layers if x.factored and x.block != "ekfac"):
             count = sum(map(copies_of, layer.members))
             sums = {name: x[:count] for name, x in statistics[layer.name].items()}
-            factors = factors_of(layer, divided(sums, weight))
+            factors = factors_of(layer, unweighted(sums, weight))
             block = Kronecker(factors["input"], factors["output"], stack_ndim=1)
             shifts = block.factored_damping(1.0)
             for side, shift in zip(SIDES, shifts, strict=True):
@@ -229,7 +228,7 @@ class Inverses:
     ) -> _Parts:
         """Windows of some units after their refresh."""
         found = [
-            factors_of(unit.layer, divided(arrays, now.weight))
+            factors_of(unit.layer, unweighted(arrays, now.weight))
             for unit, arrays in zip(units, statistics, strict=True)
         ]
         solutions, staleness = self._solved(units, found, old.inverse, now)
