@@ -28,7 +28,7 @@ SETTINGS = {
     "ekfac": advised(curvature.ekfac),
     "foof": advised(curvature.foof),
     "damping=1e-2": advised(KFAC, momentum=0.9, damping=1e-2),
-    "relative damping": advised(KFAC, relative_damping=True),
+    "damping=1e-3": advised(KFAC, damping=1e-3),
     "LevenbergMarquardt": advised(KFAC, damping=LM),
     "Eigh": advised(KFAC, refresh=curvature.Eigh()),
     "QR": advised(KFAC, refresh=curvature.QR()),
@@ -57,7 +57,7 @@ CASES = [
 ]
 QUICK = [("plain regression", "kfac")]
 # On the two that are compiled slowly, the rest is exhaustive.
-OFTEN = {"kfac", "relative damping", "eigen_adam", "QuadraticModel and LevenbergMarquardt"}
+OFTEN = {"kfac", "damping=1e-3", "eigen_adam", "QuadraticModel and LevenbergMarquardt"}
 
 
 def marks(net, setting):

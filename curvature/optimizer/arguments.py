@@ -25,9 +25,20 @@ def at(value: Any, count: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.asarray(value(count) if callable(value) else value).astype(like.dtype)
 
 
-def default_damping(*, relative: bool) -> float:
-    """What `damping="auto"` stands for; a multiple of each block's mean eigenvalue if relative."""
-    return 0.1 if relative else 1e-3
+def damping_of(damping: Any, relative: bool | None, *, by_model: bool = False) -> tuple[Any, bool]:
+    """What `damping="auto"` and `relative_damping=None` stand for.
+
+    Args:
+      damping: as given.
+      relative: whether it is a multiple of each block's mean eigenvalue; None: if it is not given.
+      by_model: whether a quadratic model chooses the steps, which knows one damping for all blocks.
+    """
+    auto = isinstance(damping, str) and damping == "auto"
+    if relative is None:
+        relative = auto and not by_model
+    if auto:
+        damping = 1.0 if relative else 1e-3
+    return damping, relative
 
 
 def check_update(params: PyTree | None, loss_args: Any) -> tuple[PyTree, ...]:

@@ -19,7 +19,7 @@ from curvature.optimizer.arguments import (
     check_instance,
     check_positive,
     check_range,
-    default_damping,
+    damping_of,
 )
 from curvature.optimizer.decay import Mask, decaying
 from curvature.optimizer.descent import Descent
@@ -48,7 +48,7 @@ def kfac(
     weight_decay: ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask = None,
     kl_clip: ScalarOrSchedule | Literal["auto"] | None = "auto",
-    relative_damping: bool = False,
+    relative_damping: bool | None = None,
     decay: ScalarOrSchedule = 0.95,
     burn_in: int = 0,
     accumulate: int = 1,
@@ -81,18 +81,21 @@ def kfac(
       momentum: the coefficient of the step before, in [0, 1), or a schedule; with
         `QuadraticModel()` zero says that there is none, any other number that it is chosen.
       damping: added to the curvature; a number, a schedule, or `LevenbergMarquardt()`. `"auto"` is
-        1e-3, and 0.1 with `relative_damping`.
+        every block's mean eigenvalue, as `relative_damping` takes it; with `QuadraticModel()`,
+        1e-3.
       kind: what is averaged: `Fisher`, `EmpiricalFisher` or `GaussNewton`.
       l2: of a penalty 1/2 l2 |params|^2 that is trained on beside the loss: its gradient is added
         to the gradient, its curvature to the damping. A number or a schedule.
       weight_decay: decoupled (Loshchilov and Hutter 2019): every step also shrinks the parameters
         by the factor 1 - learning_rate * weight_decay. A number or a schedule.
       weight_decay_mask: which parameters that shrinks, as `optax.add_decayed_weights` takes it.
-      kl_clip: bound on 1/2 v'Gv, the change of the model's predictions as a KL divergence: a longer
-        step is shortened (Ba et al. 2017). With a given learning rate it is
-        taken of the part without momentum, and as the blocks see it. A number, a schedule, or None
-        for no bound. `"auto"` is 1e-3 with a given learning rate, without which a rate that is too
-        large loses the run, and None with `QuadraticModel()`, which chooses the length itself.
+      kl_clip: bound on what a step v changes one of the loss's predictions by, in the mean, as a KL
+        divergence: a longer step is shortened (Ba et al. 2017). That is 1/2 v'Gv where the loss is
+        a mean over predictions, and is divided by their total weight where it is a sum over some.
+        With a given learning rate it is taken of the part without momentum, and as the blocks see
+        it. A number, a schedule, or None for no bound. `"auto"` is 1e-3 with a given learning rate,
+        without which a rate that is too large loses the run, and None with `QuadraticModel()`,
+        which chooses the length itself.
       relative_damping: as `scale_by_curvature` takes it, and all that follow; not with damping or
         rates by the quadratic model, which knows one damping for all.
       decay: weight of the past in the average of the statistics.
@@ -138,9 +141,8 @@ def kfac(
     check_range("momentum", momentum, 0.0, 1.0)
     check_range("l2", l2, 0.0, float("inf"))
     check_instance("learning_rate", learning_rate)
-    if isinstance(damping, str) and damping == "auto":
-        damping = default_damping(relative=relative_damping)
     by_model, adapts = isinstance(learning_rate, QuadraticModel), None
+    damping, relative_damping = damping_of(damping, relative_damping, by_model=by_model)
     if not by_model:
         check_range("learning_rate", learning_rate, 0.0, float("inf"))
     if isinstance(kl_clip, str) and kl_clip == "auto":

@@ -31,7 +31,7 @@ from curvature.optimizer.arguments import (
     check_state,
     check_transformation,
     check_update,
-    default_damping,
+    damping_of,
     own,
 )
 from curvature.optimizer.averaging import Averaging, Gathered
@@ -108,7 +108,7 @@ def scale_by_curvature(
     kind: Kind = _FISHER,
     *,
     damping: ScalarOrSchedule | Literal["auto"] = "auto",
-    relative_damping: bool = False,
+    relative_damping: bool | None = None,
     decay: ScalarOrSchedule = 0.95,
     burn_in: int = 0,
     accumulate: int = 1,
@@ -147,11 +147,12 @@ def scale_by_curvature(
     Args:
       registry: what is in the model, from `curvature.register`.
       kind: what is averaged: `Fisher`, `EmpiricalFisher` or `GaussNewton`.
-      damping: added to the curvature; a number or a schedule of the step count; `"auto"` is 1e-3,
-        and 0.1 with `relative_damping`. Factored in
-        Kronecker blocks, corrected ones among them (Martens and Grosse 2015), but exactly under
-        `Eigh(factored=False)` and `QR(factored=False)`.
-      relative_damping: whether damping is a multiple of every block's mean eigenvalue.
+      damping: added to the curvature; a number or a schedule of the step count; `"auto"` is every
+        block's mean eigenvalue. Factored in Kronecker blocks, corrected ones among them (Martens
+        and Grosse 2015), but exactly under `Eigh(factored=False)` and `QR(factored=False)`.
+      relative_damping: whether damping, also one given to `update`, is a multiple of every block's
+        mean eigenvalue, and so goes with the scale of the loss. By default it is where `damping`
+        is not given.
       decay: weight of the past in the exponential average of the statistics, in [0, 1).
       burn_in: calls at the start that only average statistics: their updates are zero.
       accumulate: micro-batches for a step. Every call adds gradient and statistics of its own; each
@@ -162,9 +163,10 @@ def scale_by_curvature(
         evenly spaced ones, which stand for all. What statistics cost is about proportional to it.
       refresh_every: steps in which every inverse is renewed once; with `spread=False` a schedule,
         too.
-      kl_clip: bound on 1/2 d'(G + damping I)d of what is returned, as the blocks see it; a longer d
-        is shortened. With a learning rate behind it a step is bounded by the rate squared times
-        that. A number, a schedule, or None for no bound.
+      kl_clip: bound on 1/2 d'(G + damping I)d of what is returned, as the blocks see it, for one of
+        the loss's predictions (see `kfac`); a longer d is shortened. With a learning rate behind it
+        a step is bounded by the rate squared times that. A number, a schedule, or None for no
+        bound.
       warmup_steps: steps at the start that all take statistics and renew every inverse: the
         curvature of a new net may grow a thousandfold in ten steps.
       refresh: how: `Cholesky()`, `NewtonSchulz()`, `Eigh()` or `QR()`.
@@ -203,13 +205,12 @@ def scale_by_curvature(
     options = Options.of(locals())
     if kl_clip is not None:
         check_positive("kl_clip", kl_clip)
-    if isinstance(damping, str) and damping == "auto":
-        damping = default_damping(relative=relative_damping)
+    usual, relative_damping = damping_of(damping, relative_damping)
     preconditioner = Preconditioner.create(
         registry,
         kind,
         options,
-        damping=damping,
+        damping=usual,
         relative_damping=relative_damping,
         clips=kl_clip is not None,
         graft=graft,
@@ -223,7 +224,7 @@ def scale_by_curvature(
         *,
         loss_args: tuple[PyTree, ...] | None = None,
         key: jax.Array | None = None,
-        damping: ScalarOrSchedule = damping,
+        damping: ScalarOrSchedule = usual,
         **extra: Any,
     ) -> tuple[PyTree, CurvatureState]:
         args = check_update(params, loss_args)
