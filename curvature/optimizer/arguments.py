@@ -37,7 +37,7 @@ def damping_of(damping: Any, relative: bool | None, *, by_model: bool = False) -
     if relative is None:
         relative = auto and not by_model
     if auto:
-        damping = 1.0 if relative else 1e-3
+        damping = 3.0 if relative else 1e-3
     return damping, relative
 
 
