@@ -57,7 +57,7 @@ CASES = [
 ]
 QUICK = [("plain regression", "kfac")]
 # On the two that are compiled slowly, the rest is exhaustive.
-OFTEN = {"kfac", "damping=1e-3", "eigen_adam", "QuadraticModel and LevenbergMarquardt"}
+OFTEN = {"kfac", "eigen_adam", "QuadraticModel and LevenbergMarquardt"}
 
 
 def marks(net, setting):
