@@ -105,3 +105,23 @@ def test_devices_keep_their_images(block, entries, monkeypatch):
     text = jax.jit(estimator.statistics).lower(params, x).compile().as_text()
     assert "all-reduce" in text
     assert not re.findall(r"all-gather|all-to-all|collective-permute", text)
+
+
+@pytest.mark.parametrize("block", ["kronecker", "ekfac"])
+def test_chunks_inside_shard_map(block, monkeypatch):
+    params = {"w": normal(0, 2, 2, 3, 4)}
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+    def mean(p, x):
+        z = jnp.tanh(convolved(x, p["w"])).mean(axis=(1, 2))
+        return jax.lax.pmean(curvature.losses.l2_loss(z, None).mean(), "data")
+
+    specs = PartitionSpec(), PartitionSpec("data")
+    loss_fn = jax.shard_map(mean, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+    x = normal(1, 32, 4, 4, 3)
+    registry = curvature.register(loss_fn, params, x).with_blocks(lambda layer: block)
+    estimator = curvature.Estimator(registry, curvature.EmpiricalFisher())
+    expected = estimator(params, x) @ params
+    monkeypatch.setattr(rows, "_CACHED", 0)
+    found = estimator(params, x) @ params
+    np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-8, atol=1e-11)

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from curvature import _jax
+
 
 def sum_over_examples(one: Callable[..., jax.Array], most: int, *arrays: jax.Array) -> jax.Array:
     """The sum of `one(chunk of each array)` over chunks of the leading axis, of at most `most`."""
@@ -22,6 +24,8 @@ def sum_over_examples(one: Callable[..., jax.Array], most: int, *arrays: jax.Arr
     head = tuple(_dealt(x[:whole], groups) for x in arrays)
     like = jax.eval_shape(one, *(x[0] for x in head))
     zero = jnp.zeros(like.shape, like.dtype)
+    for array in arrays:  # in a `shard_map`, over devices
+        zero = _jax.varying_like(zero, array)
     total, _ = jax.lax.scan(lambda sum_, part: (sum_ + one(*part), None), zero, head)
     return total + one(*(x[whole:] for x in arrays)) if whole < len(arrays[0]) else total
 

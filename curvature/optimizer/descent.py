@@ -181,7 +181,7 @@ class Descent:
         )
         descent = jax.tree.map(jnp.negative, direction)
         taken = (self.by_quadratic_model if self.by_model else self.at_rate)(
-            problem, descent, squared, state, curvature.predictions
+            problem, descent, squared, state
         )
         norm = jnp.sqrt(quadratic.dot(taken.step, taken.step, lam.dtype))
         good = gathered.sound & jnp.isfinite(norm)
@@ -264,29 +264,20 @@ class Descent:
         return after, ratio, predicted, rejected
 
     def at_rate(
-        self,
-        problem: Problem,
-        descent: PyTree,
-        squared: jax.Array,
-        state: KFACState,
-        predictions: jax.Array | None,
+        self, problem: Problem, descent: PyTree, squared: jax.Array, state: KFACState
     ) -> _Step:
         """The step of a given learning rate and momentum."""
         lam, count = problem.lam, state.curvature.step
         rate, beta = at(self.learning_rate, count, lam), at(self.momentum, count, lam)
         clip = jnp.ones_like(lam)
         if self.kl_clip is not None:
-            clip = shortening(at(self.kl_clip, count, lam), rate**2 * squared, predictions)
+            bound, predictions = at(self.kl_clip, count, lam), state.curvature.predictions
+            clip = shortening(bound, rate**2 * squared, predictions)
         step = combined((rate * clip, beta), (descent, state.previous))
         return _Step(step, rate * clip, beta, clip, jnp.zeros_like(lam))
 
     def by_quadratic_model(
-        self,
-        problem: Problem,
-        descent: PyTree,
-        squared: jax.Array,
-        state: KFACState,
-        predictions: jax.Array | None,
+        self, problem: Problem, descent: PyTree, squared: jax.Array, state: KFACState
     ) -> _Step:
         """The step of the rate and momentum that the quadratic model likes best."""
         lam = problem.lam
@@ -296,7 +287,8 @@ class Descent:
         clip = jnp.ones_like(lam)
         if self.kl_clip is not None:
             bound = at(self.kl_clip, state.curvature.step, lam)
-            clip = shortening(bound, found.length(best).astype(lam.dtype), predictions)
+            length = found.length(best).astype(lam.dtype)
+            clip = shortening(bound, length, state.curvature.predictions)
             best = best * clip.astype(best.dtype)
         rate, *others = best.astype(lam.dtype)
         beta = others[0] if others else jnp.zeros_like(rate)
