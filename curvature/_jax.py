@@ -149,14 +149,22 @@ def resized(leaf: Any, shape: Sequence[int]) -> jax.ShapeDtypeStruct:
     Raises:
       ValueError: its axes do not divide over the mesh.
     """
-    aval = jax.typeof(leaf)
+    return _typed(jax.typeof(leaf), shape)
+
+
+def retrace(function: Callable[..., Any], jaxpr: Jaxpr) -> Jaxpr:
+    """The jaxpr of a function of what another jaxpr takes."""
+    return trace(function, *(_typed(v.aval, v.aval.shape) for v in jaxpr.invars))[0]
+
+
+def _typed(aval: Any, shape: Sequence[int]) -> jax.ShapeDtypeStruct:
     explicit = jax.sharding.AxisType.Explicit in aval.sharding.mesh.axis_types
     return jax.ShapeDtypeStruct(
         tuple(shape),
         aval.dtype,
         weak_type=aval.weak_type,
         sharding=aval.sharding if explicit else None,
-        manual_axis_type=aval.manual_axis_type if varying_over(leaf) else None,
+        manual_axis_type=aval.manual_axis_type if varying_over(aval) else None,
     )
 
 
@@ -242,6 +250,27 @@ def unplaced(equation: Equation, operands: Sequence[Any]) -> list[Any]:
 def context(equation: Equation) -> contextlib.AbstractContextManager[Any]:
     """What an equation was traced in, such as a mesh whose axes are explicit or not."""
     return equation.ctx.manager
+
+
+def backward_rule(equation: Equation, position: int) -> Jaxpr:
+    """What an operand's cotangent is made of: the jaxpr of a pullback, of its output's."""
+    avals = [v.aval for v in (*equation.invars, equation.outvars[0])]
+
+    def pulled(*values: Any) -> Any:
+        *operands, g = values
+
+        def one(x: Any) -> Any:
+            return bind(equation, [*operands[:position], x, *operands[position + 1 :]])[0]
+
+        return jax.vjp(one, operands[position])[1](g)[0]
+
+    return trace(pulled, *(_typed(aval, aval.shape) for aval in avals))[0]
+
+
+def sourced(equation: Equation) -> contextlib.AbstractContextManager[Any]:
+    """Gives what is traced now the place of an equation in the user's code."""
+    info = equation.source_info
+    return source_info_util.user_context(info.traceback, name_stack=info.name_stack)
 
 
 def under_jit() -> bool:

@@ -128,7 +128,7 @@ def _step(
         answer = _weighed if sweep.weighing else _loss
         return [answer(tag, index, sweep, values)], []
     if step.use is not None and step.use.layer is not None:
-        return [_contraction(step, step.use, values, sweep)], []
+        return [_contraction(step, step.use, values, slopes, sweep)], []
     if step.call is None:
         gate = step.gate if sweep.marking else None
         return bind(step.equation, values) if gate is None else _opened(step, values, gate), []
@@ -266,10 +266,16 @@ def _derived(step: Step, values: list[Any], slope: Any) -> list[jax.Array]:
         return bind(step.equation, operands)
 
     x = values[position]
+    if step.equation.primitive.name == "custom_vjp_call":  # which has no rule but in reverse
+        (out,), pullback = jax.vjp(one, x)
+        (found,) = pullback([jnp.ones_like(out)])
+        return [found if slope is None else found * slope]
     return jax.jvp(one, (x,), (jnp.ones_like(x) if slope is None else slope,))[1]
 
 
-def _contraction(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.Array:
+def _contraction(
+    step: Step, use: Use, values: list[Any], slopes: list[Any], sweep: Sweep
+) -> jax.Array:
     """A contraction of data and parameter whose token's gradient is its statistics."""
     how, layer = use.how, sweep.layers[str(use.layer)]
     assert isinstance(how, Contraction)
@@ -301,7 +307,8 @@ def _contraction(step: Step, use: Use, values: list[Any], sweep: Sweep) -> jax.A
 
     tapped.defvjp(forward, backward)
     x, w = values[how.operand], values[1 - how.operand]
-    known = here((alive, sweep.bases.get(layer.name, {})))
+    slope = None if use.slope is None else use.slope(slopes[1 - how.operand])
+    known = here((alive, sweep.bases.get(layer.name, {}), slope))
     return tapped(x, w, _varying_like(here(sweep.tokens[layer.name]), x), known)
 
 
@@ -318,11 +325,11 @@ def _statistics(
 
     def made(x: jax.Array, g: jax.Array, token: Statistics, known: Any) -> Statistics:
         assert isinstance(use.how, Contraction)
-        alive, bases = known
+        alive, bases, slope = known
         bias = use.bias.scale if use.bias is not None else None
         dtype = jax.tree.leaves(token)[0].dtype
         rows = rows_of(use.how, x, g, bias, alive, dtype, precision)
-        return of_contraction(layer, rows, token, bases, flipped=use.flipped)
+        return of_contraction(layer, rows, token, bases, flipped=use.flipped, slope=slope)
 
     return _like(automatic(made, x, g, token, known), token, g)
 
@@ -340,7 +347,7 @@ def _manual(layer: Layer, use: Use, values: list[Any], sweep: Sweep) -> jax.Arra
 
     tapped.defvjp(lambda y, *rest: (y, rest), backward)
     y, x, *_ = values
-    known = here((sweep.alive.get(use.index), sweep.bases.get(layer.name, {})))
+    known = here((sweep.alive.get(use.index), sweep.bases.get(layer.name, {}), None))
     return tapped(y, x, _varying_like(here(sweep.tokens[layer.name]), y), known)
 
 

@@ -38,6 +38,7 @@ class Rows:
         None where all count.
       basis: orthogonal matrices in which inputs are expressed, `members + (d_in, d_in)`; None for
         the coordinates themselves.
+      gains: what inputs are multiplied by, `members + (d_in,)`; None for ones.
       exact: dtypes of 16 bits that hold inputs and cotangents as they are; None where none does.
       precision: of products.
     """
@@ -48,6 +49,7 @@ class Rows:
     bias: float | None
     alive: jax.Array | None = None
     basis: jax.Array | None = None
+    gains: jax.Array | None = None
     exact: tuple[Any, Any] = (None, None)
     precision: Precision = HIGHEST
 
@@ -59,6 +61,11 @@ class Rows:
             g = product("...nti,...ij->...ntj", g, outputs, self.precision)
         basis = inputs if inputs.ndim == members + 2 else None
         return dataclasses.replace(self, g=g, basis=basis, exact=(None, None))
+
+    def scaled(self, inputs: jax.Array, outputs: jax.Array) -> Rows:
+        """The rows of a weight that is multiplied by a number for each input and each output."""
+        g = self.g * outputs[..., None, None, :]
+        return dataclasses.replace(self, g=g, gains=inputs, exact=(None, None))
 
     def count(self) -> jax.Array:
         """Rows of every member."""
@@ -75,7 +82,7 @@ class Rows:
         """Sum over rows of a a', each times its weight (None for 1), or the diagonal of that."""
         if isinstance(self.how, Lookup):
             ones = jnp.ones(self.x.shape, self.g.dtype) if weights is None else weights
-            return self._scattered(ones[..., None])[:, 0] * self.how.scale**2
+            return self._of_entries(self._scattered(ones[..., None])[:, 0], 2)
         x, roots = self.x, [] if weights is None else [jnp.sqrt(weights)]
         if self.exact[0] is not None and (weights is None or weights is self.alive):
             x = x.astype(self.exact[0])
@@ -108,7 +115,7 @@ class Rows:
         if isinstance(self.how, Lookup):
             ones = self.weights()[..., None]
             counts = jax.vmap(functools.partial(_scatter, self.how))(self.x, ones)[..., 0]
-            return counts * self.how.scale
+            return self._of_entries(counts, 1)
         if isinstance(self.how, Convolution):
             x = self.x.reshape((self.how.examples, -1, *self.x.shape[1:]))
             alive = jnp.moveaxis(self.weights(), -2, 0)
@@ -128,7 +135,10 @@ class Rows:
         bias = 0.0 if self.bias is None else self.bias**2
         if isinstance(self.how, Lookup):
             found = jnp.ones(self.x.shape, bool) if self.how.clip else self.x < self.how.d_in
-            return found.astype(self.g.dtype) * self.how.scale**2
+            gains = 1.0 if self.gains is None else self.gains.at[self.x].get(mode="clip") ** 2
+            return found.astype(self.g.dtype) * self.how.scale**2 * gains
+        if self.gains is not None:
+            return jnp.sum(self._inputs(self.x) ** 2, axis=-1).reshape(self.g.shape[:-1])
         if isinstance(self.how, Convolution):  # patches of |x|^2, which has one channel a group
             groups = self.how.members[0] if self.how.members else 1
             squares = self.x.reshape((len(self.x), groups, -1, *self.x.shape[2:])) ** 2
@@ -143,7 +153,7 @@ class Rows:
         """Per-example gradients, `(examples,) + members + (d_in [+ 1], d_out)`."""
         if isinstance(self.how, Lookup):
             tables: jax.Array = jax.vmap(functools.partial(_scatter, self.how))(self.x, self.g)
-            return tables * self.how.scale
+            return self._of_entries(tables.mT, 1).mT
         a = self._inputs(self.x)
         if isinstance(self.how, Convolution):
             a = a.reshape((*self.how.members, self.g.shape[-3], -1, a.shape[-1]))
@@ -152,7 +162,7 @@ class Rows:
     def total(self) -> jax.Array:
         """The sum of the gradients of all examples, `members + (d_in [+ 1], d_out)`."""
         if isinstance(self.how, Lookup):
-            return self._scattered(self.g) * self.how.scale
+            return self._of_entries(self._scattered(self.g).mT, 1).mT
         if isinstance(self.how, Convolution):
 
             def of_images(x: jax.Array, g: jax.Array) -> jax.Array:
@@ -170,7 +180,7 @@ class Rows:
     def squares(self) -> jax.Array:
         """Sum over examples of the squared per-example gradients."""
         if isinstance(self.how, Lookup):
-            return self._lookup_squares(self.g) * self.how.scale**2
+            return self._of_entries(self._lookup_squares(self.g).mT, 2).mT
         if isinstance(self.how, Convolution):
             x = self.x.reshape((self.how.examples, -1, *self.x.shape[1:]))
             found: jax.Array = jax.lax.platform_dependent(
@@ -203,7 +213,7 @@ class Rows:
         """For a lookup, the sum over examples of each entry's squared share of the positions."""
         weights = self.weights()
         share = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1)
-        return self._lookup_squares(share[..., None])[:, 0] * self.how.scale**2
+        return self._of_entries(self._lookup_squares(share[..., None])[:, 0], 2)
 
     @property
     def _images_at_once(self) -> int:
@@ -223,6 +233,11 @@ class Rows:
         sums = product("nst,nto->nso", same, values, self.precision)
         return self._scattered(sums**2 / same.sum(axis=-1, keepdims=True))
 
+    def _of_entries(self, values: jax.Array, power: int) -> jax.Array:
+        """For a lookup, `(..., d_in)` values times a power of what each entry is multiplied by."""
+        values = values * self.how.scale**power
+        return values if self.gains is None else values * self.gains**power
+
     def _scattered(self, values: jax.Array) -> jax.Array:
         return _scatter(self.how, self.x.ravel(), values.reshape((-1, values.shape[-1])))
 
@@ -234,6 +249,8 @@ class Rows:
         if self.bias is not None:
             ones = jnp.full((*a.shape[:-1], 1), self.bias, a.dtype)
             a = jnp.concatenate([a, ones], axis=-1)
+        if self.gains is not None:
+            a = a * self.gains[..., None, None, :]
         if self.basis is None:
             return a
         return product("...nti,...ij->...ntj", a, self.basis, self.precision)

@@ -78,7 +78,13 @@ def _values_shape(layer: Layer) -> Shape:
 
 
 def of_contraction(
-    layer: Layer, rows: Rows, token: Statistics, turn: Statistics, *, flipped: bool
+    layer: Layer,
+    rows: Rows,
+    token: Statistics,
+    turn: Statistics,
+    *,
+    flipped: bool,
+    slope: jax.Array | None = None,
 ) -> Statistics:
     """The statistics of one use of a dense, convolutional or embedding layer.
 
@@ -88,21 +94,47 @@ def of_contraction(
       token: zeros; which statistics are asked for.
       turn: the bases of an `ekfac` layer's corrections, in this copy of the layer.
       flipped: whether the use is of the transposed weight.
+      slope: derivative of the weight that is met in the parameter's entries, entry by entry,
+        `members + (d_in, d_out)`; None for 1. Factors take it as a gain of each input times one of
+        each output, as `rank_one` finds them.
     """
     found: Statistics = {}
+    if slope is not None and layer.factored:
+        rows, slope = rows.scaled(*rank_one(slope)), None
+    slopes = jnp.ones((), rows.g.dtype) if slope is None else slope
     if f"rows{'_flipped' if flipped else ''}" in token:
         found |= factors.of_rows(layer, rows, token, flipped=flipped)
     if "values" in token:
         members = len(rows.how.members)
         found["values"] = (
-            _squared(layer, rows.gradients(), members, rows.precision)
+            _squared(layer, rows.gradients() * slopes, members, rows.precision)
             if layer.block == "dense"
-            else _summary(layer, bases.turned_rows(rows, turn).squares(), members)
+            else _summary(layer, bases.turned_rows(rows, turn).squares() * slopes**2, members)
         )
     if "gradients" in token:
-        gradients = rows.total()[None] if layer.mixed else rows.gradients()
+        gradients = (rows.total()[None] if layer.mixed else rows.gradients()) * slopes
         found |= _handed_on(layer, gradients.mT if flipped else gradients)
     return {name: found.get(name, jnp.zeros_like(zero)) for name, zero in token.items()}
+
+
+def rank_one(slope: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gains of inputs and of outputs whose products are slopes `(..., d_in, d_out)`.
+
+    They are exact where slopes have rank one, also under a mask of which a column is full, and for
+    any mask alone: entries that are zero are entries that no gradient reaches, and not counted.
+    Otherwise they are one step of alternating least squares.
+    """
+    met = (slope != 0).astype(slope.dtype)
+    fullest = jnp.argmax(met.sum(axis=-2, keepdims=True), axis=-1, keepdims=True)
+    column = jnp.take_along_axis(slope, fullest, axis=-1)
+    inputs = jnp.where(column != 0, column, 1)
+
+    def fitted(gains: jax.Array, axis: int) -> jax.Array:
+        total = jnp.sum(gains**2 * met, axis=axis, keepdims=True)
+        return jnp.sum(gains * slope, axis=axis, keepdims=True) / jnp.where(total > 0, total, 1)
+
+    outputs = fitted(inputs, -2)
+    return fitted(outputs, -1)[..., 0], outputs[..., 0, :]
 
 
 def of_elementwise(

@@ -31,6 +31,7 @@ class Finder:
         self.blocked: list[str] = []  # what no gradient can pass, with the parameters before it
         self.masked = False  # whether the weight of some unit of a loss may be zero
         self.stopped: set[Any] = set()  # sources of views that met stop_gradient
+        self.computed = False  # whether a parameter was computed with before it met the data
         self._changed: dict[Any, tuple[str, str]] = {}  # what was done first to sources, and where
         self._loops: list[tuple[int, int]] = []  # (scan, length) around the current equation
         self._scans = 0  # number of scans met: each is known by its number in the walk
@@ -277,8 +278,9 @@ class Finder:
         found = meet.contraction(equation, values, frame)
         if found is not None:
             step.use, product = found
+            self.computed |= step.use.unbatched
             self._add(step.use, equation)
-            return [product]
+            return nothing if step.use.slope is not None else [product]
         carried = meet.carried_along(equation, values, frame)
         if carried is not None:
             step.derive, view = carried
@@ -291,6 +293,7 @@ class Finder:
         ]
         unbatched = meet.is_elementwise(equation) and frame.batch(equation.outvars[0]) is None
         unbatched &= equation.primitive.name not in meet.PASSES
+        self.computed |= bool(left)
         for value in left:
             source = (value.view if isinstance(value, Wide) else value).source
             before = self._changed.get(source) if _curved(value) else None

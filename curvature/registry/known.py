@@ -26,7 +26,7 @@ def _broadcast(x: np.ndarray, params: dict[str, Any]) -> np.ndarray:
     return np.broadcast_to(x.reshape(aligned), params["shape"])
 
 
-_RULES: dict[str, Callable[..., np.ndarray]] = {
+RULES: dict[str, Callable[..., np.ndarray]] = {
     "add": lambda p, a, b: a + b,
     "sub": lambda p, a, b: a - b,
     "mul": lambda p, a, b: a * b,
@@ -40,6 +40,7 @@ _RULES: dict[str, Callable[..., np.ndarray]] = {
     "select_n": lambda p, which, *cases: np.choose(np.asarray(which, int), cases),
     "convert_element_type": lambda p, a: a,
     "broadcast_in_dim": lambda p, a: _broadcast(a, p),
+    "rev": lambda p, a: np.flip(a, p["dimensions"]),
     "iota": lambda p: _iota(p),
 }
 
@@ -62,7 +63,7 @@ def known(equation: _jax.Equation, values: Sequence[Value]) -> Value:
         return Known(arrays[0].reshape(aval.shape))
     if name == "div" and kind != "f":
         return None
-    rule = _RULES.get(name)
+    rule = RULES.get(name)
     return Known(rule(equation.params, *arrays)) if rule else None
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvature import _jax
-from curvature.registry import taps
+from curvature.registry import flow, taps
 from curvature.registry.frame import Frame, Known, OneHot, Product, Value, Wide
 from curvature.registry.plan import Use
 from curvature.registry.taps import Elementwise
@@ -152,7 +152,11 @@ def scaled(equation: _jax.Equation, values: Sequence[Value]) -> View | None:
 def contraction(
     equation: _jax.Equation, values: Sequence[Value], frame: Frame
 ) -> tuple[Use, Product] | None:
-    """A dense, convolutional or embedding layer."""
+    """A dense, convolutional or embedding layer.
+
+    Of an elementwise function of a weight (a mask, a rounded weight), too: a bias is then no part
+    of the layer, whose derivative is another one.
+    """
     sides = [i for i in range(min(len(values), 2)) if isinstance(values[i], View)]
     parameters = [v for v in values if isinstance(v, (View, Wide))]
     if len(sides) != 1 or len(parameters) != 1:
@@ -160,35 +164,46 @@ def contraction(
     view = values[sides[0]]
     assert isinstance(view, View)
     other = 1 - sides[0]
-    if view.curved or other >= len(equation.invars):
+    if other >= len(equation.invars):
         return None
     x = tuple(equation.invars[other].aval.shape)
     batch = frame.batch(equation.invars[other])
     unbatched = frame.batch(equation.outvars[0]) is None
     name, shape = equation.primitive.name, tuple(equation.outvars[0].aval.shape)
     how: taps.Contraction
+    moves: tuple[Shape, ...]
     if name == "dot_general":
         how, order, matrix = taps.dense(equation, other, x, view.inner, batch)
         one_hot = isinstance(values[other], OneHot) and how.x_order[-1] == len(x) - 1
         how = dataclasses.replace(how, one_hot=one_hot and how.d_in == x[-1])
-        target = view.transpose(order).reshape(matrix)
+        moves = (order, matrix)
     elif name == "conv_general_dilated" and other == 0:
         found = taps.convolution(equation, x, view.inner, batch)
         if found is None:
             return None
         how, order, apart, matrix = found
-        target = view.transpose(order).reshape(apart).transpose((1, 0, 2)).reshape(matrix)
+        moves = (order, apart, (1, 0, 2), matrix)
     elif name == "gather" and other == 1:
         looked = taps.lookup(equation, view.inner, x, batch)
         if looked is None:
             return None
         how, order, matrix = looked
-        target = view.transpose(order).reshape(matrix)
+        moves = (order, matrix)
     else:
         return None
     kind = "embedding" if how.one_hot else "conv" if name.startswith("conv") else "dense"
-    use = Use(target, dataclasses.replace(how, scale=view.scale), kind, name, unbatched=unbatched)
+    slope = _placed(View.of(None, view.inner), moves) if view.curved else None
+    target = dataclasses.replace(_placed(view, moves), curved=False)
+    how = dataclasses.replace(how, scale=view.scale)
+    use = Use(target, how, kind, name, unbatched=unbatched, slope=slope)
     return use, Product(use, View.of(use, shape))
+
+
+def _placed(view: View, moves: Sequence[Shape]) -> View:
+    """An operand in block coordinates: permutations and shapes in turn."""
+    for i, argument in enumerate(moves):
+        view = view.reshape(argument) if i % 2 else view.transpose(argument)
+    return view
 
 
 def picked(equation: _jax.Equation, values: Sequence[Value]) -> View | None:
@@ -300,7 +315,9 @@ def carried_along(
     the evaluator brings along (`View.curved`).
     """
     positions = [i for i, v in enumerate(values) if isinstance(v, (View, Wide))]
-    if len(positions) != 1 or len(equation.outvars) != 1 or not is_elementwise(equation):
+    if len(positions) != 1 or len(equation.outvars) != 1:
+        return None
+    if not is_elementwise(equation) and not _rounds(equation, positions[0]):
         return None
     view, aval = values[positions[0]], equation.outvars[0].aval
     if not isinstance(view, View) or not jnp.issubdtype(aval.dtype, jnp.floating):
@@ -308,6 +325,16 @@ def carried_along(
     if frame.batch(equation.outvars[0]) is not None or aval.size != math.prod(view.inner):
         return None
     return positions[0], dataclasses.replace(view.reshape(tuple(aval.shape)), curved=True)
+
+
+def _rounds(equation: _jax.Equation, position: int) -> bool:
+    """Whether a rule of its own makes an equation elementwise in an operand, as rounding has."""
+    x, out = equation.invars[position].aval, equation.outvars[0].aval
+    if equation.primitive.name != "custom_vjp_call" or x.shape != out.shape:
+        return False
+    backward = _jax.backward_rule(equation, position)
+    live, _ = flow.reaches_loss(backward, [True], tags=False)
+    return all(is_elementwise(e) for e, on in zip(backward.equations, live, strict=True) if on)
 
 
 def gate(equation: _jax.Equation) -> int | None:

@@ -40,6 +40,8 @@ class Use:
       unbatched: whether its output has no batch axis: it sees cotangents summed over examples.
       meeting: where its examples meet on the way to a tagged loss (see `mixing`); empty if nowhere.
       index: its place among all uses.
+      slope: where what meets the data is an elementwise function of the parameter, whose derivative
+        the evaluator brings along: that derivative, of the operand's shape, in block coordinates.
     """
 
     view: View
@@ -57,6 +59,7 @@ class Use:
     unbatched: bool = False
     meeting: str = ""
     index: int = -1
+    slope: View | None = None
 
 
 @dataclasses.dataclass(frozen=True)

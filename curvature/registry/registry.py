@@ -19,6 +19,7 @@ from curvature.registry.find import Finder
 from curvature.registry.frame import Inputs
 from curvature.registry.layers import EXCLUDED, Layer
 from curvature.registry.plan import LossTag, Plan, settle
+from curvature.registry.respell import HELD, respelled
 from curvature.registry.taps import Batch
 from curvature.registry.terms import Term, check_covered, untagged
 from curvature.registry.twin import batch_axes, batch_size, more_examples
@@ -296,14 +297,70 @@ def _analyse(
     _check_scalar(out[0] if has_aux else out)
     _check_pure(jaxpr)
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    shapes = [tuple(leaf.shape) for _, leaf in leaves]
-    rest = len(jaxpr.invars) - len(leaves)
-    finder = Finder([jax.tree_util.keystr(path) for path, _ in leaves])
     twin, growth, examples, closure = None, 1, 1, False
     if search:
         twin, growth, examples = more_examples(loss_fn, params, args, jaxpr, known, larger)
     if twin is None:
         examples, closure = batch_size(jaxpr, args)
+    walked = functools.partial(
+        _walked, leaves=leaves, closure=closure, growth=growth, examples=examples
+    )
+    analysis, computed = walked(jaxpr, twin)
+    if not computed:
+        return analysis
+    spelled = _respelled(jaxpr, twin, len(leaves))
+    if spelled is None:
+        return analysis
+    other, _ = walked(*spelled[:2])
+    if _known(other) <= _known(analysis):
+        return analysis
+    return dataclasses.replace(other, layers=tuple(map(spelled[2], other.layers)))
+
+
+def _known(analysis: Analysis) -> tuple[int, int]:
+    """How many entries are in layers, and in layers all of whose uses see the data."""
+    structured = [layer for layer in analysis.layers if layer.structured]
+    seeing = sum(layer.size for layer in structured if not layer.unbatched)
+    return sum(layer.size for layer in structured), seeing
+
+
+def _respelled(
+    jaxpr: _jax.Jaxpr, twin: _jax.Jaxpr | None, leaves: int
+) -> tuple[_jax.Jaxpr, _jax.Jaxpr | None, Callable[[Layer], Layer]] | None:
+    """Both traces with products of parameters taken apart, and what to say of layers then."""
+    rest = len(jaxpr.invars) - leaves
+    if twin is None:
+        data = [False] * leaves + [True] * (rest + len(jaxpr.consts))
+    else:
+        pairs = zip(jaxpr.invars, twin.invars, strict=True)
+        data = [mine.aval.shape != other.aval.shape for mine, other in pairs]
+    spelled = respelled(jaxpr, leaves, data)
+    if spelled is None:
+        return None
+    new, held = spelled
+    twins = None if twin is None else respelled(twin, leaves, data)
+
+    def noted(layer: Layer) -> Layer:
+        if not held.intersection(view.source for view in layer.leaves):
+            return layer
+        return dataclasses.replace(layer, reason=f"{layer.reason}; {HELD}")
+
+    return new, twins and twins[0], noted
+
+
+def _walked(
+    jaxpr: _jax.Jaxpr,
+    twin: _jax.Jaxpr | None,
+    *,
+    leaves: Sequence[tuple[Any, Any]],
+    closure: bool,
+    growth: int,
+    examples: int,
+) -> tuple[Analysis, bool]:
+    """What one walk through a trace finds, and whether parameters were computed with on the way."""
+    paths, shapes = [path for path, _ in leaves], [tuple(leaf.shape) for _, leaf in leaves]
+    rest = len(jaxpr.invars) - len(leaves)
+    finder = Finder([jax.tree_util.keystr(path) for path in paths])
     inputs = Inputs(
         values=[*(View.of(i, shape) for i, shape in enumerate(shapes)), *[None] * rest],
         after=[False] * len(jaxpr.invars),
@@ -330,9 +387,9 @@ def _analyse(
     live = flow.reaches_loss(jaxpr, [False] * len(jaxpr.outvars))[1][: len(leaves)]
     check_covered(jaxpr, finder.losses, terms, used=any(live))
     mixing.mark(plan, twin, len(leaves), examples, growth)
-    layers = assemble(finder.uses, [path for path, _ in leaves], shapes, gradients)
+    layers = assemble(finder.uses, paths, shapes, gradients)
     settle(plan)
-    return Analysis(
+    analysis = Analysis(
         plan,
         layers,
         tuple(finder.losses),
@@ -342,6 +399,7 @@ def _analyse(
         untagged=terms,
         batch=batch_axes(jaxpr.invars[len(leaves) :], twin, examples, growth),
     )
+    return analysis, finder.computed
 
 
 def _param_shapes(params: PyTree) -> PyTree:

@@ -714,7 +714,7 @@ def parametric_relu():
     return build(Net(), normal(BATCH, 4, 4, 2))
 
 
-@model({"Conv_0/kernel": "generic", "Conv_0/bias": {"shift", "generic"}, "Dense_0/*": "dense"})
+@model({"Conv_0/kernel": "conv", "Conv_0/bias": "shift", "Dense_0/*": "dense"})
 def weight_standardisation():
     class Net(nn.Module):
         @nn.compact
@@ -736,9 +736,9 @@ def weight_standardisation():
 
 @model(
     {
-        "WeightNorm_0/*/scale": {"generic", "scale"},
-        "hidden/kernel": "generic",
-        "hidden/bias": {"shift", "generic"},
+        "WeightNorm_0/*/scale": "scale",
+        "hidden/kernel": "dense",
+        "hidden/bias": "shift",
         "head/*": "dense",
     }
 )

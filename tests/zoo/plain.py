@@ -246,7 +246,7 @@ def low_rank_beside():
     return classifier(apply, params, normal(BATCH, 4))
 
 
-@model({"w": {"dense", "generic"}, "[ab]": {"dense", "generic"}, "head/*": "dense"})
+@model({"*": "dense"})
 def low_rank_merged():
     """LoRA by `x @ (w + a @ b)`."""
     params = random(w=(4, 5), a=(4, 2), b=(2, 5), head=linear(5, 2))
@@ -269,7 +269,7 @@ def equalised_rate():
     return classifier(apply, params, normal(BATCH, 4))
 
 
-@model({"sigma": {"scale", "generic"}, "w1": "generic", "b1": {"shift", "generic"}, "w2": "dense"})
+@model({"sigma": "scale", "b1": "shift", "w?": "dense"})
 def spectral_norm():
     """One step of the power iteration on the weight, vectors kept as state."""
     params = random(w1=(4, 5), b1=(5,), w2=(5, 2), sigma=())

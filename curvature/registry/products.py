@@ -1,0 +1,249 @@
+"""Data times a weight that is computed from parameters, one parameter at a time.
+
+Each function gives what an equation between data and a computed weight gives, or None where the
+weight's factors do not meet the data in turn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvature import _jax
+from curvature.registry.weights import Factor, Label, Labels, Term, Weight, merged
+
+
+def dot(equation: _jax.Equation, x: jax.Array, weight: Weight, side: int) -> jax.Array | None:
+    """`lax.dot_general` of data with a computed weight, term by term and factor by factor."""
+    contracted, kept = equation.params["dimension_numbers"]
+    mine, others = contracted[1 - side], contracted[side]
+    kept_mine, kept_others = kept[1 - side], kept[side]
+    groups: list[Labels] = [(Label(n),) if n != 1 else () for n in x.shape]
+    for a, b in zip((*mine, *kept_mine), (*others, *kept_others), strict=True):
+        groups[a] = weight.axes[b]
+    free = [g for a, g in enumerate(groups) if a not in (*mine, *kept_mine)]
+    of_weight = [g for a, g in enumerate(weight.axes) if a not in (*others, *kept_others)]
+    out = [weight.axes[b] for b in kept_others]
+    out += [*free, *of_weight] if side == 1 else [*of_weight, *free]
+    flat = [label for group in out for label in group]
+    labels = tuple(label for group in groups for label in group)
+    start = _Labelled(x.reshape([label.size for label in labels]), labels)
+    shape, dtype = equation.outvars[0].aval.shape, equation.outvars[0].aval.dtype
+    precision = equation.params["precision"]
+    total = None
+    for term in [t for one in weight.terms for t in _by_product_rule(start, one, flat)]:
+        y = _chain(start, term, flat, precision)
+        if y is None:
+            return None
+        array = _times(y.ordered(flat), term.number).reshape(shape).astype(dtype)
+        total = array if total is None else total + array
+    return total
+
+
+def _by_product_rule(x: _Labelled, term: Term, out: Sequence[Label]) -> list[Term]:
+    """A term in terms with one parameter each, where its parameters meet entry by entry.
+
+    w u is w [u] + [w] u - [w u], what is in brackets held constant: the same value and derivatives.
+    """
+    trained = [f for f in term.factors if f.sources]
+    if len(trained) < 2 or _order(x.labels, term, out) is not None:
+        return [term]
+
+    def fixed(kept: Factor | None) -> Term:
+        factors = (f if f is kept or not f.sources else f.constant() for f in term.factors)
+        return merged(dataclasses.replace(term, factors=tuple(factors)))
+
+    rest = fixed(None)
+    number = -rest.number * (len(trained) - 1)
+    return [*(fixed(f) for f in trained), dataclasses.replace(rest, number=number)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Labelled:
+    """Data with labelled axes."""
+
+    array: jax.Array
+    labels: Labels
+
+    def ordered(self, labels: Sequence[Label]) -> jax.Array:
+        """With its axes in this order, repeated along labels that it does not have."""
+        present = [x for x in labels if x in self.labels]
+        array = self.array.transpose([self.labels.index(x) for x in present])
+        axes = tuple(i for i, x in enumerate(labels) if x in self.labels)
+        return jax.lax.broadcast_in_dim(array, [x.size for x in labels], axes)
+
+    def summed(self, keep: set[Label]) -> _Labelled:
+        """Summed over all labels but some."""
+        axes = tuple(i for i, x in enumerate(self.labels) if x not in keep)
+        if not axes:
+            return self
+        return _Labelled(self.array.sum(axes), tuple(x for x in self.labels if x in keep))
+
+
+def _order(data: Sequence[Label], term: Term, out: Sequence[Label]) -> list[Factor] | None:
+    """In which order data meets the factors; None where two of them meet entry by entry.
+
+    First comes what has no label that the data has not, and is no sum: a gain of inputs. Then what
+    is summed over some label; last what has nothing in common with the data.
+    """
+    left, order, labels = list(term.factors), [], set(data)
+    while left:
+        ranks = {}
+        for factor in left:
+            others = {*out, *(label for f in left if f is not factor for label in f.labels)}
+            summed, new = set(factor.labels) - others, (set(factor.labels) & others) - labels
+            apart = not labels & set(factor.labels)
+            ranks[factor] = 0 if not (summed or new) else 1 if summed else 2 if apart else 3
+        factor = min(left, key=ranks.__getitem__)
+        if ranks[factor] > 1 and 3 in ranks.values():
+            return None
+        left.remove(factor)
+        order.append(factor)
+        kept = {*out, *(label for f in left for label in f.labels)}
+        labels = (labels | set(factor.labels)) & kept
+    return order
+
+
+def _chain(x: _Labelled, term: Term, out: Sequence[Label], precision: Any) -> _Labelled | None:
+    """Data times one factor after the other; None where two of them meet entry by entry."""
+    order = _order(x.labels, term, out)
+    if order is None:
+        return None
+    for i, factor in enumerate(order):
+        others = {*out, *(label for f in order[i + 1 :] for label in f.labels)}
+        x = x.summed({*others, *factor.labels})
+        summed = [label for label in factor.labels if label not in others]
+        if summed:
+            x = _product(x, factor, summed, precision)
+        else:
+            x = _gain(_repeated(x, factor.labels), factor)
+    return x.summed(set(out))
+
+
+def _repeated(x: _Labelled, labels: Sequence[Label]) -> _Labelled:
+    """Data repeated along labels that it does not have."""
+    wide = (*x.labels, *(label for label in labels if label not in x.labels))
+    return _Labelled(x.ordered(wide), wide)
+
+
+def _gain(x: _Labelled, factor: Factor) -> _Labelled:
+    """Data times a factor all of whose labels it has, and keeps."""
+    y = _Labelled(factor.array, factor.labels)
+    present = [label for label in x.labels if label in factor.labels]
+    shape = [label.size if label in factor.labels else 1 for label in x.labels]
+    gain = y.ordered(present).reshape(shape)
+    return _Labelled(_both(x.array, gain, lambda x, g: x * g), x.labels)
+
+
+def _product(x: _Labelled, factor: Factor, summed: Sequence[Label], precision: Any) -> _Labelled:
+    """Data times a factor, summed over labels: repeated along those that it does not have."""
+    x = _repeated(x, summed)
+    kept = [label for label in x.labels if label in factor.labels and label not in summed]
+    mine = [[x.labels.index(label) for label in labels] for labels in (summed, kept)]
+    others = [[factor.labels.index(label) for label in labels] for labels in (summed, kept)]
+
+    def dot(x: jax.Array, w: jax.Array) -> jax.Array:
+        shift = x.ndim - len(labels)  # parts of a complex number are in front
+        first, second = ([a + shift for a in axes] for axes in mine)
+        pairs = (first, others[0]), (second, others[1])
+        y = jax.lax.dot_general(x, w, pairs, precision=precision)
+        return jnp.moveaxis(y, len(kept), 0) if shift else y
+
+    labels = x.labels
+    free = [label for label in x.labels if label not in (*summed, *kept)]
+    free += [label for label in factor.labels if label not in (*summed, *kept)]
+    return _Labelled(_both(x.array, factor.array, dot), (*kept, *free))
+
+
+def _both(x: jax.Array, w: jax.Array, function: Callable[..., jax.Array]) -> jax.Array:
+    """A bilinear function of data and a factor; of the parts of complex data and a real factor."""
+    if jnp.iscomplexobj(w):
+        return function(x.astype(w.dtype), w)
+    if not jnp.iscomplexobj(x):
+        return function(x, w.astype(x.dtype))
+    parts = jnp.stack([x.real, x.imag])
+    y = function(parts, w.astype(parts.dtype))
+    return jax.lax.complex(y[0], y[1])
+
+
+def _times(x: jax.Array, number: complex) -> jax.Array:
+    if number == 1:
+        return x
+    if number.imag == 0:
+        return x * jnp.asarray(number.real, x.dtype)
+    dtype = jnp.result_type(x.dtype, jnp.complex64) if not jnp.iscomplexobj(x) else x.dtype
+    return x.astype(dtype) * jnp.asarray(number, dtype)
+
+
+def convolution(equation: _jax.Equation, x: jax.Array, weight: Weight) -> jax.Array | None:
+    """A convolution whose kernel has gains for outputs, or is a sum of kernels."""
+    numbers = equation.params["dimension_numbers"]
+    outputs = set(weight.axes[numbers.rhs_spec[0]])
+    flat = [label for axis in weight.axes for label in axis]
+    total = None
+    for term in weight.terms:
+        kernels = [f for f in term.factors if not set(f.labels) <= outputs]
+        gains = [f for f in term.factors if f not in kernels]
+        if len(kernels) > 1 or not term.labels <= set(flat):
+            return None
+        kernel = kernels[0] if kernels else Factor(jnp.ones((), x.dtype), ())
+        array = _Labelled(kernel.array, kernel.labels).ordered(flat).reshape(weight.shape)
+        (y,) = _jax.unplaced(equation, [x, array.astype(x.dtype)])
+        axis, labels = numbers.out_spec[1], weight.axes[numbers.rhs_spec[0]]
+        for gain in gains:
+            whole = _Labelled(gain.array, gain.labels).ordered(labels).reshape(-1)
+            shape = [-1 if a == axis else 1 for a in range(y.ndim)]
+            y = y * whole.astype(y.dtype).reshape(shape)
+        y = _times(y, term.number)
+        total = y if total is None else total + y
+    return total
+
+
+def scaled(x: jax.Array, weight: Weight) -> jax.Array | None:
+    """Data times a product of parameters, entry by entry."""
+    if len(weight.terms) != 1:
+        return None
+    (term,) = weight.terms
+    flat = tuple(label for axis in weight.axes for label in axis)
+    if not all(set(f.labels) <= set(flat) for f in term.factors):
+        return None
+    x = jnp.broadcast_to(x, weight.shape)
+    y = _Labelled(x.reshape([label.size for label in flat]), flat)
+    for factor in term.factors:
+        y = _gain(y, factor)
+    return _times(y.array, term.number).reshape(x.shape)
+
+
+def shifted(x: jax.Array, weight: Weight) -> jax.Array | None:
+    """Data plus a sum of parameters."""
+    flat = tuple(label for axis in weight.axes for label in axis)
+    x = jnp.broadcast_to(x, weight.shape)
+    y = x.reshape([label.size for label in flat])
+    for term in weight.terms:
+        if len(term.factors) != 1 or not set(term.factors[0].labels) <= set(flat):
+            return None
+        (factor,) = term.factors
+        present = [label for label in flat if label in factor.labels]
+        shape = [label.size if label in factor.labels else 1 for label in flat]
+        array = _Labelled(factor.array, factor.labels).ordered(present).reshape(shape)
+        y = y + _times(array.astype(y.dtype), term.number)
+    return y.reshape(x.shape)
+
+
+def ragged(equation: _jax.Equation, values: list[Any]) -> jax.Array | None:
+    """`lax.ragged_dot`: rows in a row for each group, as a product with all groups and a mask."""
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    x, w, sizes = values
+    standard = (numbers.dot_dimension_numbers, tuple(numbers.lhs_ragged_dimensions))
+    if standard != ((((1,), (1,)), ((), ())), (0,)) or tuple(numbers.rhs_group_dimensions) != (0,):
+        return None
+    ends = jnp.cumsum(sizes)
+    group = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=ends.dtype), side="right")
+    mask = jax.nn.one_hot(group, w.shape[0], dtype=x.dtype, axis=0)[..., None]
+    pairs = (((2,), (1,)), ((0,), (0,)))
+    y = jax.lax.dot_general(mask * x[None], w, pairs, precision=equation.params["precision"])
+    return (mask * y).sum(0).astype(equation.outvars[0].aval.dtype)
