@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -103,20 +104,44 @@ def call_of(equation: Equation) -> Call | None:
     return None
 
 
-def sharded_operands(equation: Equation) -> list[bool]:
-    """For each operand of a `shard_map`, whether a device sees only a part of it."""
-    return [any(axis is not None for axis in spec) for spec in equation.params["in_specs"]]
+Parts = tuple[tuple[int, tuple[str, ...], int], ...]
+
+
+def sharded_operands(equation: Equation) -> list[Parts]:
+    """For each operand of a `shard_map` the axes of which a device sees a part only.
+
+    Each is the axis, the mesh axes over which it is divided, and into how many parts.
+    """
+    sizes = dict(equation.params["mesh"].shape)
+
+    def one(axis: int, names: Any) -> tuple[int, tuple[str, ...], int]:
+        names = (names,) if isinstance(names, str) else tuple(names)
+        return axis, names, math.prod(sizes[name] for name in names)
+
+    return [
+        tuple(one(axis, names) for axis, names in enumerate(spec) if names is not None)
+        for spec in equation.params["in_specs"]
+    ]
+
+
+def gathered_over(equation: Equation) -> tuple[tuple[str, ...], int, bool] | None:
+    """The mesh axes of an `all_gather`, its axis, and whether that is one there was before."""
+    if equation.primitive.name not in ("all_gather", "all_gather_invariant"):
+        return None
+    names, params = equation.params["axis_name"], equation.params
+    names = (names,) if isinstance(names, str) else tuple(names)
+    return names, params["all_gather_dimension"], params["tiled"]
 
 
 def shard_map(
-    equation: Equation, body: Callable[..., list[Any]], operands: list[Any], rest: Any
+    equation: Equation, body: Callable[..., list[Any]], operands: list[Any], rest: Any, specs: Any
 ) -> list[Any]:
-    """Runs `body(*operands, rest)` as a `shard_map` does its jaxpr; `rest` is on every device."""
+    """Runs `body(*operands, rest)` as a `shard_map` does its jaxpr; `specs` are those of `rest`."""
     params = equation.params
     mapped = jax.shard_map(
         lambda *xs: tuple(body(*xs)),
         mesh=params["mesh"],
-        in_specs=(*params["in_specs"], jax.sharding.PartitionSpec()),
+        in_specs=(*params["in_specs"], specs),
         out_specs=params["out_specs"],
         axis_names=set(params["newly_manual_axes"]),
         check_vma=params["check_vma"],

@@ -138,7 +138,7 @@ def test_one_step_of_kfac_with_a_mesh():
     assert all(bool(jnp.all(jnp.isfinite(u)) & jnp.any(u != 0)) for u in jax.tree.leaves(updates))
 
 
-def test_a_parameter_that_is_itself_sharded_is_generic():
+def test_parameters_that_are_divided_have_a_block_for_each_part():
     specs = dict.fromkeys(PARAMS, P()) | {
         "w": P(None, "model"),
         "b": P("model"),
@@ -153,9 +153,8 @@ def test_a_parameter_that_is_itself_sharded_is_generic():
 
     loss = jax.shard_map(local, mesh=mesh(), in_specs=(specs, P("data"), P("data")), out_specs=P())
     registry = curvature.register(loss, PARAMS, X, Y)
-    kinds = {layer.name: (layer.kind, layer.reason) for layer in registry.layers}
-    assert kinds["head"][0] == "dense"
-    assert kinds["w"][0] == "generic" and "sharded by a shard_map" in kinds["w"][1]
+    stacks = {layer.name: layer.stack for layer in registry.layers}
+    assert stacks["head"] == () and stacks["w"] == stacks["gain"] == (2,), registry
     estimator = curvature.Estimator(registry)
     statistics = jax.jit(estimator.statistics)(PARAMS, X, Y, key=jax.random.key(0))
     assert all(bool(jnp.all(jnp.isfinite(s))) for s in jax.tree.leaves(statistics))

@@ -230,8 +230,19 @@ def _scan(step: Step, values: list[Any], slopes: list[Any], sweep: Sweep) -> lis
 
 
 def _sharded(step: Step, values: list[Any], slopes: list[Any], sweep: Sweep) -> list[Any]:
-    """A `shard_map`: the gradient of a token that is on every device is the sum over devices."""
+    """A `shard_map`: the gradient of a token that is on every device is the sum over devices.
+
+    The parts of a weight that is divided over devices are copies with a token each.
+    """
     (body,) = step.bodies
+
+    def own(by_name: Mapping[str, Statistics]) -> dict[str, Statistics]:
+        """Of divided weights the one part that is here."""
+        depths = {name: len(step.divided.get(name, ())) for name in by_name}
+        return {
+            name: {k: x.reshape(x.shape[depths[name] :]) for k, x in arrays.items()}
+            for name, arrays in by_name.items()
+        }
 
     def run(*operands: Any) -> list[Any]:
         *inputs, (tokens, bases, draws, weights, slopes, ground) = operands
@@ -239,8 +250,8 @@ def _sharded(step: Step, values: list[Any], slopes: list[Any], sweep: Sweep) -> 
         devices = ((*sweep.devices[0], *axes), tracked)
         inner = dataclasses.replace(
             sweep,
-            tokens=tokens,
-            bases=bases,
+            tokens=own(tokens),
+            bases=own(bases),
             draws=draws,
             weights=weights,
             devices=devices,
@@ -250,7 +261,10 @@ def _sharded(step: Step, values: list[Any], slopes: list[Any], sweep: Sweep) -> 
 
     by_name = (dict(x) for x in (sweep.tokens, sweep.bases, sweep.draws, sweep.weights))
     rest = (*by_name, slopes, sweep.ground)
-    return _jax.shard_map(step.equation, run, values, rest)
+    spec: Any = jax.sharding.PartitionSpec
+    divided = {name: spec(*step.divided.get(name, ())) for name in sweep.tokens}
+    specs = (divided, {name: divided[name] for name in sweep.bases}, *[spec()] * 4)
+    return _jax.shard_map(step.equation, run, values, rest, specs)
 
 
 def _derived(step: Step, values: list[Any], slope: Any) -> list[jax.Array]:

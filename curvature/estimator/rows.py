@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from curvature.estimator.chunks import map_over_examples, sum_over_examples
 from curvature.precision import HIGHEST, Precision, accumulator, kept_by, narrow, product
-from curvature.registry.taps import Contraction, Convolution, Lookup
+from curvature.registry.taps import Contraction, Convolution, Dense, Lookup
 
 # Numbers that patches and gradients of a few examples of a convolution may take: what a core's
 # cache holds, and what keeps an accelerator busy.
@@ -290,6 +290,9 @@ def rows_of(
         lead = (*how.members, how.examples)
         x = x.transpose(how.x_order).astype(dtype).reshape((*lead, -1, how.d_in))
     alive = None if alive is None else alive.astype(dtype)
+    if isinstance(how, Dense) and how.ragged:  # a row counts where it has anything at all
+        own = (jnp.any(x != 0, axis=-1) | jnp.any(g != 0, axis=-1)).astype(dtype)
+        alive = own if alive is None else alive * own
     return Rows(how, x, g, bias, alive, exact=exact, precision=precision)
 
 

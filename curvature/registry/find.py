@@ -36,6 +36,7 @@ class Finder:
         self._loops: list[tuple[int, int]] = []  # (scan, length) around the current equation
         self._scans = 0  # number of scans met: each is known by its number in the walk
         self._branches = 0  # number of conds around the current equation
+        self._meshes: dict[int, tuple[str, ...]] = {}  # the mesh axes of stacks of parts
         self._shards = 0  # number of shard_maps around the current equation
         self._callers: list[str] = []  # locations of the calls around the current equation
 
@@ -192,11 +193,7 @@ class Finder:
     ) -> list[Value]:
         """What the operands of a call are inside its bodies."""
         if call.kind == "shard_map":
-            where = f"sharded by a shard_map at {self._where(step.equation)}"
-            parts = _jax.sharded_operands(step.equation)
-            sharded = [v for v, part, on in zip(values, parts, live, strict=True) if part and on]
-            self._generic(sharded, where)
-            return [None if part else v for v, part in zip(values, parts, strict=True)]
+            return self._divide(step, values, live)
         if call.kind != "scan":
             return values[call.skip :]
         inside: list[Value] = []
@@ -216,6 +213,33 @@ class Finder:
                     self._generic([value], f"{how} by a scan at {self._where(step.equation)}")
                 inside.append(None)
         return inside
+
+    def _divide(self, step: Step, values: list[Value], live: list[bool]) -> list[Value]:
+        """What the operands of a `shard_map` are on one device: a part of a weight is a copy."""
+        shards: dict[tuple[str, ...], int] = {}
+        inside: list[Value] = []
+        pairs = zip(values, _jax.sharded_operands(step.equation), live, strict=True)
+        for value, parts, on in pairs:
+            if parts and isinstance(value, View) and not value.curved:
+                for axis, names, count in parts:
+                    if names not in shards:
+                        shards[names] = self._scans
+                        self._scans += 1
+                    value = value.divided(axis, count, shards[names])
+            elif parts:
+                if on:
+                    where = f"sharded by a shard_map at {self._where(step.equation)}"
+                    self._generic([value], where)
+                value = None
+            inside.append(value)
+        step.shards = {number: names for names, number in shards.items()}
+        self._meshes.update(step.shards)
+        return inside
+
+    def _gathered(self, view: View, names: tuple[str, ...], axis: int, tiled: bool) -> View | None:
+        """What an `all_gather` makes of a part of a weight: the whole."""
+        stacks = [s for s in view.stack if self._meshes.get(s) == names]
+        return view.gathered(stacks[-1], axis, tiled=tiled) if stacks else None
 
     # Losses -----------------------------------------------------------------------------------
 
@@ -245,6 +269,11 @@ class Finder:
         nothing: list[Value] = [None] * len(equation.outvars)
         if equation.primitive.name in meet.IDENTITIES and not any(map(_curved, values)):
             return values
+        gathered = _jax.gathered_over(equation)
+        if gathered is not None and isinstance(values[0], View) and not values[0].curved:
+            whole = self._gathered(values[0], *gathered)
+            if whole is not None:
+                return [whole]
         if len(values) == 1:
             batched = any(frame.batch(v) is not None for v in equation.outvars)
             outs = meet.moved(equation, values[0], batched)

@@ -38,6 +38,13 @@ class OneHot:
     """Data with a single one along its last axis."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """Rows of data for each of several members, zero but for the one to which each belongs."""
+
+    NAME = "curvature_ragged"  # such rows are named so (`jax.ad_checkpoint.checkpoint_name`)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Known:
     """A value that does not depend on any input, such as an `arange`."""
@@ -46,7 +53,7 @@ class Known:
 
 
 # What a variable is: a parameter (View, Wide), or data (None) with something worth knowing.
-Value = View | Wide | Product | OneHot | Known | None
+Value = View | Wide | Product | OneHot | Ragged | Known | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from curvature import _jax
-from curvature.registry.frame import Known, OneHot, Value
+from curvature.registry.frame import Known, OneHot, Ragged, Value
 
 _LARGEST = 1 << 20
 
@@ -49,6 +49,8 @@ def known(equation: _jax.Equation, values: Sequence[Value]) -> Value:
     """What an equation of integers, or of single numbers, makes from known operands."""
     aval = equation.outvars[0].aval
     name = equation.primitive.name
+    if name == "name" and equation.params["name"] == Ragged.NAME:
+        return Ragged()
     if name == "eq" and _is_one_hot(equation, values):
         return OneHot()
     if name == "convert_element_type" and isinstance(values[0], OneHot):

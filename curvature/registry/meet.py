@@ -15,7 +15,7 @@ import numpy as np
 
 from curvature import _jax
 from curvature.registry import flow, taps
-from curvature.registry.frame import Frame, Known, OneHot, Product, Value, Wide
+from curvature.registry.frame import Frame, Known, OneHot, Product, Ragged, Value, Wide
 from curvature.registry.plan import Use
 from curvature.registry.taps import Elementwise
 from curvature.registry.views import Joined, Shape, View
@@ -175,7 +175,8 @@ def contraction(
     if name == "dot_general":
         how, order, matrix = taps.dense(equation, other, x, view.inner, batch)
         one_hot = isinstance(values[other], OneHot) and how.x_order[-1] == len(x) - 1
-        how = dataclasses.replace(how, one_hot=one_hot and how.d_in == x[-1])
+        one_hot = one_hot and how.d_in == x[-1]
+        how = dataclasses.replace(how, one_hot=one_hot, ragged=isinstance(values[other], Ragged))
         moves = (order, matrix)
     elif name == "conv_general_dilated" and other == 0:
         found = taps.convolution(equation, x, view.inner, batch)

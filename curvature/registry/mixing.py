@@ -62,6 +62,8 @@ class _Walk:
     def __init__(self, examples: int, growth: int) -> None:
         self.examples, self.growth = examples, growth
         self._callers: list[str] = []
+        # The mesh axes over which examples are divided, in the shard_maps around.
+        self._meshes: list[frozenset[str]] = []
 
     def back(
         self,
@@ -81,7 +83,8 @@ class _Walk:
           outs: how the outputs reach a loss.
         """
         twin = twin if twin is not None and _jax.alike(jaxpr, twin) else None
-        rows = _Rows(jaxpr, twin, varies, self.examples, self.growth)
+        divided = frozenset().union(*self._meshes) if self._meshes else None
+        rows = _Rows(jaxpr, twin, varies, self.examples, self.growth, divided)
         reach: dict[Any, Reach] = {}
         _meet(reach, jaxpr.outvars, outs)
         for i in reversed(range(len(jaxpr.equations))):
@@ -141,6 +144,13 @@ class _Walk:
         carried = range(call.num_consts, call.num_consts + call.num_carry)
         varies = [v or (i in carried and any(varies)) for i, v in enumerate(varies)]
         self._callers.append(_jax.location(equation))
+        if call.kind == "shard_map":
+            # Where a loss is inside, devices that have the same examples count as others: each has
+            # the loss of them once more.
+            parts = zip(equation.invars, _jax.sharded_operands(equation), strict=True)
+            divided = [names for v, axes in parts for a, names, _ in axes if a in rows.axes(v)]
+            names = _jax.devices_apart(equation)[0] if flow.has_tag(bodies[0]) else ()
+            self._meshes.append(frozenset(names).union(*divided))
         outs = list(outs)
         while True:
             found = [
@@ -157,6 +167,8 @@ class _Walk:
             if outs == before:
                 break
         self._callers.pop()
+        if call.kind == "shard_map":
+            self._meshes.pop()
         return [None] * call.skip + operands
 
     def _place(self, equation: _jax.Equation) -> str:
@@ -175,8 +187,9 @@ class _Rows:
         varies: Sequence[bool],
         examples: int,
         growth: int,
+        divided: frozenset[str] | None,
     ) -> None:
-        self._examples, self._growth = examples, growth
+        self._examples, self._growth, self.divided = examples, growth, divided
         self._varies = {v for v, on in zip(jaxpr.invars, varies, strict=True) if on}
         self._varies |= {v for v in jaxpr.constvars if examples in _shape(v)}
         self._makers: dict[Any, Any] = {}
@@ -350,8 +363,11 @@ def _transforms(equation: _jax.Equation, position: int, axes: Axes, rows: _Rows)
     return max(axes) >= len(_shape(equation.invars[0])) - len(equation.params["fft_lengths"])
 
 
-def _always(equation: _jax.Equation, position: int, axes: Axes, rows: _Rows) -> bool:
-    return True
+def _crosses(equation: _jax.Equation, position: int, axes: Axes, rows: _Rows) -> bool:
+    """Whether other devices have other examples; where the mesh is not known, they may."""
+    names = equation.params.get("axis_name", equation.params.get("axes", ()))
+    names = {names} if isinstance(names, str) else set(names)
+    return rows.divided is None or bool(names & rows.divided)
 
 
 def _never(equation: _jax.Equation, position: int, axes: Axes, rows: _Rows) -> bool:
@@ -380,7 +396,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(_SORTS, _sorts),
     **dict.fromkeys(_WINDOWS, _windows),
     **dict.fromkeys(_MATRICES, _factorises),
-    **dict.fromkeys(_DEVICES, _always),
+    **dict.fromkeys(_DEVICES, _crosses),
 }
 
 

@@ -8,7 +8,7 @@ metric back, and a step with bodies (jit, remat, scan, cond) runs the plans insi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -121,6 +121,9 @@ class Step:
       loss: the index of the tagged loss this equation is, and that loss.
       scan: the number of the scan that this equation is, in the order of the walk.
       stacked: names of the layers whose statistics a scan stacks, one per iteration.
+      shards: of a `shard_map`, the numbers that stand for the mesh axes over which weights are
+        divided in it; views have them as stacks.
+      divided: names of the layers that are, with the mesh axes of their leading stacked axes.
       losses: indices of the losses inside a scan.
       gate: see `meet.gate`; None after a loss.
       contractions: indices of the uses inside a scan that are contractions.
@@ -136,6 +139,8 @@ class Step:
     loss: tuple[int, LossTag] | None = None
     scan: int = -1
     stacked: tuple[str, ...] = ()
+    shards: Mapping[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    divided: Mapping[str, tuple[tuple[str, ...], ...]] = dataclasses.field(default_factory=dict)
     losses: tuple[int, ...] = ()
     gate: int | None = None
     contractions: tuple[int, ...] = ()
@@ -178,6 +183,12 @@ def settle(plan: Plan) -> bool:
                 step.contractions = tuple(use.index for use in uses if use.layer is not None)
                 names = {u.layer for s in inside for u in s.uses() if step.scan in u.view.stack}
                 step.stacked = tuple(sorted(name for name in names if name is not None))
+                step.divided = {
+                    str(u.layer): tuple(step.shards[s] for s in u.view.stack if s in step.shards)
+                    for inner in inside
+                    for u in inner.uses()
+                    if not step.shards.keys().isdisjoint(u.view.stack)
+                }
                 active = True
             else:
                 step.call, step.bodies = None, ()

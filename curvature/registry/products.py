@@ -12,8 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from curvature import _jax
+from curvature.registry.frame import Ragged
 from curvature.registry.weights import Factor, Label, Labels, Term, Weight, merged
 
 
@@ -245,5 +247,6 @@ def ragged(equation: _jax.Equation, values: list[Any]) -> jax.Array | None:
     group = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=ends.dtype), side="right")
     mask = jax.nn.one_hot(group, w.shape[0], dtype=x.dtype, axis=0)[..., None]
     pairs = (((2,), (1,)), ((0,), (0,)))
-    y = jax.lax.dot_general(mask * x[None], w, pairs, precision=equation.params["precision"])
+    rows = checkpoint_name(mask * x[None], Ragged.NAME)
+    y = jax.lax.dot_general(rows, w, pairs, precision=equation.params["precision"])
     return (mask * y).sum(0).astype(equation.outvars[0].aval.dtype)

@@ -5,11 +5,7 @@ from __future__ import annotations
 # What no gradient passes in reverse.
 NO_GRADIENT = ("while", "pure_callback", "io_callback")
 _REPEATED = ("repeated", "repeat the layer's output instead of the weight")
-_SUMMED = (
-    "summed over an axis",
-    "x @ w.sum(0) is concatenate([x] * n) @ w.reshape(n * d_in, d_out), which is structured; a "
-    "weight divided by its norm has no such spelling",
-)
+_SUMMED = ("summed over an axis", "a sum that divides the weight itself, as a norm does, is")
 _SLICED = ("sliced where a value says", "let a scan go over the weight, or slice at constants")
 _COMPLEX = ("made complex", "compute with the real and imaginary parts of the data instead")
 
@@ -32,8 +28,7 @@ _WORDS: dict[str, tuple[str, str]] = {
     "gather": ("gathered, not by whole rows", "index whole rows of one axis by data"),
     "mul": (
         "multiplied",
-        "(x @ w) * g where it is one number for each output, (x * g) @ w for each input; a mask "
-        "has no such spelling",
+        "(x @ w) * g where it is one number for each output, (x * g) @ w for each input",
     ),
     "ragged_dot_general": (
         "used in a ragged product",

@@ -150,7 +150,8 @@ def _call(
     """Goes into a call; None for one that is left as it is."""
     if call.kind == "jit":
         return _evaluate(call.bodies[0], operands, found, given)
-    if not any(v.data for v in operands) or call.kind not in ("remat", "scan", "cond"):
+    kinds = ("cond", "remat", "scan", "shard_map")
+    if not any(v.data for v in operands) or call.kind not in kinds:
         return None
     before = found.times
     outs = _inside(equation, call, operands, found)
@@ -167,9 +168,12 @@ def _inside(
 
     def run(body: _jax.Jaxpr, *xs: Any) -> list[Any]:
         pairs = zip(operands[call.skip :], xs, strict=True)
-        inside = [dataclasses.replace(v, array=x) for v, x in pairs]
+        inside = [_slice_of(v, x) for v, x in pairs]
         return [v.array for v in _evaluate(body, inside, found, {})]
 
+    if call.kind == "shard_map":
+        body, nothing = call.bodies[0], jax.sharding.PartitionSpec()
+        return _jax.shard_map(equation, lambda *xs: run(body, *xs[:-1]), arrays, (), nothing)
     if call.kind == "cond":
         branches = [lambda *xs, b=body: run(b, *xs) for body in call.bodies]
         return list(jax.lax.switch(arrays[0], branches, *arrays[1:]))

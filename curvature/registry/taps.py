@@ -30,6 +30,7 @@ class Dense:
       d_out: outputs per row.
       scale: the constant the weight is multiplied by before it meets the input.
       one_hot: whether the input is one-hot, so that its second moment is diagonal.
+      ragged: whether each row belongs to one member, and is zero in the others.
     """
 
     operand: int
@@ -42,6 +43,7 @@ class Dense:
     d_out: int
     scale: float = 1.0
     one_hot: bool = False
+    ragged: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -128,6 +128,27 @@ class View:
         """The view inside the body of a scan that slices its leading inner axis."""
         return dataclasses.replace(self, stack=(*self.stack, scan))
 
+    def divided(self, axis: int, parts: int, stack: int) -> View:
+        """The view on a device that has one of so many parts of an inner axis."""
+        n = self.inner[axis]
+        split = self.reshape((*self.inner[:axis], parts, n // parts, *self.inner[axis + 1 :]))
+        rest = [a for a in range(len(split.inner)) if a != axis]
+        return split.transpose((axis, *rest)).pushed(stack)
+
+    def gathered(self, stack: int, axis: int, *, tiled: bool) -> View:
+        """The view of what all devices have along a stacked axis, along an inner one."""
+        place, depth = self.stack.index(stack), len(self.stack) - 1
+        order = [a for a in range(len(self.shape)) if a != place]
+        order.insert(depth + axis, place)
+        shape = tuple(self.shape[a] for a in order)
+        moved = self._then(Move("transpose", tuple(order)), shape)
+        kept = tuple(s for s in self.stack if s != stack)
+        whole = dataclasses.replace(moved, stack=kept)
+        if not tiled:
+            return whole
+        before, (n, each, *after) = whole.inner[:axis], whole.inner[axis:]
+        return whole.reshape((*before, n * each, *after))
+
     def __call__(self, x: Any) -> Any:
         """The view of an array of the source's shape."""
         for move in self.moves:
