@@ -78,11 +78,10 @@ def of_rows(layer: Layer, rows: Rows, token: Statistics, *, flipped: bool) -> St
         return token[name].ndim == len(rows.how.members) + 1
 
     if layer.block == "kronecker_reduce" and layer.shared:
-        return {
-            f"{_sides(suffix)[0]}_sums{suffix}": jnp.moveaxis(rows.input_sums(), -2, 0),
-            f"{_sides(suffix)[1]}_sums{suffix}": jnp.moveaxis(rows.g.sum(axis=-2), -2, 0),
-            f"rows{suffix}": jnp.moveaxis(rows.weights().sum(axis=-1), -1, 0),
-        }
+        named = zip(_sides(suffix), (rows.input_sums(), rows.g.sum(axis=-2)), strict=True)
+        each = {f"{side}_sums{suffix}": jnp.moveaxis(x, -2, 0) for side, x in named}
+        each[f"rows{suffix}"] = jnp.moveaxis(rows.weights().sum(axis=-1), -1, 0)
+        return {name: layer.placed(x) for name, x in each.items()}
     if layer.block == "kronecker_reduce":
         counts = rows.weights().sum(axis=-1)
         if isinstance(rows.how, Lookup):

@@ -43,26 +43,22 @@ def check_share(share: Any, registry: Registry) -> None:
         )
 
 
-def examples_of(args: PyTree, batch: Sequence[Batch | None], share: float) -> tuple[PyTree, int]:
-    """Arguments with a share of the examples, at least one, and how many there were.
+def examples_of(
+    args: PyTree, batch: Sequence[Batch | None], share: float
+) -> tuple[PyTree, int | None]:
+    """Arguments with a share of each batch's examples, at least one.
 
-    For a share of 1 / k that is every k-th.
-
-    Raises:
-      ValueError: arguments have different numbers of examples.
+    For a share of 1 / k that is every k-th. With them, how many there were; None where batches
+    differ in that.
     """
     leaves, structure = jax.tree.flatten(args)
-    sizes = numbers_of_examples(args, batch)
-    if len(sizes) != 1:
-        raise ValueError(
-            f"Arguments of the loss function have different numbers of examples, {sorted(sizes)}: "
-            "a share of them cannot be taken. Leave statistics_batch out."
-        )
-    (size,) = sizes
-    kept = max(1, round(share * size))
-    pairs = zip(leaves, batch, strict=True)
-    chosen = [x if b is None else _chosen(x, b, size, kept) for x, b in pairs]
-    return jax.tree.unflatten(structure, chosen), size
+    numbers = numbers_of_examples(args, batch)
+    chosen = [
+        x if b is None or n is None else _chosen(x, b, n, max(1, round(share * n)))
+        for x, b, n in zip(leaves, batch, numbers, strict=True)
+    ]
+    sizes = {n for n in numbers if n is not None}
+    return jax.tree.unflatten(structure, chosen), sizes.pop() if len(sizes) == 1 else None
 
 
 def _chosen(x: jax.Array, batch: Batch, size: int, kept: int) -> jax.Array:

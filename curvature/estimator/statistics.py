@@ -168,9 +168,9 @@ def of_elementwise(
 
 def _handed_on(layer: Layer, gradients: jax.Array) -> Statistics:
     """Per-example gradients of one of several uses, to be summed over them."""
-    if gradients.shape[0] != layer.apart:  # uses differ in what their examples are, or these meet
-        gradients = gradients.sum(axis=0, keepdims=True)
-    return {"gradients": gradients}
+    if layer.apart == 1:  # uses differ in what their examples are, or these meet
+        return {"gradients": gradients.sum(axis=0, keepdims=True)}
+    return {"gradients": layer.placed(gradients)}
 
 
 def _squared(layer: Layer, gradients: jax.Array, members: int, precision: Precision) -> jax.Array:

@@ -10,7 +10,7 @@ from typing import Any
 
 from curvature.registry.layers import Layer, build, generic
 from curvature.registry.plan import Use
-from curvature.registry.taps import Elementwise
+from curvature.registry.taps import Elementwise, Examples
 from curvature.registry.views import Joined, Shape, View, overlap, remainder
 
 BySource = dict[Any, list[Use]]  # by leaf, and by leaves joined
@@ -40,7 +40,11 @@ class Gradients:
 
 
 def assemble(
-    uses: Sequence[Use], paths: Sequence[Any], shapes: Sequence[Shape], gradients: Gradients
+    uses: Sequence[Use],
+    paths: Sequence[Any],
+    shapes: Sequence[Shape],
+    gradients: Gradients,
+    batches: tuple[Examples, ...],
 ) -> tuple[Layer, ...]:
     """Groups uses into layers, in the order of the parameters, and names each use's layer.
 
@@ -49,7 +53,9 @@ def assemble(
       paths: the key path of each leaf.
       shapes: the shape of each leaf.
       gradients: which leaves have one.
+      batches: how many examples there are.
     """
+    numbers = frozenset(batch.number for batch in batches)
     met: BySource = {i: [] for i in range(len(paths))}
     for use in uses:
         met.setdefault(use.view.source, []).append(use)
@@ -81,7 +87,7 @@ def assemble(
         groups = [g for s in mine for g in groups_of(met[s]) if g[0].joins is None]
         for number, group in enumerate(groups):
             suffix = f"#{number}" if len(groups) > 1 else ""
-            layers.append(build(group, paths, suffix))
+            layers.append(build(group, paths, suffix, numbers))
             members.append(group)
         rest = remainder(_held(met, leaf))
         for number, view in enumerate(rest):

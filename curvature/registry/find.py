@@ -13,7 +13,7 @@ from curvature.registry.frame import Frame, Inputs, Product, Value, Wide
 from curvature.registry.known import known
 from curvature.registry.plan import LossTag, Plan, Step, Use
 from curvature.registry.reasons import NO_GRADIENT, reason
-from curvature.registry.taps import Dense, split_rows
+from curvature.registry.taps import Dense, Examples, split_rows
 from curvature.registry.views import View
 from curvature.tags import LAYER_TAG
 
@@ -160,14 +160,12 @@ class Finder:
         self._callers.append(self._where(equation))
         twins = _jax.call_of(twin) if twin is not None else None
         bodies = twins.bodies if twins is not None else [None] * len(call.bodies)
-        growth, examples = _growth(call, frame, equation, twins)
+        batches = _batches(call, frame, equation, twins)
         first = [frame.first(v) for v in equation.invars[call.skip :]]
         if call.kind == "scan" and {"reshape", "transpose"} <= meet.primitives(equation):
             # A carry may come out of the body in another order than it went in.
             first = [f and i not in carried for i, f in enumerate(first)]
-        inputs = Inputs(
-            inside, inside_after, varies, first, frame.closure, growth=growth, examples=examples
-        )
+        inputs = Inputs(inside, inside_after, varies, first, frame.closure, batches)
         walked = [
             self.walk(b, t, inputs, out_live) for b, t in zip(call.bodies, bodies, strict=True)
         ]
@@ -407,23 +405,20 @@ class Finder:
                 self.uses.append(Use(view, None, "generic", reason))
 
 
-def _growth(
+def _batches(
     call: _jax.Call, frame: Frame, equation: _jax.Equation, twin: _jax.Call | None
-) -> tuple[int, int]:
-    """How many examples more the twin of a call's bodies has, and how many there are.
-
-    Those of one device, in a shard_map.
-    """
+) -> tuple[Examples, ...]:
+    """The batches of a call's bodies: in a shard_map, what one device has of them."""
     if call.kind != "shard_map" or twin is None:
-        return frame.growth, frame.examples
+        return frame.batches
+    local = {}
     pairs = zip(equation.invars, call.bodies[0].invars, twin.bodies[0].invars, strict=True)
     for outer, mine, other in pairs:
         batch = frame.batch(outer)
         if batch is not None:
-            local = mine.aval.shape[batch.axis]
-            more = max((other.aval.shape[batch.axis] - local) // batch.each, 1)
-            return more, local // batch.each
-    return frame.growth, frame.examples
+            n, more = (v.aval.shape[batch.axis] // batch.each for v in (mine, other))
+            local[outer.aval.shape[batch.axis] // batch.each] = Examples(n, max(more - n, 1))
+    return tuple(local.get(b.number, b) for b in frame.batches)
 
 
 def _curved(value: Value) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from curvature._jax import Jaxpr, Literal
 from curvature.registry.plan import Use
-from curvature.registry.taps import Batch
+from curvature.registry.taps import Batch, Examples
 from curvature.registry.views import Shape, View
 
 
@@ -66,8 +66,8 @@ class Inputs:
       varies: whether they depend on the data (the loss function's arguments after the parameters).
       first: see `Frame.first`.
       closure: whether the data is in the jaxpr's constants, and not in such arguments.
-      growth: how many examples more the jaxpr's twin has.
-      examples: how many there are.
+      batches: how many examples there are, and how many more the jaxpr's twin has; the first are
+        those of the main batch.
     """
 
     values: Sequence[Value]
@@ -75,8 +75,7 @@ class Inputs:
     varies: Sequence[bool]
     first: Sequence[bool]
     closure: bool = False
-    growth: int = 1
-    examples: int = 1
+    batches: tuple[Examples, ...] = (Examples(1),)
 
 
 # What may change the order along an axis of its first operand.
@@ -108,7 +107,7 @@ class Frame:
         self._after = _chosen(jaxpr.invars, inputs.after)
         self._varies = _chosen(jaxpr.invars, inputs.varies)
         self._first = _chosen(jaxpr.invars, inputs.first)
-        self.growth, self.examples = inputs.growth, inputs.examples
+        self.batches, self.examples = inputs.batches, inputs.batches[0].number
         self.closure = inputs.closure
         if inputs.closure:
             self._varies |= {v for v in jaxpr.constvars if self.examples in _shape(v)}
@@ -154,10 +153,10 @@ class Frame:
         other = self._twins.get(variable, shape)
         for axis, (n, more) in enumerate(zip(shape, other, strict=True)):
             if n != more:
-                each = max(abs(more - n) // self.growth, 1)
-                # Pairs of examples, or a part of them, are no examples.
-                whole = (n, more) == (each * self.examples, each * (self.examples + self.growth))
-                return Batch(axis, each, whole and (each == 1 or variable in self._first))
+                each = next((e for b in self.batches if (e := b.along(n, more))), 0)
+                if not each:  # pairs of examples, or a part of them, are no examples
+                    return Batch(axis, max(abs(more - n) // self.batches[0].more, 1), first=False)
+                return Batch(axis, each, each == 1 or variable in self._first)
         return None
 
     def _guessed(self, shape: Shape, *, first: bool) -> Batch | None:

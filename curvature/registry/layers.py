@@ -52,7 +52,8 @@ class Layer:
       views: the weight's entries that belong to the layer, and the bias's.
       stack: sizes of the axes of independent copies.
       shared: whether one copy is used several times (a recurrent or tied layer).
-      examples: examples per use among its rows; 1 where they cannot be told apart.
+      batches: examples per use among its rows, of each batch that it is used on; `(1,)` where they
+        cannot be told apart.
       one_hot: whether its input is one-hot, so that the input factor is diagonal.
       flipped: whether some uses are of the transposed weight (an embedding as output head).
       unbatched: whether some uses do not see the data, such as a layer of learned queries.
@@ -71,7 +72,7 @@ class Layer:
     views: tuple[View, ...]
     stack: Shape = ()
     shared: bool = False
-    examples: int = 1
+    batches: tuple[int, ...] = (1,)
     one_hot: bool = False
     flipped: bool = False
     unbatched: bool = False
@@ -110,6 +111,19 @@ class Layer:
     def mixed(self) -> bool:
         """Whether its rows see the outputs of other examples than their own."""
         return bool(self.meeting)
+
+    @property
+    def examples(self) -> int:
+        """The examples of all batches, one after the other; 1 where they cannot be told apart."""
+        return sum(self.batches)
+
+    def placed(self, rows: jax.Array) -> jax.Array:
+        """What each example of one batch has, among the examples of all; zero for the others."""
+        if rows.shape[0] == self.examples:
+            return rows
+        start = sum(self.batches[: self.batches.index(rows.shape[0])])
+        after = self.examples - start - rows.shape[0]
+        return jnp.pad(rows, [(start, after), *[(0, 0)] * (rows.ndim - 1)])
 
     @property
     def apart(self) -> int:
@@ -151,8 +165,10 @@ class Layer:
         return written
 
 
-def build(group: Sequence[Use], paths: Sequence[Any], suffix: str) -> Layer:
-    """The layer of uses of the same entries."""
+def build(
+    group: Sequence[Use], paths: Sequence[Any], suffix: str, numbers: frozenset[int]
+) -> Layer:
+    """The layer of uses of the same entries; `numbers` of examples are those of the batches."""
     use = group[0]
     assert use.how is not None
     views = (use.view,) if use.bias is None else (use.view, use.bias)
@@ -161,10 +177,11 @@ def build(group: Sequence[Use], paths: Sequence[Any], suffix: str) -> Layer:
     order = ("embedding", "conv", "dense", "scale", "shift")
     outer = [s for u in group for s in u.loops if s not in u.view.stack]
     shared = len(group) > 1 or bool(outer)
-    examples = {u.how.examples for u in group if u.how is not None}
+    batches = sorted({u.how.examples for u in group if u.how is not None}, reverse=True)
     # The gradients of a shared layer are summed over uses and then over devices, which have other
     # examples: there they cannot be told apart.
-    apart = len(examples) == 1 and not (shared and any(u.local for u in group))
+    apart = len(batches) == 1 or numbers.issuperset(batches)
+    apart = apart and not (shared and any(u.local for u in group))
     return Layer(
         name=_name([paths[v.source] for v in one_per_leaf(views[:1])]) + suffix,
         kind=min(kinds, key=order.index),
@@ -175,7 +192,7 @@ def build(group: Sequence[Use], paths: Sequence[Any], suffix: str) -> Layer:
         views=views,
         stack=use.view.stacked if elementwise else use.view.shape[:-2],
         shared=shared,
-        examples=examples.pop() if apart else 1,
+        batches=tuple(batches) if apart else (1,),
         one_hot=not elementwise and any(getattr(u.how, "one_hot", False) for u in group),
         flipped=any(u.flipped for u in group),
         unbatched=any(u.unbatched for u in group),

@@ -24,7 +24,7 @@ from curvature._jax import Jaxpr, Literal
 from curvature.losses import TAG
 from curvature.registry import flow
 from curvature.registry.plan import Plan, Step
-from curvature.registry.taps import ELEMENTWISE
+from curvature.registry.taps import ELEMENTWISE, Examples
 
 # How a value reaches a tagged loss: not at all, with every example by itself, or meeting others at
 # this place.
@@ -40,7 +40,7 @@ _DEVICES = ("all_gather", "all_gather_invariant", "all_to_all", "ppermute", "red
 _WINDOWS = ("reduce_window", "reduce_window_max", "reduce_window_min", "reduce_window_sum")
 
 
-def mark(plan: Plan, twin: Jaxpr | None, parameters: int, examples: int, growth: int) -> None:
+def mark(plan: Plan, twin: Jaxpr | None, parameters: int, batches: tuple[Examples, ...]) -> None:
     """Notes at every use of a parameter where its examples meet on the way to a tagged loss.
 
     Args:
@@ -48,19 +48,18 @@ def mark(plan: Plan, twin: Jaxpr | None, parameters: int, examples: int, growth:
       twin: its jaxpr with more examples; None where there is none: then an axis of the batch's size
         of what depends on the data is taken for the batch.
       parameters: how many of the jaxpr's inputs are parameters.
-      examples: how many examples there are.
-      growth: how many more the twin has.
+      batches: how many examples there are.
     """
     jaxpr = plan.jaxpr
     varies = [i >= parameters for i in range(len(jaxpr.invars))]
-    _Walk(examples, growth).back(jaxpr, twin, plan, varies, [None] * len(jaxpr.outvars))
+    _Walk(batches).back(jaxpr, twin, plan, varies, [None] * len(jaxpr.outvars))
 
 
 class _Walk:
     """One walk backwards."""
 
-    def __init__(self, examples: int, growth: int) -> None:
-        self.examples, self.growth = examples, growth
+    def __init__(self, batches: tuple[Examples, ...]) -> None:
+        self.batches = batches
         self._callers: list[str] = []
         # The mesh axes over which examples are divided, in the shard_maps around.
         self._meshes: list[frozenset[str]] = []
@@ -84,7 +83,7 @@ class _Walk:
         """
         twin = twin if twin is not None and _jax.alike(jaxpr, twin) else None
         divided = frozenset().union(*self._meshes) if self._meshes else None
-        rows = _Rows(jaxpr, twin, varies, self.examples, self.growth, divided)
+        rows = _Rows(jaxpr, twin, varies, self.batches, divided)
         reach: dict[Any, Reach] = {}
         _meet(reach, jaxpr.outvars, outs)
         for i in reversed(range(len(jaxpr.equations))):
@@ -185,11 +184,11 @@ class _Rows:
         jaxpr: Jaxpr,
         twin: Jaxpr | None,
         varies: Sequence[bool],
-        examples: int,
-        growth: int,
+        batches: tuple[Examples, ...],
         divided: frozenset[str] | None,
     ) -> None:
-        self._examples, self._growth, self.divided = examples, growth, divided
+        self._batches, self.divided = batches, divided
+        examples = self._examples = batches[0].number
         self._varies = {v for v, on in zip(jaxpr.invars, varies, strict=True) if on}
         self._varies |= {v for v in jaxpr.constvars if examples in _shape(v)}
         self._makers: dict[Any, Any] = {}
@@ -226,8 +225,7 @@ class _Rows:
             return False
         (axis,), shape = axes, _shape(variable)
         n, more = shape[axis], self._twins[variable][axis]
-        grown = n * (self._examples + self._growth) == more * self._examples
-        return grown and n % self._examples == 0
+        return any(batch.along(n, more) for batch in self._batches)
 
     def counts(self, indices: Any, column: int) -> bool:
         """Whether a column of index vectors counts 0, 1, 2, ..., as `x[jnp.arange(n), i]` does."""

@@ -20,7 +20,7 @@ from curvature.registry.frame import Inputs
 from curvature.registry.layers import EXCLUDED, Layer
 from curvature.registry.plan import LossTag, Plan, settle
 from curvature.registry.respell import HELD, respelled
-from curvature.registry.taps import Batch
+from curvature.registry.taps import Batch, Examples
 from curvature.registry.terms import Term, check_covered, untagged
 from curvature.registry.twin import batch_axes, batch_size, more_examples
 from curvature.registry.views import View
@@ -297,14 +297,14 @@ def _analyse(
     _check_scalar(out[0] if has_aux else out)
     _check_pure(jaxpr)
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    twin, growth, examples, closure = None, 1, 1, False
+    twin, closure = None, False
+    batches: tuple[Examples, ...] = (Examples(1),)
     if search:
-        twin, growth, examples = more_examples(loss_fn, params, args, jaxpr, known, larger)
+        twin, batches = more_examples(loss_fn, params, args, jaxpr, known, larger)
     if twin is None:
-        examples, closure = batch_size(jaxpr, args)
-    walked = functools.partial(
-        _walked, leaves=leaves, closure=closure, growth=growth, examples=examples
-    )
+        number, closure = batch_size(jaxpr, args)
+        batches = (Examples(number),)
+    walked = functools.partial(_walked, leaves=leaves, closure=closure, batches=batches)
     analysis, computed = walked(jaxpr, twin)
     if not computed:
         return analysis
@@ -354,8 +354,7 @@ def _walked(
     *,
     leaves: Sequence[tuple[Any, Any]],
     closure: bool,
-    growth: int,
-    examples: int,
+    batches: tuple[Examples, ...],
 ) -> tuple[Analysis, bool]:
     """What one walk through a trace finds, and whether parameters were computed with on the way."""
     paths, shapes = [path for path, _ in leaves], [tuple(leaf.shape) for _, leaf in leaves]
@@ -367,8 +366,7 @@ def _walked(
         varies=[False] * len(leaves) + [True] * rest,
         first=[True] * len(jaxpr.invars),
         closure=closure,
-        growth=growth,
-        examples=examples,
+        batches=batches,
     )
     plan, _, _ = finder.walk(jaxpr, twin, inputs, [False] * len(jaxpr.outvars))
     if not finder.losses:
@@ -386,8 +384,8 @@ def _walked(
     )
     live = flow.reaches_loss(jaxpr, [False] * len(jaxpr.outvars))[1][: len(leaves)]
     check_covered(jaxpr, finder.losses, terms, used=any(live))
-    mixing.mark(plan, twin, len(leaves), examples, growth)
-    layers = assemble(finder.uses, paths, shapes, gradients)
+    mixing.mark(plan, twin, len(leaves), batches)
+    layers = assemble(finder.uses, paths, shapes, gradients, batches)
     settle(plan)
     analysis = Analysis(
         plan,
@@ -397,7 +395,7 @@ def _walked(
         masked=finder.masked,
         blocked=tuple(finder.blocked),
         untagged=terms,
-        batch=batch_axes(jaxpr.invars[len(leaves) :], twin, examples, growth),
+        batch=batch_axes(jaxpr.invars[len(leaves) :], twin, batches),
     )
     return analysis, finder.computed
 

@@ -244,7 +244,7 @@ def _described(
     equation: _jax.Equation, operands: list[_Value], outs: list[Any]
 ) -> list[Weight | None]:
     """What sums of products an equation without data gives."""
-    if not all(jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in outs):
+    if not all(jnp.issubdtype(jnp.result_type(x), jnp.inexact) and jnp.size(x) for x in outs):
         return [None] * len(outs)
     made = _combined(equation, operands, outs[0])
     if made is not None:

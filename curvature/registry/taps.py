@@ -165,6 +165,25 @@ class Batch:
         return size // self.each if self.first else 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """How many examples a batch has, and how many more there are of them in the twin.
+
+    Batches of one loss (points inside and on the boundary, labelled and unlabelled data) have
+    different numbers, and different ratios of the two.
+    """
+
+    number: int
+    more: int = 1
+
+    def along(self, size: int, larger: int) -> int:
+        """Entries of an axis for each example, from its size here and in the twin; 0 for none."""
+        if larger == size or self.number == 0:
+            return 0
+        whole = size % self.number == 0 and (larger - size) * self.number == size * self.more
+        return size // self.number if whole else 0
+
+
 def split_rows(rows: list[int], batch: Batch | None, size: int) -> tuple[list[int], int]:
     """Row axes with the batch axis first, and the number of examples among them."""
     if batch is None or batch.axis not in rows:
