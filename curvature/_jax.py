@@ -214,6 +214,17 @@ def nested(equation: Equation) -> tuple[Jaxpr, ...]:
     return tuple(found)
 
 
+def with_own_rule(jaxpr: Jaxpr) -> str:
+    """Where the user's function has a rule of differentiation of its own; empty for nowhere."""
+    for equation in jaxpr.equations:
+        if equation.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
+            return location(equation) or "a line that is not known"
+        where = next(filter(None, map(with_own_rule, nested(equation))), "")
+        if where:
+            return where
+    return ""
+
+
 def side_effect(equation: Equation) -> str | None:
     """What an equation does besides giving its outputs; None for nothing, or printing to debug.
 

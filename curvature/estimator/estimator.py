@@ -90,9 +90,19 @@ class Estimator:
 
     def _why(self) -> str:
         """Why a key is needed."""
+        if self.kind.needs_key(pooled=False):
+            return "Sampling needs one."
         mixed = next((layer for layer in self.layers if layer.mixed), None)
-        if self.kind.needs_key(pooled=False) or mixed is None:
-            return "Sampling needs one, and so does every kind where some parameters are generic."
+        pooled = next((layer for layer in self.layers if layer.pooled), None)
+        if mixed is None and pooled is not None:
+            why = "is used where it does not see the data" if pooled.unbatched else "is generic"
+            if pooled.structured and not pooled.unbatched:
+                why = f"has a {pooled.block} block, and its examples cannot be told apart"
+            return (
+                f"Layer {pooled.name!r} {why}: only the sum over examples can be seen there, and "
+                "each gets a random sign, so that its square is an estimate, right in the mean."
+            )
+        assert mixed is not None
         return (
             f"Between layer {mixed.name!r} and its loss examples meet ({mixed.meeting}), so each "
             "gets a random sign: without, what one example's output owes to the rows of another "

@@ -341,8 +341,13 @@ def _statistics(
         assert isinstance(use.how, Contraction)
         alive, bases, slope = known
         bias = use.bias.scale if use.bias is not None else None
+        if layer.bias and use.bias is None and not use.flipped:
+            bias = 0.0
         dtype = jax.tree.leaves(token)[0].dtype
         rows = rows_of(use.how, x, g, bias, alive, dtype, precision)
+        if layer.bias and use.flipped:  # the bias is on the side of the cotangents, and not there
+            widths = [(0, 0)] * (rows.g.ndim - 1) + [(0, 1)]
+            rows = dataclasses.replace(rows, g=jnp.pad(rows.g, widths))
         return of_contraction(layer, rows, token, bases, flipped=use.flipped, slope=slope)
 
     return _like(automatic(made, x, g, token, known), token, g)

@@ -17,6 +17,7 @@ reduction stays in the user's hands: the weight of every value is read off as w 
 | `exponential_nll`, `gamma_nll`              | gamma of known shape, log rate  | in expectation   |
 | `huber_loss`                                | Huber's density, location       | in expectation   |
 | `absolute_error`                            | Laplace, location               | no: H_z = 0      |
+| `log_amplitude`                             | wave function, log-amplitude    | F_z alone        |
 | `custom`                                    | the user's                      | not presumed     |
 
 An output loss is the negative log-likelihood l(z, t) = -log p(t | z) of a family. In the family's
@@ -31,6 +32,7 @@ its label, provided its output is finite. *Classes that do not count*: `where`. 
 loss for each, added with any coefficients.
 """
 
+from curvature.losses.amplitude import LogAmplitude, log_amplitude
 from curvature.losses.bernoulli import Bernoulli, sigmoid_binary_cross_entropy
 from curvature.losses.categorical import (
     Categorical,
@@ -70,6 +72,7 @@ __all__ = [
     "HeteroscedasticGaussian",
     "Huber",
     "Laplace",
+    "LogAmplitude",
     "OutputLoss",
     "Poisson",
     "SoftCategorical",
@@ -83,6 +86,7 @@ __all__ = [
     "heteroscedastic_gaussian_nll",
     "huber_loss",
     "l2_loss",
+    "log_amplitude",
     "poisson_nll",
     "sigmoid_binary_cross_entropy",
     "softmax_cross_entropy",

@@ -29,10 +29,13 @@ class OutputLoss(abc.ABC):
       fisher_is_hessian: whether F_z = H_z for all targets, as for every exponential family in its
         natural parameters (Martens 2020, section 9.2). Where not, `fisher_mvp` and `fisher_root`
         are the family's own.
+      objective: whether its value is what is minimised. Where not, it carries curvature alone, and
+        what compares values of the loss, as `LevenbergMarquardt` does, refuses it.
     """
 
     event_ndim: int = 0
     fisher_is_hessian: bool = True
+    objective: bool = True
 
     @property
     @abc.abstractmethod
@@ -117,7 +120,13 @@ def floating(x: ArrayLike, name: str) -> jax.Array:
     """`x` as an array; raises TypeError where it is not floating point."""
     array = jnp.asarray(x)
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} of dtype {array.dtype}, expected floating point.")
+        instead = ""
+        if jnp.issubdtype(array.dtype, jnp.complexfloating):
+            instead = (
+                " Stack the real and the imaginary part, jnp.stack([z.real, z.imag], -1); "
+                "log-amplitudes have a loss of their own, curvature.losses.log_amplitude."
+            )
+        raise TypeError(f"{name} of dtype {array.dtype}, expected floating point.{instead}")
     return array
 
 

@@ -42,6 +42,8 @@ class StepStats(NamedTuple):
         predicted one.
       update_norm: the length of the update.
       rejected: steps that were not taken because of what they would have done to their own batch.
+      unchanged: measurements in a row, up to the latest, in which the loss changed by nothing at
+        all though the parameters did. `curvature.check_progress` looks at it.
     """
 
     learning_rate: jax.Array
@@ -52,6 +54,7 @@ class StepStats(NamedTuple):
     next_batch_ratio: jax.Array
     update_norm: jax.Array
     rejected: jax.Array
+    unchanged: jax.Array
 
 
 class KFACStats(NamedTuple):
@@ -70,6 +73,7 @@ class KFACStats(NamedTuple):
     next_batch_ratio: jax.Array
     update_norm: jax.Array
     rejected: jax.Array
+    unchanged: jax.Array
 
 
 class KFACState(NamedTuple):
@@ -138,7 +142,8 @@ class Descent:
         zero = jnp.zeros_like(curvature.stats.damping)
         start = at(self.damping, curvature.step, zero)
         latest = StepStats(*(zero for _ in StepStats._fields))
-        latest = latest._replace(rejected=jnp.zeros((), jnp.int32))
+        none = jnp.zeros((), jnp.int32)
+        latest = latest._replace(rejected=none, unchanged=none)
         return own(KFACState(curvature, jax.tree.map(jnp.zeros_like, params), start, latest))
 
     def update(
@@ -186,10 +191,11 @@ class Descent:
         norm = jnp.sqrt(quadratic.dot(taken.step, taken.step, lam.dtype))
         good = gathered.sound & jnp.isfinite(norm)
         after, ratio, rejected = problem.lam, state.latest.reduction_ratio, jnp.asarray(False)
+        unchanged = state.latest.unchanged
         predicted = taken.predicted if self.by_model else state.latest.predicted
         if self.adapts:
             measured = self._measured(self.adapts, problem, taken, norm, good, state, value)
-            after, ratio, predicted, rejected = measured
+            after, ratio, predicted, rejected, unchanged = measured
             failures = (s.stats.failed_refreshes for s in (curvature, state.curvature))
             after = self.adapts.recovered(after, problem.lam, operator.gt(*failures))
         latest = StepStats(
@@ -201,6 +207,7 @@ class Descent:
             fresh,
             update_norm=jnp.where(rejected, 0, norm),
             rejected=state.latest.rejected + rejected.astype(jnp.int32),
+            unchanged=unchanged,
         )
         before = masked(~rejected, taken.step)
         kept = KFACState(
@@ -221,7 +228,7 @@ class Descent:
         def checked(_: Any) -> tuple[jax.Array, jax.Array]:
             back = jax.tree.map(jnp.negative, state.previous)
             predicted = state.latest.predicted
-            ratio = problem.ratio(back, -predicted, value)
+            ratio, _ = problem.ratio(back, -predicted, value)
             return adapts.checked(problem.lam, jnp.where(predicted < 0, ratio, 0)), ratio
 
         due = (count > 0) & (self.by_model | (count % adapts.every == 0))
@@ -239,29 +246,33 @@ class Descent:
         good: jax.Array,
         state: KFACState,
         value: Any,
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
         """What a step does to its own batch.
 
         Returns:
-          The next damping, the reduction ratio, the change that was predicted, and whether the step
-          is not to be taken.
+          The next damping, the reduction ratio, the change that was predicted, whether the step is
+          not to be taken, and how often in a row the loss did not change.
         """
         predicted = taken.predicted if self.by_model else state.latest.predicted
 
-        def measured(_: Any) -> tuple[jax.Array, jax.Array]:
+        def measured(_: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
             lam, change = problem.lam, taken.predicted
             if not self.by_model:
                 model = problem.model([taken.step])
                 change = model(jnp.ones(1, change.dtype)).astype(lam.dtype)
-            return problem.ratio(taken.step, change, value), change
+            ratio, nothing = problem.ratio(taken.step, change, value)
+            return ratio, change, jnp.where(nothing, state.latest.unchanged + 1, 0)
 
         regular = (state.curvature.step + 1) % adapts.every == 0
         leap = adapts.is_leap(norm, state.latest.update_norm)
         due = good & (regular | leap)
-        ratio, predicted = when(due, measured, (state.latest.reduction_ratio, predicted))
+        before = (state.latest.reduction_ratio, predicted, state.latest.unchanged)
+        ratio, predicted, unchanged = when(due, measured, before)
         known = jnp.where(due & (predicted < 0), ratio, 0)
+        # A loss that does not change at all says nothing of the damping.
+        known = jnp.where(due & (unchanged > 0), (adapts.low + adapts.high) / 2, known)
         after, rejected = adapts.judged(problem.lam, known, regular, due & leap)
-        return after, ratio, predicted, rejected
+        return after, ratio, predicted, rejected, unchanged
 
     def at_rate(
         self, problem: Problem, descent: PyTree, squared: jax.Array, state: KFACState

@@ -152,6 +152,12 @@ def kfac(
     given: Any = damping
     if isinstance(damping, LevenbergMarquardt):
         adapts, given = damping, damping.initial
+        if not check_registry(registry).objective:
+            raise ValueError(
+                "LevenbergMarquardt compares values of the registered loss, which carries "
+                "curvature alone (register's objective=False, or log_amplitude): its value is not "
+                "what is minimised. Give damping as a number or a schedule."
+            )
     if relative_damping and (by_model or adapts):
         raise ValueError(
             "relative_damping is a damping for every block, and the quadratic model has one for "

@@ -72,8 +72,13 @@ class Problem(NamedTuple):
             self.axes,
         )
 
-    def ratio(self, step: PyTree, predicted: jax.Array, value: jax.Array | None) -> jax.Array:
+    def ratio(
+        self, step: PyTree, predicted: jax.Array, value: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         """What a step changes the objective by, relative to what was predicted.
+
+        With it, whether that was nothing at all though more was predicted than its rounding: then
+        the loss says nothing of the step, and is most likely none.
 
         Both count with an allowance for the rounding of the loss, so that the model is trusted
         where they are within it (Conn, Gould and Toint 2000, section 17.4.2). -inf where the loss
@@ -86,6 +91,7 @@ class Problem(NamedTuple):
         """
         before = self._loss(self.params) if value is None else mean(value, self.axes)
         dtype, eps = self.l2.dtype, float(np.finfo(before.dtype).eps)
+        least = float(np.sqrt(np.finfo(before.dtype).tiny))
         before = before.astype(dtype)
         after = self._loss(optax.apply_updates(self.params, step)).astype(dtype)
         # 1/2 |w + v|^2 - 1/2 |w|^2 without the difference of large numbers.
@@ -94,9 +100,10 @@ class Problem(NamedTuple):
         change = after - before + penalty
         noise = jnp.where(predicted < 0, -10, 10) * eps * jnp.abs(before)
         ratio = (change + noise) / (predicted + noise)
+        nothing = (change == 0) & (jnp.abs(predicted) > jnp.maximum(jnp.abs(noise), least))
         # A batch that has no finite loss either way says nothing of the step.
         either = jnp.isfinite(before) | jnp.isfinite(after)
-        return jnp.where(jnp.isnan(change), jnp.where(either, -jnp.inf, 0), ratio)
+        return jnp.where(jnp.isnan(change), jnp.where(either, -jnp.inf, 0), ratio), nothing
 
     def _loss(self, params: PyTree) -> jax.Array:
         out = self.registry.traced_once(params, *self.args)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvature.optimizer.descent import KFACState
 from curvature.optimizer.eigenbasis import EigenbasisState
 from curvature.optimizer.preconditioner import CurvatureState
 
@@ -31,7 +32,8 @@ def check_progress(state: PyTree, limit: int = 20) -> None:
       limit: so many steps in a row are accepted.
 
     Raises:
-      RuntimeError: more than `limit` steps in a row were not taken.
+      RuntimeError: more than `limit` steps in a row were not taken, or the loss changed by nothing
+        at all in as many measurements of `LevenbergMarquardt`, so that it is none.
 
     >>> import jax.numpy as jnp, curvature
     >>> def loss_fn(params, x):
@@ -40,8 +42,8 @@ def check_progress(state: PyTree, limit: int = 20) -> None:
     >>> tx = curvature.kfac(curvature.register(loss_fn, params, x), 0.1)
     >>> curvature.check_progress(tx.init(params))
     """
-    for idle, skipped in jax.device_get(_streaks(state)):
-        _check(idle, skipped, limit)
+    for idle, skipped, unchanged in jax.device_get(_streaks(state)):
+        _check(idle, skipped, unchanged, limit)
 
 
 def stop_if_idle(state: PyTree, limit: int) -> None:
@@ -55,15 +57,20 @@ def stop_if_idle(state: PyTree, limit: int) -> None:
       limit: so many steps in a row are accepted.
     """
     check = functools.partial(_check, limit=limit)
-    for idle, skipped in _streaks(state):
-        late = jnp.any(idle > limit)
-        jax.lax.cond(
-            late, lambda *xs: jax.debug.callback(check, *xs), lambda *_: None, idle, skipped
+    for streaks in _streaks(state):
+        idle, _, unchanged = streaks
+        late = jnp.any(idle > limit) | jnp.any(unchanged > limit)
+        jax.lax.cond(late, lambda *xs: jax.debug.callback(check, *xs), lambda *_: None, *streaks)
+
+
+def _check(idle: Any, skipped: Any, unchanged: Any, limit: int) -> None:
+    idle, skipped, unchanged = map(np.max, (idle, skipped, unchanged))  # of several runs, by vmap
+    if unchanged > limit:
+        raise RuntimeError(
+            f"The registered loss changed by nothing at all in the latest {unchanged} measurements "
+            "of LevenbergMarquardt, though the parameters did: it is not what is minimised. Give "
+            "damping as a number or a schedule, and register it with objective=False."
         )
-
-
-def _check(idle: Any, skipped: Any, limit: int) -> None:
-    idle, skipped = np.max(idle), np.max(skipped)  # of several runs, under vmap
     if idle > limit:
         raise RuntimeError(
             f"The optimizer took none of its latest {idle} steps (of all its steps, {skipped} were "
@@ -73,11 +80,16 @@ def _check(idle: Any, skipped: Any, limit: int) -> None:
         )
 
 
-def _streaks(state: PyTree) -> list[tuple[jax.Array, jax.Array]]:
-    """(`idle`, `skipped`) of every optimizer in a tree of states."""
+def _streaks(state: PyTree) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """(`idle`, `skipped`, `unchanged`) of every optimizer in a tree of states."""
+    kinds = (KFACState, CurvatureState, EigenbasisState)
 
     def is_state(part: Any) -> bool:
-        return isinstance(part, CurvatureState | EigenbasisState)
+        return isinstance(part, kinds)
 
     found = [part for part in jax.tree.leaves(state, is_leaf=is_state) if is_state(part)]
-    return [(part.stats.idle, part.stats.skipped) for part in found]
+    none = jnp.zeros((), jnp.int32)
+    return [
+        (part.stats.idle, part.stats.skipped, getattr(part.stats, "unchanged", none))
+        for part in found
+    ]

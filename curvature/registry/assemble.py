@@ -228,12 +228,18 @@ def _joint(
     met: BySource,
     reasons: dict[Any, str | None],
 ) -> bool:
-    """Whether all uses of a weight have the same bias, and that bias no other use."""
+    """Whether all uses of a weight have the same bias, or none, and that bias no other use.
+
+    A use without one, as by the tangent of a layer's input or the cotangent of its output, has a
+    zero where others have a one.
+    """
     biases = [use for use in added if use is not None]
-    if len(biases) < len(group) or any(u.flipped or u.kind == "embedding" for u in group):
+    apart = any(u.kind == "embedding" or u.slope is not None for u in group)
+    apart |= any(u.flipped and u.bias is not None for u in group)
+    first = next((u.bias for u in group if u.bias is not None), None)
+    if not biases or apart or first is None:
         return False
-    first = group[0].bias
-    if first is None or not all(u.bias is not None and u.bias.same_as(first) for u in group):
+    if not all(u.bias is None or u.bias.same_as(first) for u in group):
         return False
     same = [u for u in met[first.source] if u.view.same_as(biases[0].view)]
     return len(same) == len(biases) and reasons[first.source] is None

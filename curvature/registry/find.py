@@ -18,6 +18,7 @@ from curvature.registry.views import View
 from curvature.tags import LAYER_TAG
 
 _PARAMETER = (View, Wide)
+_FOREIGN_TAGS = ("layer_tag", "loss_tag")  # kfac-jax's: they give their first operands
 
 
 class Finder:
@@ -71,6 +72,11 @@ class Finder:
         if equation.primitive.name == TAG:
             return self._loss(equation, after, frame)
         values = [frame.sole(v) for v in equation.invars]
+        if equation.primitive.name in _FOREIGN_TAGS:
+            count = len(equation.outvars)
+            frame.define(equation.outvars, values[:count])
+            frame.put_first(equation.outvars, [frame.first(v) for v in equation.invars[:count]])
+            return Step(equation, (*[False] * count, *[True] * (len(values) - count)))
         call = _jax.call_of(equation)
         if call is not None and self._enters(equation, call, values, after, frame):
             return self._call(equation, twin, call, frame, values, after)

@@ -171,7 +171,8 @@ def build(
     """The layer of uses of the same entries; `numbers` of examples are those of the batches."""
     use = group[0]
     assert use.how is not None
-    views = (use.view,) if use.bias is None else (use.view, use.bias)
+    bias = next((u.bias for u in group if u.bias is not None), None)
+    views = (use.view,) if bias is None else (use.view, bias)
     elementwise = isinstance(use.how, Elementwise)
     kinds = [u.kind for u in group]
     order = ("embedding", "conv", "dense", "scale", "shift")

@@ -206,34 +206,81 @@ def convolution(equation: _jax.Equation, x: jax.Array, weight: Weight) -> jax.Ar
 
 
 def scaled(x: jax.Array, weight: Weight) -> jax.Array | None:
-    """Data times a product of parameters, entry by entry."""
-    if len(weight.terms) != 1:
-        return None
-    (term,) = weight.terms
+    """Data times sums of products of parameters, entry by entry."""
     flat = tuple(label for axis in weight.axes for label in axis)
-    if not all(set(f.labels) <= set(flat) for f in term.factors):
-        return None
-    x = jnp.broadcast_to(x, weight.shape)
-    y = _Labelled(x.reshape([label.size for label in flat]), flat)
-    for factor in term.factors:
-        y = _gain(y, factor)
-    return _times(y.array, term.number).reshape(x.shape)
+    start = _flattened(x, weight)
+    total = None
+    for term in weight.terms:
+        y = start
+        for part in _parts(term, flat):
+            rows = part[0] if len(part) == 1 else _repeating(part, flat)
+            if rows is None:
+                return None
+            y = _gain(y, rows)
+        array = _times(y.array, term.number)
+        total = array if total is None else total + array
+    return None if total is None else total.reshape(weight.shape)
 
 
 def shifted(x: jax.Array, weight: Weight) -> jax.Array | None:
-    """Data plus a sum of parameters."""
+    """Data plus sums of products of parameters, entry by entry."""
+    flat = tuple(label for axis in weight.axes for label in axis)
+    total = _flattened(x, weight)
+    for term in weight.terms:
+        rows = None
+        for part in _parts(term, flat):
+            made = part[0] if len(part) == 1 else _repeating(part, flat)
+            if made is None or (rows is not None and len(part) == 1 and part[0].sources):
+                return None  # a product of parameters alone, which no data meets in turn
+            rows = _wide(made, flat) if rows is None else rows * _wide(made, flat)
+        if rows is None:
+            return None
+        total = dataclasses.replace(
+            total, array=total.array + _times(rows.astype(total.array.dtype), term.number)
+        )
+    return total.array.reshape(weight.shape)
+
+
+def _flattened(x: jax.Array, weight: Weight) -> _Labelled:
+    """Data with an axis for each label of a weight of its shape."""
     flat = tuple(label for axis in weight.axes for label in axis)
     x = jnp.broadcast_to(x, weight.shape)
-    y = x.reshape([label.size for label in flat])
-    for term in weight.terms:
-        if len(term.factors) != 1 or not set(term.factors[0].labels) <= set(flat):
-            return None
-        (factor,) = term.factors
-        present = [label for label in flat if label in factor.labels]
-        shape = [label.size if label in factor.labels else 1 for label in flat]
-        array = _Labelled(factor.array, factor.labels).ordered(present).reshape(shape)
-        y = y + _times(array.astype(y.dtype), term.number)
-    return y.reshape(x.shape)
+    return _Labelled(x.reshape([label.size for label in flat]), flat)
+
+
+def _wide(factor: Factor, flat: Labels) -> jax.Array:
+    """A factor with an axis for every label, of size one where it has none."""
+    present = [label for label in flat if label in factor.labels]
+    shape = [label.size if label in factor.labels else 1 for label in flat]
+    return _Labelled(factor.array, factor.labels).ordered(present).reshape(shape)
+
+
+def _parts(term: Term, flat: Labels) -> list[list[Factor]]:
+    """The factors in groups that no label which is summed over connects."""
+    groups: list[tuple[set[Label], list[Factor]]] = []
+    for factor in term.factors:
+        summed, members = set(factor.labels) - set(flat), [factor]
+        for group in [g for g in groups if g[0] & summed]:
+            groups.remove(group)
+            summed, members = summed | group[0], [*group[1], *members]
+        groups.append((summed, members))
+    return [members for _, members in groups]
+
+
+def _repeating(factors: list[Factor], flat: Labels) -> Factor | None:
+    """A product that does not see the data, once for every example: a layer with equal rows.
+
+    So are derivatives in directions that are the same for all (`e_i @ w`), and learned queries.
+    """
+    known = {label for factor in factors for label in factor.labels}
+    beside = [label for label in flat if label not in known]
+    for first in sorted(factors, key=lambda f: len(f.sources)):  # a constant, if there is one
+        rest = Term(tuple(f for f in factors if f is not first))
+        x = _repeated(_Labelled(first.array, first.labels), beside)
+        y = _chain(x, rest, flat, None)
+        if y is not None:
+            return Factor(y.array, y.labels)
+    return None
 
 
 def ragged(equation: _jax.Equation, values: list[Any]) -> jax.Array | None:

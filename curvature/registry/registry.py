@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,8 @@ class Registry:
         on the data is taken for it.
       untagged: where the loss has a gradient that no tagged loss covers, and of which parameters.
       batch: for each leaf of the other arguments, its axis of examples; None where it has none.
+      objective: whether the loss's value is what is minimised; otherwise it carries curvature
+        alone.
     """
 
     layers: tuple[Layer, ...]
@@ -84,6 +86,7 @@ class Registry:
     batch_found: bool = True
     untagged: tuple[Term, ...] = ()
     batch: tuple[Batch | None, ...] = ()
+    objective: bool = True
 
     @functools.cached_property
     def traced_once(self) -> Callable[..., Any]:
@@ -219,17 +222,22 @@ class Registry:
         return dataclasses.replace(analysis, layers=layers)
 
 
-def check_registry(registry: Any) -> None:
-    """Raises for what is no registry, such as the loss function itself."""
+def check_registry(registry: Any) -> Registry:
+    """The registry; raises for what is none, such as the loss function itself."""
     if not isinstance(registry, Registry):
         raise TypeError(
             f"registry is {registry!r}, expected what curvature.register(loss_fn, params, batch) "
             "returns."
         )
+    return registry
 
 
 def register(
-    loss_fn: Callable[..., Any], params: PyTree, *args: PyTree, has_aux: bool = False
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    *args: PyTree,
+    has_aux: bool = False,
+    objective: bool = True,
 ) -> Registry:
     """Finds the layers and output losses of a model from its loss function.
 
@@ -241,6 +249,11 @@ def register(
       params: pytree of floating-point arrays, or of `jax.ShapeDtypeStruct`.
       *args: the other arguments (batch, model state, dropout keys), arrays or shapes.
       has_aux: whether `loss_fn` returns `(loss, aux)`.
+      objective: whether the loss is what is minimised. Pass False for the curvature of one function
+        and the gradient of another: a policy's Fisher information for a clipped objective, a
+        student's for distillation, a wave function's for its energy. The gradients given to
+        `update` are then those of the other one, and what would compare values of this one
+        (`LevenbergMarquardt`) refuses it.
 
     Returns:
       The registry; `print` it to see the coverage table.
@@ -275,6 +288,7 @@ def register(
         batch_found=analysis.batch_found,
         untagged=analysis.untagged,
         batch=analysis.batch,
+        objective=objective and all(tag.loss.objective for tag in analysis.losses),
     )
 
 
@@ -370,11 +384,7 @@ def _walked(
     )
     plan, _, _ = finder.walk(jaxpr, twin, inputs, [False] * len(jaxpr.outvars))
     if not finder.losses:
-        raise ValueError(
-            "The loss function has no tagged loss: nothing says where the network ends. Use a loss "
-            "of curvature.losses in place of its namesake in optax.losses, for example "
-            "curvature.losses.softmax_cross_entropy_with_integer_labels."
-        )
+        _raise_untagged(jaxpr)
     terms = untagged(jaxpr, len(leaves))
     reached = flow.reaches_output(jaxpr)[: len(leaves)]
     gradients = Gradients(
@@ -398,6 +408,22 @@ def _walked(
         batch=batch_axes(jaxpr.invars[len(leaves) :], twin, batches),
     )
     return analysis, finder.computed
+
+
+def _raise_untagged(jaxpr: _jax.Jaxpr) -> NoReturn:
+    ruled = _jax.with_own_rule(jaxpr)
+    hint = ""
+    if ruled:
+        hint = (
+            f" A loss in the derivative's rule of a custom_jvp or custom_vjp (there is one at "
+            f"{ruled}) is not seen: register a function of its own that has the tagged loss, with "
+            "objective=False, and pass the gradients of yours to update."
+        )
+    raise ValueError(
+        "The loss function has no tagged loss: nothing says where the network ends. Use a loss "
+        "of curvature.losses in place of its namesake in optax.losses, for example "
+        f"curvature.losses.softmax_cross_entropy_with_integer_labels.{hint}"
+    )
 
 
 def _param_shapes(params: PyTree) -> PyTree:

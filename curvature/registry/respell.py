@@ -195,11 +195,11 @@ def _scan(
     taken = {v: at for v, at in taken.items() if consts[at[0]].weight is not None}
     stacks = [_stack(consts[place], index) for place, index in taken.values()]
     found.times += len(taken)
+    varies = _carried(call, [v.data for v in operands])
 
     def one(carry: list[Any], slices: Any) -> tuple[list[Any], list[Any]]:
         xs, rows = slices
-        # A carry may depend on the data from the second step on.
-        carried = [_Value(x, data=True) for x in carry]
+        carried = [_Value(x, data=on) for x, on in zip(carry, varies, strict=True)]
         inside = [_slice_of(v, x) for v, x in zip(scanned, xs, strict=True)]
         pairs = zip(taken, stacks, rows, strict=True)
         given = {variable: _slice_of(stack, x[None]) for variable, stack, x in pairs}
@@ -216,6 +216,22 @@ def _scan(
         unroll=params["unroll"],
     )
     return [*carry, *ys]
+
+
+def _carried(call: _jax.Call, data: Sequence[bool]) -> list[bool]:
+    """Which carries of a scan depend on the data, from the second step on."""
+    (body,), flags = call.bodies, list(data)
+    places = range(call.num_consts, call.num_consts + call.num_carry)
+    while True:
+        known = {v for v, on in zip(body.invars, flags, strict=True) if on}
+        for equation in body.equations:
+            if any(v in known for v in equation.invars if not isinstance(v, _jax.Literal)):
+                known.update(equation.outvars)
+        before = list(flags)
+        for place, out in zip(places, body.outvars, strict=False):
+            flags[place] |= not isinstance(out, _jax.Literal) and out in known
+        if flags == before:
+            return [flags[place] for place in places]
 
 
 def _stack(value: _Value, index: np.ndarray) -> _Value:

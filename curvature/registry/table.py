@@ -70,6 +70,12 @@ def render(
             f"{term.where}."
         )
     text += meetings(layers)
+    blind = [layer for layer in layers if layer.unbatched and layer.structured]
+    if blind:
+        text.append(
+            f"Some uses of {_some([x.name for x in blind])} do not see the data: their cotangents "
+            "are sums over examples, with a random sign for each."
+        )
     if not batch_found:
         text.append(
             "The loss could not be traced with one more example: axes of the batch's size, or else "
