@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import half
 from jax.sharding import NamedSharding, PartitionSpec
 from meshes import CASES, MODES, entered, make_mesh, put
 
@@ -294,15 +295,15 @@ def test_the_estimators_operator_is_that_of_one_device(case, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", ["mlp", "scanned", "convolution", "tensor_parallel"])
+@pytest.mark.parametrize(
+    ("mode", "case"), half(list(MODES), ["mlp", "scanned", "convolution", "tensor_parallel"])
+)
 def test_exact_operators_are_those_of_one_device(case, mode):
     compare_operators(case, mode, exact)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", ["mlp", "sharded_parameters"])
+@pytest.mark.parametrize(("mode", "case"), half(list(MODES), ["mlp", "sharded_parameters"]))
 def test_the_comparison_is_that_of_one_device(case, mode):
     def table(loss_fn, params, args):
         registry = curvature.register(loss_fn, params, *args)

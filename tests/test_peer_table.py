@@ -560,7 +560,7 @@ for _name, _twist, _shape, _kind in (
     ("in two slices", lambda w: jnp.concatenate([w[:1], w[1:]]), (3, 4), {"dense", "generic"}),
     ("sliced in part", lambda w: w[:3], (5, 4), {"dense", "generic"}),
     ("cast", lambda w: w.astype(jnp.bfloat16).astype(jnp.float32), (3, 4), "dense"),
-    ("weight-normalised", lambda w: w / jnp.linalg.norm(w, axis=0), (3, 4), "generic"),
+    ("weight-normalised", lambda w: w / jnp.linalg.norm(w, axis=0), (3, 4), "dense"),
 ):
     row(f"weight {_name}", {"w": _kind, "head/*": "dense"})(
         functools.partial(twisted, _twist, _shape)

@@ -23,7 +23,7 @@ from reference import factors
 import curvature
 
 N, T, D = 3, 2, 3
-EXAMPLES = int(os.environ.get("RANDOM_NETWORKS", "20"))
+EXAMPLES = int(os.environ.get("RANDOM_NETWORKS", "12"))
 QUICK = 4
 
 

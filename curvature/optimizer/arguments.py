@@ -25,17 +25,18 @@ def at(value: Any, count: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.asarray(value(count) if callable(value) else value).astype(like.dtype)
 
 
-def damping_of(damping: Any, relative: bool | None, *, by_model: bool = False) -> tuple[Any, bool]:
+def damping_of(damping: Any, relative: bool | None, *, absolute: bool = False) -> tuple[Any, bool]:
     """What `damping="auto"` and `relative_damping=None` stand for.
 
     Args:
       damping: as given.
       relative: whether it is a multiple of each block's mean eigenvalue; None: if it is not given.
-      by_model: whether a quadratic model chooses the steps, which knows one damping for all blocks.
+      absolute: whether one damping is for all blocks by default: where a quadratic model chooses
+        the steps, and where a function carries curvature alone, whose scale is its own.
     """
     auto = isinstance(damping, str) and damping == "auto"
     if relative is None:
-        relative = auto and not by_model
+        relative = auto and not absolute
     if auto:
         damping = 3.0 if relative else 1e-3
     return damping, relative

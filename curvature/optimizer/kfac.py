@@ -82,7 +82,7 @@ def kfac(
         `QuadraticModel()` zero says that there is none, any other number that it is chosen.
       damping: added to the curvature; a number, a schedule, or `LevenbergMarquardt()`. `"auto"` is
         three times every block's mean eigenvalue, as `relative_damping` takes it; with
-        `QuadraticModel()`, 1e-3.
+        `QuadraticModel()`, and where the loss carries curvature alone, 1e-3.
       kind: what is averaged: `Fisher`, `EmpiricalFisher` or `GaussNewton`.
       l2: of a penalty 1/2 l2 |params|^2 that is trained on beside the loss: its gradient is added
         to the gradient, its curvature to the damping. A number or a schedule.
@@ -142,7 +142,8 @@ def kfac(
     check_range("l2", l2, 0.0, float("inf"))
     check_instance("learning_rate", learning_rate)
     by_model, adapts = isinstance(learning_rate, QuadraticModel), None
-    damping, relative_damping = damping_of(damping, relative_damping, by_model=by_model)
+    absolute = by_model or not check_registry(registry).objective
+    damping, relative_damping = damping_of(damping, relative_damping, absolute=absolute)
     if not by_model:
         check_range("learning_rate", learning_rate, 0.0, float("inf"))
     if isinstance(kl_clip, str) and kl_clip == "auto":
@@ -152,7 +153,7 @@ def kfac(
     given: Any = damping
     if isinstance(damping, LevenbergMarquardt):
         adapts, given = damping, damping.initial
-        if not check_registry(registry).objective:
+        if not registry.objective:
             raise ValueError(
                 "LevenbergMarquardt compares values of the registered loss, which carries "
                 "curvature alone (register's objective=False, or log_amplitude): its value is not "

@@ -206,7 +206,8 @@ def scale_by_curvature(
     options = Options.of(locals())
     if kl_clip is not None:
         check_positive("kl_clip", kl_clip)
-    usual, relative_damping = damping_of(damping, relative_damping)
+    absolute = not check_registry(registry).objective
+    usual, relative_damping = damping_of(damping, relative_damping, absolute=absolute)
     preconditioner = Preconditioner.create(
         registry,
         kind,
