@@ -112,8 +112,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(registry := curvature.register(loss_fn, params, *images))
     params = train(params, images, args.l2, 200 if args.quick else 500)
     fisher = curvature.Fisher(samples=None)
-    kfac = curvature.Estimator(registry, fisher)(params, *images)
-    diagonal = curvature.Estimator(registry.with_blocks("diagonal"), fisher)(params, *images)
+    kfac = jax.jit(curvature.Estimator(registry, fisher))(params, *images)
+    registry = registry.with_blocks("diagonal")
+    diagonal = jax.jit(curvature.Estimator(registry, fisher))(params, *images)
     square = optax.tree.mul(params, params)
     inverse = kfac.damped_inverse(DAMPING).diagonal()
     saliencies = {
