@@ -148,6 +148,29 @@ def test_levenberg_marquardt_refuses_a_loss_that_is_no_objective(recipe):
         recipe(registry, 0.1)
 
 
+def test_adapters_say_it_as_well(standard_promotion):
+    """Neither framework's register keeps it to itself."""
+    import haiku as hk
+    from flax import nnx
+
+    import curvature_flax.nnx
+    import curvature_haiku
+
+    x, labels = normal(0, 8, 3), jnp.zeros(8, int)
+    loss = curvature.losses.softmax_cross_entropy_with_integer_labels
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    transformed = hk.transform(lambda x: loss(hk.Linear(2)(x), labels).mean())
+    params = transformed.init(jax.random.key(0), x)
+    for objective in (True, False):
+        one = curvature_flax.nnx.register(
+            lambda model, x: loss(model(x), labels).mean(), model, x, objective=objective
+        )
+        other = curvature_haiku.register(
+            transformed, params, jax.random.key(0), x, objective=objective
+        )
+        assert one.objective == other.objective == objective
+
+
 @pytest.mark.parametrize("rate", [0.3, curvature.QuadraticModel()])
 def test_other_gradients_are_what_is_followed(rate, standard_promotion):
     """The surrogate goes down by steps that are preconditioned by the policy's curvature."""

@@ -23,6 +23,7 @@ def register(
     *args: Any,
     wrt: Any = nnx.Param,
     has_aux: bool = False,
+    objective: bool = True,
 ) -> curvature.Registry:
     """Finds the layers of an NNX model from its loss function; see `curvature.register`.
 
@@ -32,6 +33,7 @@ def register(
       *args: the other arguments (batch, keys).
       wrt: filter of the variables that are trained, as given to `nnx.Optimizer`.
       has_aux: whether `loss_fn` returns `(loss, aux)`.
+      objective: whether its value is what is minimised, see `curvature.register`.
 
     Returns:
       The registry of the pure function `(params, rest, *args)`; `Optimizer` supplies `rest`.
@@ -62,7 +64,12 @@ def register(
         return loss_fn(nnx.merge(graph, params, rest), *args)
 
     return curvature.register(
-        pure_loss, nnx.as_pure(params), nnx.as_pure(rest), *args, has_aux=has_aux
+        pure_loss,
+        nnx.as_pure(params),
+        nnx.as_pure(rest),
+        *args,
+        has_aux=has_aux,
+        objective=objective,
     )
 
 

@@ -50,7 +50,11 @@ def loss_function(transformed: Transformed, *, has_aux: bool = False) -> Callabl
 
 
 def register(
-    transformed: Transformed, params: hk.Params, *args: Any, has_aux: bool = False
+    transformed: Transformed,
+    params: hk.Params,
+    *args: Any,
+    has_aux: bool = False,
+    objective: bool = True,
 ) -> curvature.Registry:
     """Finds the layers of a transformed Haiku loss; see `curvature.register`.
 
@@ -59,6 +63,7 @@ def register(
       params: its parameters, from `transformed.init`.
       *args: the arguments of `transformed.apply` after `params`: (state,) random key, batch, ...
       has_aux: whether the loss function returns `(loss, aux)`.
+      objective: whether its value is what is minimised, see `curvature.register`.
 
     Returns:
       The registry. An optimizer made from it wants `loss_args=args`.
@@ -76,6 +81,5 @@ def register(
     >>> updates, _ = tx.update(grads, tx.init(params), params, loss_args=(rng, x, y), key=rng)
     >>> params = optax.apply_updates(params, updates)
     """
-    return curvature.register(
-        loss_function(transformed, has_aux=has_aux), params, *args, has_aux=True
-    )
+    loss = loss_function(transformed, has_aux=has_aux)
+    return curvature.register(loss, params, *args, has_aux=True, objective=objective)

@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for i in range(50):
             walkers, mean = measure(end, walkers, jax.random.fold_in(key, 10**6 + i))
             means.append(float(mean) - EXACT)
-        early = float(np.mean(curve[len(curve) // 8 : len(curve) // 4])) - EXACT
+        early = float(np.mean(curve[len(curve) // 4 : len(curve) // 2])) - EXACT
         error, end = float(np.std(means)) / len(means) ** 0.5, float(np.mean(means))
         results[name] = {"early": early, "end": end, "error": error}
         print(f"{name:11} above exact: {early:.4f} early, {end:.4f} +- {error:.4f} at the end")
