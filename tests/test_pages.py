@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
-PAGES = ["physics.md"]
+PAGES = ["physics.md", "examples.md"]
 BLOCKS = [
     pytest.param(page, i, id=f"{page}-{i}")
     for page in PAGES
