@@ -193,6 +193,17 @@ def _typed(aval: Any, shape: Sequence[int]) -> jax.ShapeDtypeStruct:
     )
 
 
+def undivided(x: Any, axes: Sequence[int]) -> Any:
+    """`x`, whole along axes in its type: a sum over an axis that two factors divide has no type."""
+    sharding = jax.typeof(x).sharding
+    spec = [*sharding.spec, *[None] * (jnp.ndim(x) - len(sharding.spec))]
+    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    if not explicit or all(spec[a] is None for a in axes):
+        return x
+    kept = jax.sharding.PartitionSpec(*(None if a in axes else s for a, s in enumerate(spec)))
+    return jax.reshard(x, NamedSharding(sharding.mesh, kept))
+
+
 def named_axes() -> tuple[str, ...]:
     """The names of the axes of `shard_map`, `pmap` and `vmap` in scope."""
     return tuple(jex_core.unsafe_get_axis_names_DO_NOT_USE())  # type: ignore[attr-defined]

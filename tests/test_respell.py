@@ -515,3 +515,33 @@ def test_training_with_a_weight_normalised_net():
         params, state, value = step(params, state, jax.random.key(i))
         values.append(float(value))
     assert values[-1] < 0.8 * values[0]
+
+
+def test_on_a_mesh_with_explicit_axes():
+    """A sum over an axis that data and weight divide has no type of its own."""
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=kinds)
+    spec = jax.sharding.PartitionSpec
+    shapes = {"w": (4, 4), "g": (4,), "a": (4, 2), "b": (2, 4), "v": (4, 2)}
+    params = {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    x, y = normal(8, 8, 4), normal(9, 8, 2)
+    specs = {name: spec() for name in params} | {"w": spec("model", None)}
+
+    def loss_fn(p, x, y, out=None):
+        w = p["w"] * p["g"] + p["a"] @ p["b"]
+        h = jnp.tanh(jnp.einsum("bi,io->bo", x, w, out_sharding=out))
+        return curvature.losses.squared_error(h @ p["v"], y).mean()
+
+    _, expected = operator(loss_fn, params, (x, y))
+    with jax.set_mesh(mesh):
+        put = jax.tree.map(
+            lambda x, s: jax.device_put(x, s), (params, x, y), (specs, *2 * [spec("data")])
+        )
+        put = (put[0], jax.device_put(x, spec("data", "model")), put[2])
+        registry, found = operator(
+            lambda *args: loss_fn(*args, out=spec("data", None)), put[0], put[1:]
+        )
+        assert registry.coverage == 1
+        dense = {name: block.to_dense() for name, block in found.blocks.items()}
+    for name, block in expected.blocks.items():
+        np.testing.assert_allclose(dense[name], block.to_dense(), rtol=1e-9, atol=1e-12)

@@ -31,6 +31,8 @@ def taken(call: _jax.Call, operands: Sequence[Known | None], length: int) -> Tak
       For each such variable, `(1,) + w.shape[1:]` in shape, the constant's place and the index in
       every step.
     """
+    if not length:
+        return {}
     (body,) = call.bodies
     carried = range(call.num_consts, call.num_consts + call.num_carry)
     facts: list[Steps] = []

@@ -155,10 +155,11 @@ def _product(x: _Labelled, factor: Factor, summed: Sequence[Label], precision: A
         y = jax.lax.dot_general(x, w, pairs, precision=precision)
         return jnp.moveaxis(y, len(kept), 0) if shift else y
 
+    whole = _jax.undivided(factor.array, others[0])
     labels = x.labels
     free = [label for label in x.labels if label not in (*summed, *kept)]
     free += [label for label in factor.labels if label not in (*summed, *kept)]
-    return _Labelled(_both(x.array, factor.array, dot), (*kept, *free))
+    return _Labelled(_both(x.array, whole, dot), (*kept, *free))
 
 
 def _both(x: jax.Array, w: jax.Array, function: Callable[..., jax.Array]) -> jax.Array:
