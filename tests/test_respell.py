@@ -48,6 +48,11 @@ def both(z):
     return jnp.concatenate([z.real, z.imag], 1)
 
 
+def rows_of(x):
+    """Indices made of the data."""
+    return (10 * jnp.abs(x[:, 0])).astype(int) % 5
+
+
 # (as published, as it was always known, shapes, inputs): both are of the same parameters.
 PAIRS = {
     "low rank": (
@@ -148,6 +153,16 @@ PAIRS = {
         ),
         {"w": (3, 4)},
     ),
+    "table of a low rank": (
+        lambda p, x: (p["e"] + p["a"] @ p["b"])[rows_of(x)],
+        lambda p, x: p["e"][rows_of(x)] + p["a"][rows_of(x)] @ p["b"],
+        {"e": (5, 4), "a": (5, 2), "b": (2, 4)},
+    ),
+    "table with a gain": (
+        lambda p, x: (p["e"] * p["g"])[rows_of(x)],
+        lambda p, x: p["e"][rows_of(x)] * p["g"],
+        {"e": (5, 4), "g": (4,)},
+    ),
     "mask": (lambda p, x: x @ (p["w"] * MASK), None, {"w": (3, 4)}),
     "mask and gain": (
         lambda p, x: x @ (p["w"] * MASK * p["g"]),
@@ -218,7 +233,13 @@ def check_exact(model, shapes, features=3):
     )
     registry, dense = operator(loss_fn, params, data, "dense")
     assert registry.coverage == 1
-    assert {layer.kind for layer in registry.layers} <= {"dense", "conv", "scale", "shift"}
+    assert {layer.kind for layer in registry.layers} <= {
+        "dense",
+        "conv",
+        "embedding",
+        "scale",
+        "shift",
+    }
     _, diagonal = operator(loss_fn, params, data, "diagonal")
     for name in params:
         flat = each[name].reshape(N, -1)
@@ -288,6 +309,13 @@ def held(w, name):
 
 
 NORMS = {
+    "rows of a table, norm": (
+        lambda p, x: (p["e"] / jnp.linalg.norm(p["e"], axis=1, keepdims=True))[rows_of(x)],
+        lambda p, x: (
+            p["e"] / jax.lax.stop_gradient(jnp.linalg.norm(p["e"], axis=1, keepdims=True))
+        )[rows_of(x)],
+        {"e": (5, 4)},
+    ),
     "norm": (
         lambda p, x: x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0) * p["g"]),
         lambda p, x: x @ (held(p["w"], "norm") * p["g"]),

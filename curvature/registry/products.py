@@ -206,6 +206,46 @@ def convolution(equation: _jax.Equation, x: jax.Array, weight: Weight) -> jax.Ar
     return total
 
 
+def lookup(equation: _jax.Equation, weight: Weight, indices: jax.Array) -> jax.Array | None:
+    """Rows of a computed table: of each factor that has rows, then times those that have none."""
+    numbers, params = equation.params["dimension_numbers"], equation.params
+    batch, rest = indices.shape[:-1], weight.axes[1:]
+    trailing = tuple(range(len(batch), len(batch) + len(rest)))
+    whole = (1, *weight.shape[1:]) == tuple(params["slice_sizes"])
+    first = (numbers.collapsed_slice_dims, numbers.start_index_map) == ((0,), (0,))
+    if not (whole and first and numbers.offset_dims == trailing):
+        return None
+    rows, leading = weight.axes[0], tuple(Label(n) for n in batch)
+    flat = [*leading, *(label for axis in rest for label in axis)]
+
+    def taken(factor: Factor) -> _Labelled:
+        others = [label for label in factor.labels if label not in rows]
+        table = _Labelled(factor.array, factor.labels).ordered([*rows, *others])
+        table = table.reshape([-1, *(label.size for label in others)])
+        found = table.at[indices[..., 0]].get(mode=params["mode"])
+        return _Labelled(found, (*leading, *others))
+
+    total = None
+    for term in weight.terms:
+        with_rows = [f for f in term.factors if set(f.labels) & set(rows)]
+        trained = [f for f in with_rows if f.sources]
+        if len(trained) != 1 or not rows:
+            return None
+        x = taken(trained[0])
+        for factor in with_rows:
+            if factor is not trained[0]:  # a norm of each row
+                part = taken(factor)
+                x = _gain(x, Factor(part.array, part.labels))
+        left = tuple(f for f in term.factors if f not in with_rows)
+        y = _chain(x, dataclasses.replace(term, factors=left), flat, None)
+        if y is None:
+            return None
+        array = _times(y.ordered(flat), term.number)
+        total = array if total is None else total + array
+    shape, dtype = equation.outvars[0].aval.shape, equation.outvars[0].aval.dtype
+    return None if total is None else total.reshape(shape).astype(dtype)
+
+
 def scaled(x: jax.Array, weight: Weight) -> jax.Array | None:
     """Data times sums of products of parameters, entry by entry."""
     flat = tuple(label for axis in weight.axes for label in axis)

@@ -383,6 +383,8 @@ def _met(equation: _jax.Equation, operands: list[_Value], found: _Found) -> jax.
         new = products.dot(equation, x, weight, side)
     elif name == "conv_general_dilated" and side == 1:
         new = products.convolution(equation, x, weight)
+    elif name == "gather" and side == 0:
+        new = products.lookup(equation, weight, x)
     elif name == "mul":
         new = products.scaled(x, weights.broadcast(weight, shape, range(len(shape))))
     elif name in ("add", "add_any") or (name == "sub" and side == 1):
