@@ -26,7 +26,7 @@ from curvature.estimator.kinds import Kind
 from curvature.meshes import automatic, off_mesh, on_mesh
 from curvature.precision import HIGHEST, accumulator
 from curvature.registry import Layer, Registry
-from curvature.registry.registry import Analysis
+from curvature.registry.analysis import Analysis
 
 PyTree = Any
 T = TypeVar("T")

@@ -24,7 +24,7 @@ from curvature.estimator.kinds import Draw
 from curvature.estimator.rows import output_rows
 from curvature.losses import OutputLoss, Targets
 from curvature.registry import Layer, LossTag
-from curvature.registry.registry import Analysis
+from curvature.registry.analysis import Analysis
 from curvature.registry.taps import Contraction
 
 

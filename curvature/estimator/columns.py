@@ -17,7 +17,7 @@ from curvature.estimator.evaluate import Sweep, evaluate
 from curvature.estimator.factors import Statistics
 from curvature.estimator.kinds import Draw, Kind
 from curvature.precision import accumulator
-from curvature.registry.registry import Analysis
+from curvature.registry.analysis import Analysis
 
 PyTree = Any
 

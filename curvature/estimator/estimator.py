@@ -25,8 +25,8 @@ from curvature.estimator.share import check_share, examples_of, ratios, sums
 from curvature.meshes import automatic, on_mesh
 from curvature.precision import FAST, Precision, accumulator, check_precision
 from curvature.registry import Layer, Registry, check_registry
+from curvature.registry.analysis import Analysis
 from curvature.registry.layers import EXCLUDED
-from curvature.registry.registry import Analysis
 
 PyTree = Any
 _FISHER = Fisher()

@@ -22,7 +22,7 @@ from curvature.estimator.evaluate import Sweep, evaluate
 from curvature.estimator.kinds import Kind
 from curvature.meshes import automatic
 from curvature.registry import Registry
-from curvature.registry.registry import Analysis
+from curvature.registry.analysis import Analysis
 from curvature.registry.taps import Batch
 from curvature.registry.twin import numbers_of_examples
 
