@@ -573,3 +573,26 @@ def test_on_a_mesh_with_explicit_axes():
         dense = {name: block.to_dense() for name, block in found.blocks.items()}
     for name, block in expected.blocks.items():
         np.testing.assert_allclose(dense[name], block.to_dense(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda p, x: x * p["w"].sum(),
+        lambda p, x: x + p["w"].sum(0),
+        lambda p, x: x - p["w"].sum() * p["g"],
+        lambda p, x: x * (p["w"] @ p["w"].T).sum(),
+        lambda p, x: x @ jnp.cumsum(p["w"], 0),
+    ],
+)
+def test_what_has_no_other_spelling_is_registered_as_ever(model):
+    params = {"w": normal(0, 3, 3), "g": normal(1, 3)}
+    x, y = normal(8, N, 3), normal(9, N, 3)
+
+    def loss_fn(p, x, y):
+        return curvature.losses.squared_error(model(p, x), y).mean()
+
+    registry = curvature.register(loss_fn, params, x, y)
+    estimator = curvature.Estimator(registry, curvature.EmpiricalFisher())
+    found = estimator.statistics(params, x, y, key=jax.random.key(0))
+    assert all(np.isfinite(s).all() for s in jax.tree.leaves(found))

@@ -254,7 +254,7 @@ def scaled(x: jax.Array, weight: Weight) -> jax.Array | None:
     for term in weight.terms:
         y = start
         for part in _parts(term, flat):
-            rows = part[0] if len(part) == 1 else _repeating(part, flat)
+            rows = _repeating(part, flat)
             if rows is None:
                 return None
             y = _gain(y, rows)
@@ -270,7 +270,7 @@ def shifted(x: jax.Array, weight: Weight) -> jax.Array | None:
     for term in weight.terms:
         rows = None
         for part in _parts(term, flat):
-            made = part[0] if len(part) == 1 else _repeating(part, flat)
+            made = _repeating(part, flat)
             if made is None or (rows is not None and len(part) == 1 and part[0].sources):
                 return None  # a product of parameters alone, which no data meets in turn
             rows = _wide(made, flat) if rows is None else rows * _wide(made, flat)
@@ -313,6 +313,8 @@ def _repeating(factors: list[Factor], flat: Labels) -> Factor | None:
 
     So are derivatives in directions that are the same for all (`e_i @ w`), and learned queries.
     """
+    if len(factors) == 1:
+        return factors[0] if set(factors[0].labels) <= set(flat) else None
     known = {label for factor in factors for label in factor.labels}
     beside = [label for label in flat if label not in known]
     for first in sorted(factors, key=lambda f: len(f.sources)):  # a constant, if there is one
