@@ -254,11 +254,20 @@ def trials(registry, params, batch, options, count):
 @pytest.mark.parametrize(
     "options",
     [
-        {"limit": 100, "approximations": ("kronecker",)},
-        {"kinds": KINDS | {"F": curvature.Fisher(samples=4)}},
-        {"kinds": KINDS | {"F": curvature.Fisher(samples=8)}, "limit": 100},
+        pytest.param(
+            {"limit": 100, "approximations": ("kronecker",)},
+            id="projected",
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
+            {"kinds": KINDS | {"F": curvature.Fisher(samples=4)}},
+            id="sampled",
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
+            {"kinds": KINDS | {"F": curvature.Fisher(samples=8)}, "limit": 100}, id="both"
+        ),
     ],
-    ids=["projected", "sampled", "both"],
 )
 def test_stated_errors_cover_the_truth_in_nine_of_ten_trials(options):
     rng = np.random.default_rng(1)

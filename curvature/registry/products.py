@@ -235,6 +235,8 @@ def lookup(equation: _jax.Equation, weight: Weight, indices: jax.Array) -> jax.A
         for factor in with_rows:
             if factor is not trained[0]:  # a norm of each row
                 part = taken(factor)
+                if not set(part.labels) <= set(x.labels):
+                    return None
                 x = _gain(x, Factor(part.array, part.labels))
         left = tuple(f for f in term.factors if f not in with_rows)
         y = _chain(x, dataclasses.replace(term, factors=left), flat, None)

@@ -386,9 +386,9 @@ def _met(equation: _jax.Equation, operands: list[_Value], found: _Found) -> jax.
     elif name == "gather" and side == 0:
         new = products.lookup(equation, weight, x)
     elif name == "mul":
-        new = products.scaled(x, weights.broadcast(weight, shape, range(len(shape))))
+        new = products.scaled(x, weights.broadcast(weight, shape, range(len(weight.axes))))
     elif name in ("add", "add_any") or (name == "sub" and side == 1):
-        weight = weights.broadcast(weight, shape, range(len(shape)))
+        weight = weights.broadcast(weight, shape, range(len(weight.axes)))
         new = products.shifted(x, weight.times(-1.0) if name == "sub" else weight)
     found.times += new is not None
     return new
