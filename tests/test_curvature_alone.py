@@ -148,6 +148,18 @@ def test_levenberg_marquardt_refuses_a_loss_that_is_no_objective(recipe):
         recipe(registry, 0.1)
 
 
+def stepping(tx):
+    """A step of the surrogate's gradient."""
+
+    @jax.jit
+    def step(params, state, key):
+        grads = jax.grad(clipped)(params, X)
+        updates, state = tx.update(grads, state, params, loss_args=(X,), key=key)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
 def test_adapters_say_it_as_well(standard_promotion):
     """Neither framework's register keeps it to itself."""
     import haiku as hk
@@ -176,13 +188,7 @@ def test_other_gradients_are_what_is_followed(rate, standard_promotion):
     """The surrogate goes down by steps that are preconditioned by the policy's curvature."""
     registry = curvature.register(policy, PARAMS, X, objective=False)
     tx = curvature.kfac(registry, rate, damping=1e-2)
-
-    @jax.jit
-    def step(params, state, key):
-        grads = jax.grad(clipped)(params, X)
-        updates, state = tx.update(grads, state, params, loss_args=(X,), key=key)
-        return optax.apply_updates(params, updates), state
-
+    step = stepping(tx)
     params, state = PARAMS, tx.init(PARAMS)
     for i in range(30):
         params, state = step(params, state, jax.random.key(i))
@@ -200,13 +206,7 @@ def test_a_loss_that_never_changes_is_noticed(constant):
 
     registry = curvature.register(loss_fn, PARAMS, X)
     tx = curvature.kfac(registry, 0.1, damping=curvature.LevenbergMarquardt(0.1, every=1))
-
-    @jax.jit
-    def step(params, state, key):
-        grads = jax.grad(clipped)(params, X)
-        updates, state = tx.update(grads, state, params, loss_args=(X,), key=key)
-        return optax.apply_updates(params, updates), state
-
+    step = stepping(tx)
     params, state = PARAMS, tx.init(PARAMS)
     with pytest.raises(RuntimeError, match="changed by nothing"):
         for i in range(20):

@@ -118,10 +118,8 @@ def experts(p, x, y):
     return curvature.losses.squared_error(z, y).sum(-1).mean()
 
 
-@pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("block", ["kronecker", "kronecker_weighted"])
-def test_experts_are_divided(block, ragged):
-    """Each of two devices has two of four experts, and their examples."""
+def divided(ragged=False):
+    """The same loss, two of the four experts and their examples on each of two devices."""
 
     def local(p, x, y):
         if ragged:
@@ -134,13 +132,19 @@ def test_experts_are_divided(block, ragged):
         losses = curvature.losses.squared_error(z, y).sum(-1)
         return jax.lax.pmean(losses.mean(), "data")
 
-    loss_fn = jax.shard_map(
+    return jax.shard_map(
         local,
         mesh=mesh(2, 2),
         in_specs=({"up": P("data"), "down": P("data")}, P("data"), P("data")),
         out_specs=P(),
     )
-    registry = check_same(loss_fn, experts, EXPERTS, block)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("block", ["kronecker", "kronecker_weighted"])
+def test_experts_are_divided(block, ragged):
+    """Each of two devices has two of four experts, and their examples."""
+    registry = check_same(divided(ragged), experts, EXPERTS, block)
     assert {layer.stack for layer in registry.layers} == {(2, 2)}
 
 
@@ -176,21 +180,8 @@ def test_divided_weights_of_scanned_layers():
 
 def test_a_step_with_divided_weights():
     """K-FAC steps on experts of two devices as on one."""
-
-    def local(p, x, y):
-        h = jnp.tanh(jnp.einsum("eni,eio->eno", x.reshape(2, 2, 3), p["up"]))
-        z = jnp.einsum("eno,eok->enk", h, p["down"]).reshape(4, 2)
-        losses = curvature.losses.squared_error(z, y).sum(-1)
-        return jax.lax.pmean(losses.mean(), "data")
-
-    loss_fn = jax.shard_map(
-        local,
-        mesh=mesh(2, 2),
-        in_specs=({"up": P("data"), "down": P("data")}, P("data"), P("data")),
-        out_specs=P(),
-    )
     updates = []
-    for f in (loss_fn, experts):
+    for f in (divided(), experts):
         registry = curvature.register(f, EXPERTS, X, Y)
         tx = curvature.kfac(registry, 0.1, kind=curvature.EmpiricalFisher())
 

@@ -375,7 +375,8 @@ def _met(equation: _jax.Equation, operands: list[_Value], found: _Found) -> jax.
     if len(operands) != 2 or len(sides) != 1:
         return None
     side, x = sides[0], operands[1 - sides[0]].array
-    weight = _held(operands[side].weight, found)
+    held: set[int] = set()
+    weight = _held(operands[side].weight, held)
     if weight is None:
         return None
     new = None
@@ -390,15 +391,17 @@ def _met(equation: _jax.Equation, operands: list[_Value], found: _Found) -> jax.
     elif name in ("add", "add_any") or (name == "sub" and side == 1):
         weight = weights.broadcast(weight, shape, range(len(weight.axes)))
         new = products.shifted(x, weight.times(-1.0) if name == "sub" else weight)
-    found.times += new is not None
+    if new is not None:
+        found.times += 1
+        found.held |= held
     return new
 
 
-def _held(weight: Weight | None, found: _Found) -> Weight | None:
+def _held(weight: Weight | None, held: set[int]) -> Weight | None:
     """The weight with all that is made of parameters that are factors anyway held constant.
 
-    That is a norm beside what is divided by it, and a mean beside what it is taken from. None for
-    a weight without a parameter as it is.
+    That is a norm beside what is divided by it, and a mean beside what it is taken from; `held`
+    gets the numbers of these parameters. None for a weight without a parameter as it is.
     """
     assert weight is not None
     axes = {label for axis in weight.axes for label in axis}
@@ -411,13 +414,13 @@ def _held(weight: Weight | None, found: _Found) -> Weight | None:
         inner = [f for f in term.factors if not set(f.labels) <= axes]
         rest = [f for f in term.factors if f not in inner]
         if inner and _of(inner) <= others:
-            found.held |= _of(inner)
+            held |= _of(inner)
             rest.append(weights.evaluated([f.constant() for f in inner], axes))
         else:
             rest = list(term.factors)
         mine = others | _of(f for f in rest if f.plain)
         derived = [f for f in rest if not f.plain and f.sources and f.sources <= mine]
-        found.held |= _of(derived)
+        held |= _of(derived)
         rest = [f.constant() if f in derived else f for f in rest]
         terms.append(weights.merged(dataclasses.replace(term, factors=tuple(rest))))
     return dataclasses.replace(weight, terms=tuple(terms))

@@ -44,10 +44,9 @@ def init(key: Array, sizes: Sequence[int] = (3, 32, 32, 1)) -> Params:
 
 def log_psi(params: Params, x: Array) -> Array:
     """log psi of positions `(..., 2, 3)`, in Bohr."""
-    r = jnp.sqrt((x**2).sum(-1))
-    r12 = jnp.sqrt(((x[..., 0, :] - x[..., 1, :]) ** 2).sum(-1))
-    both = jnp.stack([r12, r12], -1)
-    h = jnp.stack([r, r[..., ::-1], both], -1)  # electrons are equal: each order once
+    r, apart = jnp.sqrt((x**2).sum(-1)), x[..., 0, :] - x[..., 1, :]
+    r12 = jnp.sqrt((apart**2).sum(-1))
+    h = jnp.stack([r, r[..., ::-1], jnp.stack([r12, r12], -1)], -1)  # each order of the two once
     h = h / (1 + h)
     for i, layer in enumerate(params):
         h = h @ layer["w"] + layer["b"].reshape((1,) * (h.ndim - 1) + (-1,))
@@ -137,14 +136,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print(f"{name:11} above exact: {early:.4f} early, {end:.4f} +- {error:.4f} at the end")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(json.dumps(results, indent=1))
-    figure, axes = plt.subplots(layout="constrained")
+    figure, axes = plt.subplots(layout="constrained", num="vmc", clear=True)
     for name, curve in curves.items():
         axes.plot(np.convolve(curve, np.ones(20) / 20, "valid"), label=name, lw=1.2)
     axes.axhline(EXACT, color="black", lw=0.8, ls="--", label="exact")
     axes.set(xlabel="steps", ylabel="energy, Hartree", ylim=(EXACT - 0.01, EXACT + 0.09))
     axes.legend(title="helium, means of 20 steps", frameon=False)
     figure.savefig(args.out / "energy.png", dpi=150)
-    plt.close(figure)
     return results
 
 
