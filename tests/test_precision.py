@@ -237,8 +237,8 @@ def test_examples_that_meet() -> None:
 
 
 def passed_on(value: ast.expr) -> bool:
-    """Whether a precision is the one that a function was given."""
-    return isinstance(value, ast.Name) and value.id == "precision"
+    """Whether a precision is the one that a function, or the model's own equation, was given."""
+    return ast.unparse(value) in ("precision", "equation.params['precision']")
 
 
 def declared() -> dict[tuple[str, int, int], str]:
