@@ -11,7 +11,6 @@ from curvature.blocks import (
     Kronecker,
 )
 from curvature.comparison import Comparison, compare
-from curvature.estimator import EmpiricalFisher, Estimator, Fisher, GaussNewton
 from curvature.optimizer import (
     QR,
     Cholesky,
@@ -39,8 +38,9 @@ from curvature.optimizer import (
     state_shardings,
     with_factors,
 )
-from curvature.registry import Layer, LossTag, Registry, register
-from curvature.tags import tag_layer
+from curvature.statistics import EmpiricalFisher, Estimator, Fisher, GaussNewton
+from curvature.trace import Layer, LossTag, Registry, register
+from curvature.trace.tags import tag_layer
 
 __all__ = [
     "QR",

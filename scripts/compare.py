@@ -20,8 +20,8 @@ import jax
 import curvature
 from comparing import examples, kinds, source
 from curvature.comparison.compare import STRUCTURED
-from curvature.comparison.report.words import summary
 from curvature.comparison.structured import NAMES
+from curvature.report.words import summary
 from digits import options, plots
 
 EPILOG = f"""\

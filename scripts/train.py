@@ -353,7 +353,8 @@ def _compare(comparing: watch.Watch, run: loop.Run, out: Path) -> None:
     plots.save(comparing.history.plot(), out / "comparison.png")
     print(f"written   {out / 'comparison.png'}", end="\n" if run.stopped else ", ", flush=True)
     if not run.stopped:  # else there is nothing to compare
-        found = comparing.full(run.state, progress=run.plan.progress)
+        state = run.state
+        found = comparing.full(state.params, state.model_state, run.plan.progress)
         found.save_html(out / "comparison.html")
         print(f"{out / 'comparison.html'}\n\n{found.table()}")
 

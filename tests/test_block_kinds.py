@@ -16,7 +16,7 @@ from reference import rows
 
 import curvature
 from curvature import _jax
-from curvature.estimator.factors import factors_of
+from curvature.statistics.factors import factors_of
 
 FACTORED = ("kronecker", "kronecker_reduce", "kronecker_weighted", "foof", "ekfac")
 KINDS = (*FACTORED, "diagonal", "dense", "identity")

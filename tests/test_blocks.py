@@ -16,7 +16,7 @@ import pytest
 
 import curvature
 from curvature import Dense, Diagonal, Kronecker
-from curvature.estimator.factors import factors_of
+from curvature.statistics.factors import factors_of
 
 D_IN, D_OUT = 4, 3
 

@@ -10,8 +10,8 @@ from cases import CASES, normal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import curvature
-from curvature.estimator import rows
-from curvature.estimator.chunks import map_over_examples, sum_over_examples
+from curvature.statistics import rows
+from curvature.statistics.chunks import map_over_examples, sum_over_examples
 
 BLOCKS = ("kronecker", "kronecker_reduce", "kronecker_weighted", "ekfac", "diagonal")
 

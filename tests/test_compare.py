@@ -11,7 +11,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import curvature
-from curvature.comparison import Figure, asked, compare, structured
+from curvature.comparison import Figure, arguments, compare, structured
 from curvature.comparison.projection import PARTS, Projection, folded, width
 from curvature.comparison.result import WHOLE
 from curvature.dataset import shares
@@ -172,7 +172,7 @@ def test_structured_approximations_are_compared_with_the_exact_block(name):
 @pytest.mark.parametrize("name", structured.NAMES)
 @pytest.mark.parametrize("kind", ["F", "E"])
 def test_inner_products_with_approximations_need_no_matrix(name, kind):
-    plan, _ = asked.planned(REGISTRY, PARAMS, BATCHES[0], KINDS, None, 10, 1e9)
+    plan, _ = arguments.planned(REGISTRY, PARAMS, BATCHES[0], KINDS, None, 10, 1e9)
     found = structured.Approximations(
         plan, kind, PARAMS, lambda: shares(BATCHES, None, averaged=True), KEY
     )
@@ -194,7 +194,7 @@ def test_inner_products_with_approximations_need_no_matrix(name, kind):
 def test_inner_products_from_samples_cover_that_with_the_exact_block(name):
     """Also where the approximation is itself from samples, which are others."""
     kinds = {"F": curvature.Fisher(samples=4)}
-    plan, _ = asked.planned(REGISTRY, PARAMS, BATCHES[0], kinds, None, 10, 1e9)
+    plan, _ = arguments.planned(REGISTRY, PARAMS, BATCHES[0], kinds, None, 10, 1e9)
     index = blocks()["w"]
     exact = dense()[0][np.ix_(index, index)]
     hits = []

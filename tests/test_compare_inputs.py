@@ -14,7 +14,7 @@ import pytest
 
 import curvature
 from curvature import losses, metrics
-from curvature.comparison.report.words import summary
+from curvature.report.words import summary
 
 KEY = jax.random.key(0)
 FEW: dict[str, Any] = {"key": KEY, "progress": False, "directions": False, "approximations": ()}

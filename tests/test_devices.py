@@ -12,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 from test_block_kinds import KINDS
 
 import curvature
-from curvature.estimator.factors import factors_of
+from curvature.statistics.factors import factors_of
 
 P = PartitionSpec
 N, DEVICES = 8, 4

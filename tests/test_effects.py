@@ -11,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import curvature
 from curvature import metrics, operators, proximal
-from curvature.outputs import linearise
+from curvature.trace.outputs import linearise
 
 X = jax.random.normal(jax.random.key(0), (8, 3))
 Y = jax.random.normal(jax.random.key(1), (8, 2))

@@ -7,7 +7,7 @@ from cases import normal
 
 import curvature
 from curvature import _jax
-from curvature.estimator.passes import AT_ONCE, sum_passes
+from curvature.statistics.passes import AT_ONCE, sum_passes
 
 PARAMS = {"first": normal(0, 3, 4), "second": normal(1, 4, 4), "last": normal(2, 4, 70)}
 DATA = normal(3, 5, 3), jnp.arange(5)

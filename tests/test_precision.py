@@ -175,7 +175,7 @@ def of_block(block: str, *, centred: bool = False) -> set[tuple[str, int]]:
 
 
 def block_for(layer: curvature.Layer, block: str) -> str | None:
-    from curvature.registry.choose import _obstacle
+    from curvature.trace.overrides import _obstacle
 
     return None if _obstacle(layer, block) else block
 

@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 import curvature
 from curvature import linalg
 from curvature.optimizer import quadratic
-from curvature.optimizer.refresh import methods, turns
+from curvature.optimizer.refresh import methods, schedule
 
 KEYS = jax.random.split(jax.random.key(0), 8)
 PARAMS = {
@@ -294,7 +294,7 @@ def test_turns_are_balanced_and_complete():
     """Longest first: no turn has more than 4/3 of the best possible (Graham 1969)."""
     rng = np.random.default_rng(0)
     costs = [int(c) for c in rng.integers(1, 1000, 40) ** 2]
-    windows = turns.dealt([turns.Unit(i, ("input",), 1, c) for i, c in enumerate(costs)], 7)
+    windows = schedule.dealt([schedule.Unit(i, ("input",), 1, c) for i, c in enumerate(costs)], 7)
     assert all(sum(window.turns) == 1 for window in windows)
     best = max(sum(costs) / 7, max(costs))
     work = [sum(w.unit.cost for w in windows if w.turns[turn]) for turn in range(7)]

@@ -13,7 +13,7 @@ from meshes import MODES, entered, make_mesh, put
 
 import curvature
 from curvature import _jax
-from curvature.optimizer.refresh.turns import Unit, dealt
+from curvature.optimizer.refresh.schedule import Unit, dealt
 
 DEPTH, WIDTH, STEPS = 5, 4, 3
 KEY = jax.random.key(0)

@@ -84,7 +84,7 @@ def test_the_loss_is_traced_twice_and_scanned_layers_do_not_cost_more():
         params = {"w": jnp.ones((depth, 3, 3))}
         registry = curvature.register(loss, params, X, X)
         assert len(calls) == 2
-        steps.append(len(list(registry.analyse(params, (X, X)).plan.walk())))
+        steps.append(len(list(registry.analyse(params, (X, X)).program.walk())))
     assert steps[0] == steps[1]
 
 

@@ -6,8 +6,8 @@ import re
 import pytest
 from comparisons import EF, NAN, NASTY, PARTIAL, block, comparison, missing, nasty, pair, realistic
 
-from curvature.comparison.report.markup import prose
 from curvature.comparison.result import WHOLE
+from curvature.report.markup import prose
 
 VOID = {"meta", "link", "br", "wbr"}
 
@@ -96,7 +96,7 @@ def test_the_numbers_are_there(tmp_path):
 
 
 def test_every_summary_sentence_is_there(tmp_path):
-    from curvature.comparison.report.words import summary
+    from curvature.report.words import summary
 
     made = realistic()
     text = Reader(page(made, tmp_path)).text
@@ -160,7 +160,7 @@ def test_what_is_missing_is_a_dash(tmp_path):
 def test_the_files_of_the_page_are_in_the_package():
     from importlib import resources
 
-    folder = resources.files("curvature.comparison.report")
+    folder = resources.files("curvature.report")
     for name in ("report.css", "report.js"):
         assert folder.joinpath(name).is_file()
 

@@ -6,10 +6,10 @@ import math
 import pytest
 from comparisons import EF, KINDS, NAN, block, comparison, pair, realistic, same, spectrum
 
-from curvature.comparison.report.scale import Side, away, factor, side, times
-from curvature.comparison.report.words import others, paragraphs, summary
-from curvature.comparison.report.writing import plural, rounded, text
 from curvature.comparison.result import WHOLE, Figure, ModelState, Structured
+from curvature.report.verdicts import Side, away, factor, side, times
+from curvature.report.words import others, paragraphs, summary
+from curvature.report.writing import plural, rounded, text
 
 GN = ("Fisher", "Gauss-Newton")
 

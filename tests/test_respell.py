@@ -488,7 +488,7 @@ def test_models_of_known_spelling_are_not_traced_again(monkeypatch):
     """Nothing is written anew where all parameters are in layers anyway."""
     calls = []
     monkeypatch.setattr(
-        "curvature.registry.analysis.respelled", lambda *args: calls.append(args) or None
+        "curvature.trace.analysis.respelled", lambda *args: calls.append(args) or None
     )
     for name, written in (("gain of outputs", 0), ("gain of outputs", 1)):
         model, other, shapes = PAIRS[name]

@@ -92,8 +92,8 @@ def test_random_weights(seed, standard_promotion):
         if not any(np.any(g) for g in jax.tree.leaves(gradient)):
             continue
         registry = curvature.register(loss_fn, PARAMS, X)
-        plan = registry.analyse(PARAMS, (X,)).plan
-        found = value_of(plan.jaxpr, [*jax.tree.leaves(PARAMS), X])
+        program = registry.analyse(PARAMS, (X,)).program
+        found = value_of(program.jaxpr, [*jax.tree.leaves(PARAMS), X])
         np.testing.assert_allclose(found, loss_fn(PARAMS, X), rtol=1e-9)
         tried += 1
     assert tried > 20

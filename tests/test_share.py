@@ -9,8 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 import curvature
 from curvature import losses
-from curvature.estimator.share import examples_of
-from curvature.registry.taps import Batch
+from curvature.statistics.share import examples_of
+from curvature.trace.layouts import Batch
 
 KEY = jax.random.key(0)
 PARAMS = {

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import curvature
-from curvature.estimator.stacks import Stacks, stacks
+from curvature.statistics.stacks import Stacks, stacks
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 KEYS = jax.random.split(jax.random.key(0), 12)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import curvature
 from curvature import losses
-from curvature.registry.views import View, overlap, remainder
+from curvature.trace.views import View, overlap, remainder
 
 SHAPES = [(12,), (4, 6), (2, 3, 4), (3, 1, 4), (2, 2, 2, 3)]
 

@@ -18,7 +18,7 @@ from curvature.blocks.identity import Identity
 from curvature.blocks.kronecker import Kronecker
 from curvature.meshes import automatic, on_mesh
 from curvature.precision import accumulator
-from curvature.registry import Layer
+from curvature.trace import Layer
 from curvature.trees import difference
 
 PyTree = Any

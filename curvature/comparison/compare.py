@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvature.comparison import asked, figures, structured
-from curvature.comparison.figures import Estimate
-from curvature.comparison.measure import Measurement, Plan
+from curvature.comparison import arguments, estimates, structured
+from curvature.comparison.accumulate import Measurement, Plan
+from curvature.comparison.estimates import Estimate
 from curvature.comparison.result import (
     WHOLE,
     Block,
@@ -23,8 +23,8 @@ from curvature.comparison.result import (
 )
 from curvature.comparison.state import Prediction
 from curvature.dataset import first_batch, shares
-from curvature.estimator.kinds import Kind
-from curvature.registry import Registry
+from curvature.statistics.kinds import Kind
+from curvature.trace import Registry
 
 PyTree = Any
 _ROUGH = 0.1  # of a matrix's norm
@@ -100,9 +100,9 @@ def compare(
     4
     """
     args = first_batch(batches)
-    asked.check(params, approximations, damping, top, limit)
-    by_name, notes = asked.named(registry, kinds)
-    plan, left_out = asked.planned(registry, params, args, by_name, blocks, limit, memory)
+    arguments.check(params, approximations, damping, top, limit)
+    by_name, notes = arguments.named(registry, kinds)
+    plan, left_out = arguments.planned(registry, params, args, by_name, blocks, limit, memory)
     notes = [*notes, *left_out]
     bar = _bar(progress)
 
@@ -304,18 +304,18 @@ def _block(
     directions: bool,
 ) -> Block:
     """Everything about one block."""
-    estimates = {kind: _estimate(plan, measured, kind, name) for kind in plan.kinds}
+    found = {kind: _estimate(plan, measured, kind, name) for kind in plan.kinds}
     layers = [x for x in plan.layers if x.name in (plan.whole if name == WHOLE else (name,))]
     spectra: dict[str, Spectrum] = {
-        kind: figures.spectrum(estimate, damping, top) for kind, estimate in estimates.items()
+        kind: estimates.spectrum(estimate, damping, top) for kind, estimate in found.items()
     }
     order = list(plan.kinds)
     pairs: dict[tuple[str, str], Pair] = {
-        (a, b): figures.pair(estimates[a], estimates[b], damping, top, directions=directions)
+        (a, b): estimates.pair(found[a], found[b], damping, top, directions=directions)
         for i, a in enumerate(order)
         for b in order[i + 1 :]
     }
-    projected = next(iter(estimates.values())).projected
+    projected = next(iter(found.values())).projected
     return Block(
         name=name,
         parameters=tuple(path for layer in layers for path in layer.parameters),

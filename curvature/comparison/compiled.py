@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-from curvature.registry import Registry
+from curvature.trace import Registry
 
 T = TypeVar("T")
 _MOST = 256  # entries of one registry

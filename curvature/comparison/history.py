@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 
-from curvature.comparison.asked import named
+from curvature.comparison import presentation
+from curvature.comparison.arguments import named
 from curvature.comparison.compare import compare
 from curvature.comparison.result import Comparison, Figure, Pair
-from curvature.estimator.kinds import Kind
-from curvature.registry import Registry
+from curvature.statistics.kinds import Kind
+from curvature.trace import Registry
 
 PyTree = Any
 PREFIX = "compare/"
@@ -179,10 +180,8 @@ class History:
           ImportError: there is no matplotlib.
           ValueError: there are no records, or none of this kind.
         """
-        from curvature.comparison.report.history_plot import plot
-
         reference = next(iter(named(self._registry, self._options["kinds"])[0]))
-        return plot(self.records, reference, kind, figure=figure)
+        return presentation.plot_history(self.records, reference, kind, figure)
 
 
 def scalars(comparison: Comparison) -> dict[str, float]:

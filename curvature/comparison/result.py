@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from curvature.comparison import presentation
+
 WHOLE = "whole network"
 
 
@@ -183,9 +185,7 @@ class Comparison:
 
     def table(self) -> str:
         """The main figures as text: a line for each block and pair, at most 100 columns wide."""
-        from curvature.comparison.report.table import table
-
-        return table(self)
+        return presentation.table(self)
 
     def save_html(self, path: str | Path) -> None:
         """Writes a report as one HTML file that needs no network.
@@ -193,9 +193,7 @@ class Comparison:
         Args:
           path: of the file.
         """
-        from curvature.comparison.report.html import save_html
-
-        save_html(self, path)
+        presentation.save_html(self, path)
 
     def plot(self, pair: tuple[str, str] | None = None, *, figure: Any = None) -> Any:
         """Draws one pair for a paper; needs matplotlib, which the extra `curvature[report]` brings.
@@ -212,9 +210,7 @@ class Comparison:
           ImportError: there is no matplotlib.
           ValueError: no block has this pair.
         """
-        from curvature.comparison.report.plots import plot
-
-        return plot(self, pair, figure=figure)
+        return presentation.plot(self, pair, figure)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """All of it as JSON, written to a file where a path is given.

@@ -12,8 +12,8 @@ from jax.scipy.special import xlogy
 from curvature.comparison.compiled import compiled
 from curvature.comparison.result import ModelState
 from curvature.losses import Bernoulli, Categorical, Targets
-from curvature.outputs import linearise
-from curvature.registry import Registry
+from curvature.trace import Registry
+from curvature.trace.outputs import linearise
 
 PyTree = Any
 

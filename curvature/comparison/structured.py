@@ -21,17 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvature.blocks import Block, Diagonal, EigenKronecker, Identity, Kronecker
+from curvature.comparison.accumulate import Plan, estimates
 from curvature.comparison.compiled import compiled
-from curvature.comparison.figures import TINY, Estimate, View, jackknife
-from curvature.comparison.measure import Plan, estimates
+from curvature.comparison.estimates import TINY, Estimate, View, jackknife
 from curvature.comparison.result import Figure, Structured
-from curvature.estimator import Estimator
-from curvature.estimator.bases import BASES
-from curvature.estimator.factors import Statistics, counted, factors_of
 from curvature.linalg import eigh
 from curvature.meshes import off_mesh
 from curvature.precision import HIGHEST
-from curvature.registry.layers import BLOCKS, EXCLUDED, FACTORED
+from curvature.statistics import Estimator
+from curvature.statistics.eigenbasis import BASES
+from curvature.statistics.factors import Statistics, counted, factors_of
+from curvature.trace.layers import BLOCKS, EXCLUDED, FACTORED
 
 PyTree = Any
 T = TypeVar("T")

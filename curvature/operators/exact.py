@@ -30,9 +30,9 @@ from curvature.meshes import automatic
 from curvature.metrics import Metric
 from curvature.metrics.products import apply
 from curvature.operators.operator import Operator, Product, over_dataset
-from curvature.outputs import Output, linearise
 from curvature.precision import accumulator
-from curvature.registry import Registry
+from curvature.trace import Registry
+from curvature.trace.outputs import Output, linearise
 
 PyTree = Any
 LossOrRegistry = Callable[..., Any] | Registry

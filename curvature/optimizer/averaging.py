@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvature.estimator import devices
-from curvature.estimator.bases import BASES
-from curvature.estimator.share import check_share
-from curvature.estimator.stacks import Arrays, Stacks
 from curvature.meshes import automatic
 from curvature.optimizer.arguments import at, is_time
 from curvature.optimizer.options import Options
-from curvature.optimizer.refresh.control import finite, when
+from curvature.optimizer.refresh.cond import finite, when
 from curvature.precision import accumulator
+from curvature.statistics import devices
+from curvature.statistics.eigenbasis import BASES
+from curvature.statistics.share import check_share
+from curvature.statistics.stacks import Arrays, Stacks
 
 PyTree = Any
 _Averages = tuple[Arrays, jax.Array, jax.Array]

@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvature.estimator import Estimator
-from curvature.estimator.factors import Statistics
-from curvature.estimator.stacks import Stacks, unweighted
 from curvature.optimizer.eigenbasis import EigenbasisState
 from curvature.optimizer.preconditioner import CurvatureState
 from curvature.optimizer.uncovered import set_apart
-from curvature.registry import Registry
+from curvature.statistics import Estimator
+from curvature.statistics.factors import Statistics
+from curvature.statistics.stacks import Stacks, unweighted
+from curvature.trace import Registry
 
 PyTree = Any
 
@@ -47,7 +47,7 @@ def averages(registry: Registry, state: PyTree) -> dict[str, Statistics]:
     """The averaged statistics by layer, as `Estimator.statistics` has them of one batch.
 
     `Estimator(registry).operator` makes the running curvature of them. A state keeps layers of one
-    shape together, see `curvature.estimator.stacks`.
+    shape together, see `curvature.statistics.stacks`.
 
     Args:
       registry: that of the transformation.

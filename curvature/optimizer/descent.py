@@ -23,7 +23,7 @@ from curvature.optimizer.preconditioner import (
     settled,
     shortening,
 )
-from curvature.optimizer.refresh.control import when
+from curvature.optimizer.refresh.cond import when
 
 PyTree = Any
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from curvature.estimator import Fisher, Kind
 from curvature.optimizer.arguments import Gather, Period, ScalarOrSchedule, at, check_range
 from curvature.optimizer.decay import Mask, decaying
 from curvature.optimizer.eigenbasis import EigenbasisState, options_of, transformation
@@ -18,7 +17,8 @@ from curvature.optimizer.moments import Layout
 from curvature.optimizer.refresh import QR, Eigh
 from curvature.optimizer.shampoo import Shampoo
 from curvature.precision import FAST, Precision
-from curvature.registry import Registry
+from curvature.statistics import Fisher, Kind
+from curvature.trace import Registry
 
 PyTree = Any
 _FISHER, _QR = Fisher(), QR()

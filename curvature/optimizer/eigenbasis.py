@@ -17,9 +17,6 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from curvature.blocks.eigen_kronecker import from_basis, into_basis
-from curvature.estimator import Fisher, Kind
-from curvature.estimator.bases import BASES
-from curvature.estimator.stacks import Arrays, Stack
 from curvature.meshes import automatic, divided, entering
 from curvature.optimizer.arguments import (
     Gather,
@@ -37,12 +34,15 @@ from curvature.optimizer.moments import Layout, Moment
 from curvature.optimizer.options import Options
 from curvature.optimizer.preconditioner import masked
 from curvature.optimizer.refresh import QR, Eigh
-from curvature.optimizer.refresh.control import finite, when
+from curvature.optimizer.refresh.cond import finite, when
 from curvature.optimizer.refresh.eigenbases import Blocks, Eigenbases, Moved
 from curvature.optimizer.shampoo import GradientAveraging, Shampoo
 from curvature.precision import FAST, Precision
-from curvature.registry import Layer, Registry, check_registry
-from curvature.registry.layers import EXCLUDED
+from curvature.statistics import Fisher, Kind
+from curvature.statistics.eigenbasis import BASES
+from curvature.statistics.stacks import Arrays, Stack
+from curvature.trace import Layer, Registry, check_registry
+from curvature.trace.layers import EXCLUDED
 
 PyTree = Any
 _FISHER, _QR = Fisher(), QR()
@@ -73,8 +73,8 @@ class EigenbasisState(NamedTuple):
       step: steps taken (skipped ones not counted); negative during burn-in.
       weight: total weight of the exponential average.
       statistics: the exponential averages of the factors, times that weight.
-      bases: their eigenvectors, by stack of layers of one shape (see `curvature.estimator.stacks`);
-        ones where a factor is diagonal.
+      bases: their eigenvectors, by stack of layers of one shape
+        (see `curvature.statistics.stacks`); ones where a factor is diagonal.
       refreshed: whether they are known yet; before, they are the coordinates themselves.
       micro: micro-batches since the latest step.
       gradient: the sum of their gradients; empty without accumulation.

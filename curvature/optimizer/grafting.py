@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from curvature.meshes import automatic
-from curvature.registry import Layer
+from curvature.trace import Layer
 
 PyTree = Any
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import optax
 from jax.sharding import NamedSharding
 
-from curvature.estimator import Fisher, Kind
 from curvature.meshes import entering
 from curvature.optimizer.adaptive import LevenbergMarquardt, QuadraticModel
 from curvature.optimizer.arguments import (
@@ -30,7 +29,8 @@ from curvature.optimizer.preconditioner import (
 )
 from curvature.optimizer.refresh import Cholesky, Method
 from curvature.precision import FAST, Precision
-from curvature.registry import Registry, check_registry
+from curvature.statistics import Fisher, Kind
+from curvature.trace import Registry, check_registry
 
 PyTree = Any
 _FISHER, _CHOLESKY = Fisher(), Cholesky()

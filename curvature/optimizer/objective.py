@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from curvature.estimator import Kind
-from curvature.estimator.devices import Axes, mean
 from curvature.optimizer import quadratic
 from curvature.optimizer.arguments import ScalarOrSchedule, at
-from curvature.registry import Registry
+from curvature.statistics import Kind
+from curvature.statistics.devices import Axes, mean
+from curvature.trace import Registry
 
 PyTree = Any
 

@@ -9,8 +9,6 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from curvature.estimator import Estimator, Kind
-from curvature.estimator.stacks import Stacks
 from curvature.optimizer.arguments import (
     Gather,
     Period,
@@ -22,9 +20,11 @@ from curvature.optimizer.arguments import (
     turns_of,
 )
 from curvature.optimizer.refresh import Method
-from curvature.optimizer.refresh.turns import Clock
+from curvature.optimizer.refresh.schedule import Clock
 from curvature.precision import Precision
-from curvature.registry import Registry
+from curvature.statistics import Estimator, Kind
+from curvature.statistics.stacks import Stacks
+from curvature.trace import Registry
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,8 +16,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from curvature.estimator import Estimator, Fisher, Kind
-from curvature.estimator.stacks import Arrays
 from curvature.meshes import divided, entering
 from curvature.optimizer.arguments import (
     Gather,
@@ -39,10 +37,12 @@ from curvature.optimizer.grafting import grafted
 from curvature.optimizer.options import Options
 from curvature.optimizer.quadratic import dot
 from curvature.optimizer.refresh import Cholesky, Inverses, Method, Now, Refreshed
-from curvature.optimizer.refresh.control import finite, when
+from curvature.optimizer.refresh.cond import finite, when
 from curvature.optimizer.uncovered import scaled, set_apart, typical
 from curvature.precision import FAST, Precision
-from curvature.registry import Layer, Registry, check_registry
+from curvature.statistics import Estimator, Fisher, Kind
+from curvature.statistics.stacks import Arrays
+from curvature.trace import Layer, Registry, check_registry
 
 PyTree = Any
 _FISHER, _CHOLESKY = Fisher(), Cholesky()
@@ -76,7 +76,7 @@ class CurvatureState(NamedTuple):
       step: steps taken (skipped ones not counted); negative during burn-in.
       weight: total weight of the exponential average, which corrects its bias towards zero.
       statistics: the exponential averages before that correction, by stack of layers of one shape
-        (see `curvature.estimator.stacks`) and factor; of EKFAC layers also the bases of the latest
+        (see `curvature.statistics.stacks`) and factor; of EKFAC layers also the bases of the latest
         refresh, in which corrections are averaged.
       inverse: the arrays of the damped inverse's blocks, by stack; see
         `curvature.optimizer.refresh.inverses`.

@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvature.estimator import Fisher, Kind
-from curvature.estimator.devices import Axes, own, together
 from curvature.losses import Targets
 from curvature.meshes import automatic
-from curvature.outputs import Tag, linearise
 from curvature.precision import HIGHEST, accumulator
+from curvature.statistics import Fisher, Kind
+from curvature.statistics.devices import Axes, own, together
+from curvature.trace.outputs import Tag, linearise
 
 PyTree = Any
 _FISHER = Fisher()

@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvature.estimator.rows import moment
-from curvature.estimator.stacks import Arrays, Stacks
 from curvature.meshes import automatic, divided
 from curvature.optimizer.averaging import Averaging, Gathered, mixed
-from curvature.optimizer.refresh.control import finite, when
+from curvature.optimizer.refresh.cond import finite, when
 from curvature.precision import accumulator
+from curvature.statistics.rows import moment
+from curvature.statistics.stacks import Arrays, Stacks
 
 PyTree = Any
 

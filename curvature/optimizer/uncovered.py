@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from curvature.meshes import automatic
 from curvature.optimizer.quadratic import dot
-from curvature.registry import Layer, Registry
-from curvature.registry.layers import EXCLUDED
+from curvature.trace import Layer, Registry
+from curvature.trace.layers import EXCLUDED
 
 PyTree = Any
 

@@ -10,10 +10,9 @@ from typing import Any
 import jax
 from jax import Array
 
+from benchmarks.problems import Problem
+from benchmarks.trainer import MOMENTUM, Setting, Trainer
 from digits.data import Batch
-
-from .optimizers import MOMENTUM, Setting, Trainer
-from .problems import Problem
 
 PyTree = Any
 

@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from benchmarks.networks import transformer
+from benchmarks.problems import Problem
 from digits.data import Batch
 from transformer import text
-
-from .networks import transformer
-from .problems import Problem
 
 BYTES = 256
 

@@ -7,8 +7,8 @@ different learning rates, and AdamW also with two strengths of weight decay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import optax
@@ -16,15 +16,12 @@ import optax.contrib
 from jax import Array
 
 import curvature
+from benchmarks import kfac_jax
+from benchmarks.problems import Problem
+from benchmarks.trainer import MOMENTUM, PyTree, Setting, Trainer
 from digits.data import Batch
 
-from .problems import Problem
-
-PyTree = Any
-Setting = dict[str, float]
-
 TRIALS = 6
-MOMENTUM = 0.9
 
 OURS = ("kfac", "ekfac", "foof")
 WITH_CURVATURE = (*OURS, "kfac_jax")
@@ -77,16 +74,6 @@ def settings(name: str, problem: Problem) -> list[Setting]:
     return SETTINGS[name]
 
 
-class Trainer(NamedTuple):
-    """An optimizer at work on a problem; both functions may consume their arguments.
-
-    `init(params, batch, key) -> state` and `step(params, state, batch, key) -> (params, state)`.
-    """
-
-    init: Callable[[PyTree, Batch, Array], PyTree]
-    step: Callable[[PyTree, PyTree, Batch, Array], tuple[PyTree, PyTree]]
-
-
 def ours(name: str, problem: Problem, setting: Setting, batch: Batch, **options: Any) -> Any:
     """`curvature.kfac`, `ekfac` or `foof`; `options` are passed on."""
     params = jax.eval_shape(problem.network.init, jax.random.key(0))
@@ -135,8 +122,6 @@ def trainer(name: str, problem: Problem, setting: Setting, batch: Batch, steps: 
     """Any of the optimizers, for so many steps; `batch` shows the shapes."""
     given = scheduled(setting, steps) if problem.scheduled else setting
     if name == "kfac_jax":
-        from . import kfac_jax
-
         return kfac_jax.trainer(problem, setting)
     if name in OURS:
         return optax_trainer(problem, ours(name, problem, setting, batch))

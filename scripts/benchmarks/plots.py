@@ -9,10 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from benchmarks.optimizers import LABELS
+from benchmarks.results import median_curve
 from digits.plots import finish, save
-
-from .optimizers import LABELS
-from .results import median_curve
 
 COLOURS = {
     "kfac": "#1f5fa8",

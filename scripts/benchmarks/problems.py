@@ -15,11 +15,10 @@ import optax
 from jax import Array
 
 import curvature
+from benchmarks.networks import Network, autoencoder, dense, residual_cnn, transformer
 from curvature import examples
 from digits import data as digits_data
 from digits.data import Batch
-
-from .networks import Network, autoencoder, dense, residual_cnn, transformer
 
 PyTree = Any
 

@@ -21,11 +21,10 @@ import jax
 import jax.numpy as jnp
 from threadpoolctl import threadpool_limits
 
+from benchmarks import optimizers
+from benchmarks.problems import Problem
+from benchmarks.trainer import Setting, Trainer
 from digits import data as digits_data
-
-from . import optimizers
-from .optimizers import Setting, Trainer
-from .problems import Problem
 
 TUNING_SEED = 0
 TUNING_SHARE = 0.2

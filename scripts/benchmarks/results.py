@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from benchmarks import optimizers
+from benchmarks.problems import Problem
+from benchmarks.protocol import Protocol
 from digits import report
-
-from . import optimizers
-from .problems import Problem
-from .protocol import Protocol
 
 Entry = dict[str, Any]
 

@@ -23,14 +23,13 @@ import optax
 from threadpoolctl import threadpool_limits
 
 import curvature
+from benchmarks import kfac_jax, optimizers
+from benchmarks.networks import autoencoder
+from benchmarks.problems import Problem
 from curvature import examples
 from digits import data as digits_data
 from digits import report
 from digits.data import Batch
-
-from . import kfac_jax, optimizers
-from .networks import autoencoder
-from .problems import Problem
 
 LEARNING_RATE = 0.05
 DAMPING = 10.0  # of a loss summed over 784 pixels; with 0.1 curves diverge at this rate

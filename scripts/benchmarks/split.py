@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 from threadpoolctl import threadpool_limits
 
+from benchmarks import optimizers
+from benchmarks.problems import Problem
+from benchmarks.trainer import Setting
 from digits import data as digits_data
-
-from . import optimizers
-from .optimizers import Setting
-from .problems import Problem
 
 NEVER = 10**6
 STEPS = 5  # in a round: one period of Levenberg and Marquardt's rule

@@ -13,10 +13,9 @@ from tqdm import tqdm
 import curvature
 from benchmarks.problems import PROBLEMS
 from benchmarks.problems import Problem as Benchmark
+from comparing.source import Source, SourceError
 from digits import data, loop, optimizers, problems, saved, watch
 from digits.data import Batch
-
-from .source import Source, SourceError
 
 PyTree = Any
 LEARNING_RATE = optimizers.DEFAULT_LEARNING_RATE["adam"]

@@ -20,10 +20,9 @@ import jax.numpy as jnp
 from jax import Array
 
 import curvature
-
-from . import report
-from .data import Batch
-from .problems import PyTree
+from digits import report
+from digits.data import Batch
+from digits.problems import PyTree
 
 MAX_DENSE = 2500
 """Largest block, in parameters, that is written out to take the cosine: 25 MB in float32."""

@@ -21,8 +21,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from curvature.comparison.history import is_error
-
-from . import report
+from digits import report
 
 PyTree = Any
 

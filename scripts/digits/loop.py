@@ -27,13 +27,12 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import curvature
-
-from . import data as digits_data
-from . import optimizers
-from .data import Batch, Digits
-from .folder import RunFolder
-from .problems import Problem, PyTree
-from .watch import Watch
+from digits import data as digits_data
+from digits import optimizers
+from digits.data import Batch, Digits
+from digits.folder import RunFolder
+from digits.problems import Problem, PyTree
+from digits.watch import Watch
 
 
 class TrainState(NamedTuple):
@@ -185,8 +184,9 @@ def train(
             curve.append(done, seconds, loss, accuracy)
             if folder:
                 row = {"step": done, "seconds": seconds, "loss": loss, "accuracy": accuracy}
-                watched = watch(done, state) if watch and math.isfinite(loss) else {}
-                folder.append(row | stats(state) | watched)
+                if watch is not None and math.isfinite(loss):
+                    row |= watch(done, state.params, state.model_state)
+                folder.append(row | stats(state))
             bar.set_postfix_str(f"loss {loss:.2e}, accuracy {accuracy:.2%}", refresh=False)
             return loss
 

@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from .data import TRAIN_IMAGES
+from digits.data import TRAIN_IMAGES
 
 MODULES = {"linen": "flax", "nnx": "flax", "haiku": "haiku"}
 PACKAGES = {"linen": "flax", "nnx": "flax", "haiku": "dm-haiku"}

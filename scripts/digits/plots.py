@@ -11,7 +11,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .loop import Run
+from digits.loop import Run
 
 COLOURS = {"kfac": "#1f5fa8", "adam": "#d9730d", "sgd": "#7a7a7a"}
 INK = "#333333"

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 import curvature
-
-from .data import CLASSES, FEATURES, Batch
+from digits.data import CLASSES, FEATURES, Batch
 
 PyTree = Any
 Aux = tuple[PyTree, Array]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from . import data, loop, optimizers, problems
+from digits import data, loop, optimizers, problems
 
 
 class Saved(NamedTuple):

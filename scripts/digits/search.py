@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .data import Digits
-from .loop import Plan, Run, train
-from .optimizers import Settings
-from .problems import Problem
+from digits.data import Digits
+from digits.loop import Plan, Run, train
+from digits.optimizers import Settings
+from digits.problems import Problem
 
 
 @dataclass

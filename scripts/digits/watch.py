@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
 import curvature
 from curvature.comparison import History
-
-from .data import Batch
-from .problems import Problem, PyTree
-
-if TYPE_CHECKING:
-    from .loop import TrainState
+from digits.data import Batch
+from digits.problems import Problem, PyTree
 
 IMAGES = 500
 """How many training images are compared on: enough for every class, and a second for each time."""
@@ -52,16 +48,14 @@ class Watch:
         """Whether there is something to compare after this step."""
         return self.history.due(step)
 
-    def __call__(self, step: int, state: TrainState) -> dict[str, float]:
+    def __call__(self, step: int, params: PyTree, model_state: PyTree) -> dict[str, float]:
         """The scalars to log after a step: none where none is due."""
-        return self.history(step, state.params, [(state.model_state, self._sample)]) or {}
+        return self.history(step, params, [(model_state, self._sample)]) or {}
 
-    def full(self, state: TrainState, progress: bool) -> curvature.Comparison:
+    def full(self, params: PyTree, model_state: PyTree, progress: bool) -> curvature.Comparison:
         """Everything there is to say about a state: exacter, and with structured approximations."""
-        batches = [(state.model_state, self._sample)]
-        return curvature.compare(
-            self._registry, state.params, batches, key=self._key, progress=progress
-        )
+        batches = [(model_state, self._sample)]
+        return curvature.compare(self._registry, params, batches, key=self._key, progress=progress)
 
 
 def evaluation_registry(problem: Problem, batch: Batch) -> curvature.Registry:

@@ -20,10 +20,9 @@ import jax
 
 from digits import options, report
 from digits.folder import RunFolder
-
-from . import place, plots, recipes
-from .config import DTYPES, Config
-from .run import Plan, Result, Trainer, count
+from transformer import place, plots, recipes
+from transformer.config import DTYPES, Config
+from transformer.run import Plan, Result, Trainer, count
 
 EPILOG = """\
 examples:
@@ -168,10 +167,10 @@ def _mesh(text: str) -> dict[str, int]:
 def build(framework: str, config: Config) -> Any:
     """`init` and `apply` of the network in a framework."""
     if framework == "linen":
-        from . import linen_model
+        from transformer import linen_model
 
         return linen_model.build(config)
-    from . import nnx_model
+    from transformer import nnx_model
 
     return nnx_model.build(config)
 

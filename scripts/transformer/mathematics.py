@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .config import Config
+from transformer.config import Config
 
 
 def rotary(x: Array) -> Array:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from . import mathematics
-from .config import Config
+from transformer import mathematics
+from transformer.config import Config
 
 PyTree = Any
 

@@ -18,9 +18,8 @@ from tqdm import tqdm
 
 import curvature
 from digits.folder import RunFolder
-
-from . import place, text
-from .recipes import LABELS, Recipe
+from transformer import place, text
+from transformer.recipes import LABELS, Recipe
 
 PyTree = Any
 Apply = Callable[[PyTree, Array], Array]

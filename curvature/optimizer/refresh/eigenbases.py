@@ -1,7 +1,7 @@
 """The eigenbases of all stacks' factors, renewed turn by turn, and what is kept in them.
 
 State in the coordinates of a basis follows it into the next one: vectors exactly, a diagonal as
-well as a diagonal can (see `curvature.estimator.bases`).
+well as a diagonal can (see `curvature.statistics.eigenbasis`).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from curvature.blocks.eigen_kronecker import from_basis
-from curvature.estimator.bases import BASES, identity, moved_diagonal, overlap
-from curvature.estimator.factors import Statistics, factors_of
-from curvature.estimator.stacks import Arrays, Stack, unweighted
 from curvature.meshes import automatic, devices, divided
 from curvature.optimizer.refresh.batches import Job, Key, solved
-from curvature.optimizer.refresh.control import chosen, finite_copies, when
+from curvature.optimizer.refresh.cond import chosen, finite_copies, when
 from curvature.optimizer.refresh.methods import QR, Eigh
-from curvature.optimizer.refresh.turns import SIDES, Clock, Unit, Window, dealt, in_turn, units
+from curvature.optimizer.refresh.schedule import SIDES, Clock, Unit, Window, dealt, in_turn, units
 from curvature.precision import Precision
-from curvature.registry import Layer
+from curvature.statistics.eigenbasis import BASES, identity, moved_diagonal, overlap
+from curvature.statistics.factors import Statistics, factors_of
+from curvature.statistics.stacks import Arrays, Stack, unweighted
+from curvature.trace import Layer
 
 Blocks = dict[str, jax.Array]
 """Block coordinates by stack."""

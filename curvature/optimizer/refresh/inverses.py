@@ -25,17 +25,17 @@ from jax.sharding import NamedSharding
 
 from curvature.blocks import BlockDiagonal, Dense, EigenKronecker, Kronecker, block_of
 from curvature.blocks.block import safe_power
-from curvature.estimator.bases import BASES, carried_over, identity, known, products
-from curvature.estimator.factors import Statistics, factors_of
-from curvature.estimator.stacks import Arrays, Stacks, copies_of, unweighted
 from curvature.linalg import diagonal, multiples_of_identity
 from curvature.meshes import automatic, devices, divided
 from curvature.optimizer.refresh.batches import Job, Key, Solved, solved
-from curvature.optimizer.refresh.control import chosen, finite_copies, when
+from curvature.optimizer.refresh.cond import chosen, finite_copies, when
 from curvature.optimizer.refresh.methods import QR, Eigh, Method
 from curvature.optimizer.refresh.plain import plain
-from curvature.optimizer.refresh.turns import SIDES, Clock, Unit, Window, dealt, in_turn, units
-from curvature.registry import Layer
+from curvature.optimizer.refresh.schedule import SIDES, Clock, Unit, Window, dealt, in_turn, units
+from curvature.statistics.eigenbasis import BASES, carried_over, identity, known, products
+from curvature.statistics.factors import Statistics, factors_of
+from curvature.statistics.stacks import Arrays, Stacks, copies_of, unweighted
+from curvature.trace import Layer
 
 _MARGIN = 10.0  # rounding errors of a factorisation, in units of that of the matrix
 

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 from curvature.blocks import block_of
 from curvature.blocks.block import safe_power
-from curvature.estimator.bases import identity
-from curvature.estimator.factors import Statistics
 from curvature.linalg import diagonal, multiples_of_identity
-from curvature.optimizer.refresh.turns import SIDES
-from curvature.registry import Layer
+from curvature.optimizer.refresh.schedule import SIDES
+from curvature.statistics.eigenbasis import identity
+from curvature.statistics.factors import Statistics
+from curvature.trace import Layer
 
 
 def plain(

@@ -1,0 +1,156 @@
+"""The eigenbases of an EKFAC block, and its corrections in them (George et al. 2018).
+
+The factors A and B of a layer have eigenvectors Q_A and Q_B. The corrections are the second moments
+of an example's gradient P_n in this basis, `values` = sum_n (Q_A' P_n Q_B)^2, of shape
+`stack + (d_in, d_out)`. Where an example is one row, P_n = a g', they are (a Q_A)^2' (g Q_B)^2 and
+no example's gradient is made; where it has several, its rows are turned and summed first.
+
+A diagonal factor has the coordinates themselves as its eigenbasis: ones in place of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from curvature.blocks.eigen_kronecker import from_basis
+from curvature.linalg import eigh
+from curvature.precision import HIGHEST, Precision, product
+from curvature.statistics.factors import Statistics
+from curvature.statistics.rows import Rows
+
+INPUT, OUTPUT = BASES = ("input_basis", "output_basis")
+
+
+def identity(factors: Statistics, stack_ndim: int) -> Statistics:
+    """The coordinates themselves as bases of both sides."""
+    return {basis: _basis(factors[side], stack_ndim) for side, basis in _pairs()}
+
+
+def of_factors(factors: Statistics, stack_ndim: int) -> Statistics:
+    """The eigenvectors of `input` and `output`, as columns."""
+    return {basis: _eigh(factors[side], stack_ndim)[1] for side, basis in _pairs()}
+
+
+def rebased(
+    statistics: Statistics, stack_ndim: int, restart: ArrayLike, precision: Precision
+) -> Statistics:
+    """Statistics with the eigenbases of their factors, and the corrections taken over to them."""
+    found = {basis: _eigh(statistics[side], stack_ndim) for side, basis in _pairs()}
+    new = {basis: vectors for basis, (_, vectors) in found.items()}
+    values = tuple(values for values, _ in found.values())
+    return statistics | carried_over(statistics, new, values, stack_ndim, restart, precision)
+
+
+def carried_over(
+    statistics: Statistics,
+    new: Statistics,
+    eigenvalues: tuple[jax.Array, ...],
+    stack_ndim: int,
+    restart: ArrayLike,
+    precision: Precision,
+) -> Statistics:
+    """New bases, and the corrections in them.
+
+    The corrections become the diagonal, in the new basis, of the operator that they were in the
+    old: of all operators that are diagonal in the new basis the closest one in Frobenius norm, and
+    of the same trace. With `restart` they become the products of the factors' eigenvalues, K-FAC
+    scaled to that trace.
+
+    Args:
+      statistics: the factors, the old bases, and the corrections in these.
+      new: the new bases.
+      eigenvalues: of both factors, along them.
+      stack_ndim: number of leading stack axes.
+      restart: whether the corrections start anew.
+      precision: of the changes of basis.
+    """
+    overlaps = [overlap(statistics[basis], new[basis], stack_ndim, precision) for basis in BASES]
+    kfac = products(*eigenvalues)
+    moved = moved_diagonal(overlaps, statistics["values"], stack_ndim, precision)
+    exact, found = (jnp.sum(x, axis=(-2, -1), keepdims=True) for x in (moved, kfac))
+    kfac = kfac * (exact / jnp.where(found > 0, found, 1))
+    changed = new | {"values": jnp.where(restart, kfac, moved)}
+    return changed | {"values": without_noise(statistics | changed, stack_ndim)["values"]}
+
+
+def overlap(old: jax.Array, new: jax.Array, stack_ndim: int, precision: Precision) -> jax.Array:
+    """Inner products (new_i, old_k) of two bases; ones where both are the identity."""
+    if old.ndim == stack_ndim + 1:
+        return old
+    return product("...ji,...jk->...ik", new, old, precision)
+
+
+def moved_diagonal(
+    overlaps: Sequence[jax.Array], values: jax.Array, stack_ndim: int, precision: Precision
+) -> jax.Array:
+    """The diagonal, in new bases, of the operator that is `values` on the diagonal in the old."""
+    return from_basis([x**2 for x in overlaps], values, stack_ndim, precision)
+
+
+def products(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The eigenvalues of A (x) B from those of A and B, zero where they are rounding errors."""
+    return known(a)[..., :, None] * known(b)[..., None, :]
+
+
+def known(values: jax.Array) -> jax.Array:
+    """Eigenvalues of a positive semi-definite matrix, zero where they are rounding errors."""
+    rounding = values.shape[-1] * float(np.finfo(values.dtype).eps)
+    return jnp.where(values > rounding * jnp.max(values, axis=-1, keepdims=True), values, 0)
+
+
+def without_noise(statistics: Statistics, stack_ndim: int) -> Statistics:
+    """Statistics whose corrections are zero where a factor's eigenvalue is a rounding error.
+
+    An eigenvector of an eigenvalue zero is known to about eps, so the second moments along it are
+    not zero, and their inverse would be anything.
+    """
+    first, second = (
+        _is_known(statistics[side], statistics[basis], stack_ndim) for side, basis in _pairs()
+    )
+    known = first[..., :, None] & second[..., None, :]
+    return statistics | {"values": jnp.where(known, statistics["values"], 0)}
+
+
+def _is_known(factor: jax.Array, basis: jax.Array, stack_ndim: int) -> jax.Array:
+    """Whether the factor's eigenvalue along each vector of its eigenbasis is no rounding error."""
+    values = factor
+    if factor.ndim > stack_ndim + 1:
+        values = jnp.sum(jnp.matmul(factor, basis, precision=HIGHEST) * basis, axis=-2)
+    return known(values) > 0
+
+
+def turned_rows(rows: Rows, turn: Statistics) -> Rows:
+    """Rows a Q_A and g Q_B; as they are where there are no bases."""
+    return rows.turned(turn[INPUT], turn[OUTPUT]) if turn else rows
+
+
+def turned_gradients(
+    gradients: jax.Array, turn: Statistics, stack_ndim: int, precision: Precision
+) -> jax.Array:
+    """Q_A' P Q_B for gradients `(examples,) + stack + (d_in, d_out)`."""
+    if turn[INPUT].ndim == stack_ndim + 2:
+        gradients = product("...ik,...ij->...kj", turn[INPUT], gradients, precision)
+    if turn[OUTPUT].ndim == stack_ndim + 2:
+        gradients = product("...ij,...jl->...il", gradients, turn[OUTPUT], precision)
+    return gradients
+
+
+def _pairs() -> tuple[tuple[str, str], ...]:
+    return (("input", INPUT), ("output", OUTPUT))
+
+
+def _eigh(factor: jax.Array, stack_ndim: int) -> tuple[jax.Array, jax.Array]:
+    if factor.ndim == stack_ndim + 1:
+        return factor, jnp.ones_like(factor)
+    return eigh(factor)
+
+
+def _basis(factor: jax.Array, stack_ndim: int) -> jax.Array:
+    if factor.ndim == stack_ndim + 1:
+        return jnp.ones_like(factor)
+    return jnp.broadcast_to(jnp.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
