@@ -42,6 +42,8 @@ from curvature.statistics import EmpiricalFisher, Estimator, Fisher, GaussNewton
 from curvature.trace import Layer, LossTag, Registry, register
 from curvature.trace.tags import tag_layer
 
+__version__ = "0.2.0"  # the one place: pyproject.toml reads it
+
 __all__ = [
     "QR",
     "Block",
