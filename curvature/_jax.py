@@ -20,13 +20,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jex_core
-from jax.extend import source_info_util
+from jax._src import core, source_info_util  # jax.extend imports Pallas, a tenth of `import jax`
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding
 
-Literal = jex_core.Literal
-Equation = Any  # jax.extend.core.JaxprEqn: .primitive.name, .params, .invars, .outvars
+Literal = core.Literal
+Equation = Any  # JaxprEqn of jax: .primitive.name, .params, .invars, .outvars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +205,7 @@ def undivided(x: Any, axes: Sequence[int]) -> Any:
 
 def named_axes() -> tuple[str, ...]:
     """The names of the axes of `shard_map`, `pmap` and `vmap` in scope."""
-    return tuple(jex_core.unsafe_get_axis_names_DO_NOT_USE())  # type: ignore[attr-defined]
+    return tuple(core.unsafe_get_axis_names())
 
 
 def varying_like(x: Any, like: Any) -> Any:
@@ -322,7 +321,7 @@ def sourced(equation: Equation) -> contextlib.AbstractContextManager[Any]:
 
 def under_jit() -> bool:
     """Whether what is called now is traced for compilation."""
-    return bool(jex_core.unsafe_am_i_under_a_jit_DO_NOT_USE())  # type: ignore[attr-defined]
+    return bool(core.unsafe_am_i_under_a_jit())
 
 
 _PACKAGE = str(pathlib.Path(__file__).parent)
@@ -347,7 +346,7 @@ def tag_primitive(
     mapped axis becomes the leading axis of every operand, so it stays one equation; operands for
     which `fixed(position)` holds must not be mapped.
     """
-    primitive = jex_core.Primitive(name)
+    primitive = core.Primitive(name)
     primitive.def_impl(value)
 
     def abstract(*avals: Any, **params: Any) -> Any:
@@ -379,7 +378,7 @@ def tag_primitive(
     return primitive
 
 
-_opaque = jex_core.Primitive("curvature_opaque")
+_opaque = core.Primitive("curvature_opaque")
 _opaque.def_impl(lambda x, function: function(x))
 _opaque.def_abstract_eval(lambda x, function: x)
 
