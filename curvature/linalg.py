@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from curvature.precision import HIGHEST
 
@@ -31,6 +32,22 @@ def cholesky_inverse(matrices: jax.Array) -> jax.Array:
 def eigh(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues, ascending, and eigenvectors as columns."""
     return _each(lambda matrix: tuple(jnp.linalg.eigh(matrix)), matrices)
+
+
+def without_rounding(
+    values: jax.Array, axis: int | tuple[int, ...] = -1, size: int = 0, power: int = 1
+) -> jax.Array:
+    """Eigenvalues of positive semi-definite matrices, zero where they are rounding errors.
+
+    Args:
+      values: the eigenvalues.
+      axis: the axes that hold those of one matrix.
+      size: the matrix's; as many as there are along the last axis if it is 0.
+      power: of the relative error size * eps; 2 where the values are squares.
+    """
+    rounding = (size or values.shape[-1]) * float(np.finfo(values.dtype).eps)
+    top = jnp.max(values, axis=axis, keepdims=True)
+    return jnp.where(values > top * rounding**power, values, 0)
 
 
 def orthonormal(matrices: jax.Array) -> jax.Array:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
-from curvature.blocks.block import safe_power
-from curvature.linalg import diagonal, eigh
+from curvature.blocks.block import Block, Spectrum, safe_power, shifted
+from curvature.linalg import diagonal, eigh, without_rounding
 from curvature.precision import HIGHEST
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Dense:
+class Dense(Block):
     """G = values on row-major flattened block coordinates.
 
     Attributes:
@@ -32,28 +30,21 @@ class Dense:
 
     def __matmul__(self, v: jax.Array) -> jax.Array:
         """G v."""
-        return self._applied(self.values, v)
+        return _times(self.values, v.reshape(self.values.shape[:-1])).reshape(self.shape)
 
-    def solve(self, v: jax.Array, damping: ArrayLike = 0.0) -> jax.Array:
-        """(G + damping I)^-1 v; the pseudo-inverse where an eigenvalue is zero."""
-        return self.power(v, -1.0, damping)
-
-    def power(self, v: jax.Array, p: float, damping: ArrayLike = 0.0) -> jax.Array:
-        """(G + damping I)^p v; zero on the null space."""
-        return self._applied(self._power(p, damping), v)
+    def spectrum(self) -> Spectrum:
+        """By eigendecomposition; coefficients are flat, `stack + (size,)`."""
+        values, vectors = eigh(self.values)
+        flat = (*self.shape[: self.stack_ndim], -1)
+        return Spectrum(
+            without_rounding(values),
+            lambda v: _times(vectors.mT, v.reshape(flat)),
+            lambda v: _times(vectors, v).reshape(self.shape),
+        )
 
     def trace(self) -> jax.Array:
         """The trace, summed over the stack."""
         return jnp.sum(diagonal(self.values))
-
-    def logdet(self, damping: ArrayLike = 0.0) -> jax.Array:
-        """Log det(G + damping I), summed over the stack."""
-        values = self.eigenvalues()
-        return jnp.sum(jnp.log(values + jnp.asarray(damping, values.dtype)))
-
-    def eigenvalues(self) -> jax.Array:
-        """All eigenvalues, shape `stack + (size,)`, ascending within each copy."""
-        return self._eigh()[0]
 
     def diagonal(self) -> jax.Array:
         """The diagonal, as block coordinates."""
@@ -65,19 +56,11 @@ class Dense:
 
     def damped_inverse(self, damping: ArrayLike) -> Dense:
         """(G + damping I)^-1."""
-        return dataclasses.replace(self, values=self._power(-1.0, damping))
-
-    def _applied(self, matrix: jax.Array, v: jax.Array) -> jax.Array:
-        size = math.prod(self.shape[self.stack_ndim :])
-        flat = v.reshape((*self.shape[: self.stack_ndim], size, 1))
-        return jnp.matmul(matrix, flat, precision=HIGHEST).reshape(self.shape)
-
-    def _eigh(self) -> tuple[jax.Array, jax.Array]:
         values, vectors = eigh(self.values)
-        rounding = values.shape[-1] * float(np.finfo(values.dtype).eps)
-        return jnp.where(values > values[..., -1:] * rounding, values, 0), vectors
+        powers = safe_power(shifted(without_rounding(values), damping), -1.0)
+        inverse = jnp.matmul(vectors * powers[..., None, :], vectors.mT, precision=HIGHEST)
+        return dataclasses.replace(self, values=inverse)
 
-    def _power(self, p: float, damping: ArrayLike) -> jax.Array:
-        values, vectors = self._eigh()
-        powers = safe_power(values + jnp.asarray(damping, values.dtype), p)
-        return jnp.matmul(vectors * powers[..., None, :], vectors.mT, precision=HIGHEST)
+
+def _times(matrices: jax.Array, v: jax.Array) -> jax.Array:
+    return jnp.matmul(matrices, v[..., None], precision=HIGHEST)[..., 0]

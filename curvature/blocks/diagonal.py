@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from curvature.blocks.block import safe_power
+from curvature.blocks.block import Block, Spectrum, safe_power, shifted
 from curvature.linalg import diagonal_matrices
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Diagonal:
+class Diagonal(Block):
     """G = diag(values).
 
     Attributes:
@@ -29,25 +29,13 @@ class Diagonal:
         """G v."""
         return self.values * v
 
-    def solve(self, v: jax.Array, damping: ArrayLike = 0.0) -> jax.Array:
-        """(G + damping I)^-1 v; zero where both are zero."""
-        return self.power(v, -1.0, damping)
-
-    def power(self, v: jax.Array, p: float, damping: ArrayLike = 0.0) -> jax.Array:
-        """(G + damping I)^p v; zero where G + damping I is."""
-        return safe_power(self._shifted(damping), p) * v
+    def spectrum(self) -> Spectrum:
+        """The values themselves."""
+        return Spectrum(self.values)
 
     def trace(self) -> jax.Array:
         """The trace, summed over the stack."""
         return jnp.sum(self.values)
-
-    def logdet(self, damping: ArrayLike = 0.0) -> jax.Array:
-        """Log det(G + damping I), summed over the stack."""
-        return jnp.sum(jnp.log(self._shifted(damping)))
-
-    def eigenvalues(self) -> jax.Array:
-        """All eigenvalues, shape `stack + (size,)`, ascending within each copy."""
-        return jnp.sort(self._flat(), axis=-1)
 
     def diagonal(self) -> jax.Array:
         """The diagonal, as block coordinates."""
@@ -55,15 +43,8 @@ class Diagonal:
 
     def to_dense(self) -> jax.Array:
         """The matrix, shape `stack + (size, size)`."""
-        flat = self._flat()
-        return diagonal_matrices(flat)
+        return diagonal_matrices(self.values.reshape((*self.values.shape[: self.stack_ndim], -1)))
 
     def damped_inverse(self, damping: ArrayLike) -> Diagonal:
         """(G + damping I)^-1."""
-        return Diagonal(safe_power(self._shifted(damping), -1.0), self.stack_ndim)
-
-    def _shifted(self, damping: ArrayLike) -> jax.Array:
-        return self.values + jnp.asarray(damping, self.values.dtype)
-
-    def _flat(self) -> jax.Array:
-        return self.values.reshape((*self.values.shape[: self.stack_ndim], -1))
+        return Diagonal(safe_power(shifted(self.values, damping), -1.0), self.stack_ndim)

@@ -16,17 +16,16 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
-from curvature.blocks.block import safe_power
-from curvature.linalg import diagonal_matrices
+from curvature.blocks.block import Block, Spectrum, safe_power, shifted
+from curvature.linalg import diagonal_matrices, without_rounding
 from curvature.precision import HIGHEST, Precision, product
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class EigenKronecker:
+class EigenKronecker(Block):
     """G = (Q_A (x) Q_B) diag(values) (Q_A (x) Q_B)' on block coordinates `stack + (d_in, d_out)`.
 
     Attributes:
@@ -46,28 +45,19 @@ class EigenKronecker:
 
     def __matmul__(self, v: jax.Array) -> jax.Array:
         """G v."""
-        return self._scaled(self.values, v)
+        return self._from(self.values * self._into(v))
 
-    def solve(self, v: jax.Array, damping: ArrayLike = 0.0) -> jax.Array:
-        """(G + damping I)^-1 v exactly; the pseudo-inverse where an eigenvalue is zero."""
-        return self.power(v, -1.0, damping)
+    def spectrum(self) -> Spectrum:
+        """The values, in the bases that are there.
 
-    def power(self, v: jax.Array, p: float, damping: ArrayLike = 0.0) -> jax.Array:
-        """(G + damping I)^p v exactly; zero on the null space."""
-        return self._scaled(safe_power(self._shifted(damping), p), v)
+        Those that are rounding errors are zero: errors of a row's entries, squared.
+        """
+        size = max(self.values.shape[-2:])
+        return Spectrum(without_rounding(self.values, (-2, -1), size, 2), self._into, self._from)
 
     def trace(self) -> jax.Array:
         """The trace, summed over the stack."""
         return jnp.sum(self.values)
-
-    def logdet(self, damping: ArrayLike = 0.0) -> jax.Array:
-        """Log det(G + damping I), summed over the stack."""
-        return jnp.sum(jnp.log(self._shifted(damping)))
-
-    def eigenvalues(self) -> jax.Array:
-        """All eigenvalues, shape `stack + (size,)`, ascending within each copy."""
-        values = self._cleaned()
-        return jnp.sort(values.reshape((*values.shape[: self.stack_ndim], -1)), axis=-1)
 
     def diagonal(self) -> jax.Array:
         """The diagonal, as block coordinates."""
@@ -88,20 +78,16 @@ class EigenKronecker:
 
     def damped_inverse(self, damping: ArrayLike) -> EigenKronecker:
         """(G + damping I)^-1."""
-        return dataclasses.replace(self, values=safe_power(self._shifted(damping), -1.0))
+        values = shifted(self.spectrum().values, damping)
+        return dataclasses.replace(self, values=safe_power(values, -1.0))
 
-    def _scaled(self, values: jax.Array, v: jax.Array) -> jax.Array:
-        bases, rest = (self.input_basis, self.output_basis), (self.stack_ndim, self.precision)
-        return from_basis(bases, values * into_basis(bases, v, *rest), *rest)
+    def _into(self, v: jax.Array) -> jax.Array:
+        bases = self.input_basis, self.output_basis
+        return into_basis(bases, v, self.stack_ndim, self.precision)
 
-    def _shifted(self, damping: ArrayLike) -> jax.Array:
-        return self._cleaned() + jnp.asarray(damping, self.values.dtype)
-
-    def _cleaned(self) -> jax.Array:
-        """The values, zero where they are rounding errors: those of a row's entries, squared."""
-        rounding = max(self.values.shape[-2:]) * float(np.finfo(self.values.dtype).eps)
-        top = jnp.max(self.values, axis=(-2, -1), keepdims=True)
-        return jnp.where(self.values > top * rounding**2, self.values, 0)
+    def _from(self, v: jax.Array) -> jax.Array:
+        bases = self.input_basis, self.output_basis
+        return from_basis(bases, v, self.stack_ndim, self.precision)
 
     def _full(self, basis: jax.Array) -> jax.Array:
         if basis.ndim == self.stack_ndim + 1:

@@ -14,23 +14,24 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
-from curvature.blocks.block import safe_power
+from curvature.blocks.block import Block, Spectrum, safe_power
+from curvature.blocks.eigen_kronecker import from_basis, into_basis
 from curvature.linalg import (
     cholesky_inverse,
     diagonal,
     diagonal_matrices,
     eigh,
     multiples_of_identity,
+    without_rounding,
 )
 from curvature.precision import HIGHEST, Precision, product
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Kronecker:
+class Kronecker(Block):
     """G = input (x) output on block coordinates `stack + (d_in, d_out)`.
 
     Attributes:
@@ -55,32 +56,18 @@ class Kronecker:
             return left * self.output[..., None, :]
         return product("...ij,...jk->...ik", left, self.output, self.precision)
 
-    def solve(self, v: jax.Array, damping: ArrayLike = 0.0) -> jax.Array:
-        """(G + damping I)^-1 v exactly; the pseudo-inverse where an eigenvalue is zero."""
-        return self.power(v, -1.0, damping)
-
-    def power(self, v: jax.Array, p: float, damping: ArrayLike = 0.0) -> jax.Array:
-        """(G + damping I)^p v exactly, in the eigenbasis; zero on the null space."""
+    def spectrum(self) -> Spectrum:
+        """Products of the factors' eigenvalues, `stack + (d_in, d_out)`."""
         (a, qa), (b, qb) = self._eigh(self.input), self._eigh(self.output)
-        products = a[..., :, None] * b[..., None, :]
-        scale = safe_power(products + jnp.asarray(damping, products.dtype), p)
-        v = _rotate(qa, _rotate(qb, v.mT, back=False).mT, back=False)
-        return _rotate(qa, _rotate(qb, (scale * v).mT, back=True).mT, back=True)
+        return Spectrum(
+            a[..., :, None] * b[..., None, :],
+            lambda v: into_basis((qa, qb), v, self.stack_ndim),
+            lambda v: from_basis((qa, qb), v, self.stack_ndim),
+        )
 
     def trace(self) -> jax.Array:
         """tr(A) tr(B), summed over the stack."""
         return jnp.sum(self._traces(self.input) * self._traces(self.output))
-
-    def logdet(self, damping: ArrayLike = 0.0) -> jax.Array:
-        """Log det(G + damping I), summed over the stack."""
-        eigenvalues = self.eigenvalues()
-        return jnp.sum(jnp.log(eigenvalues + jnp.asarray(damping, eigenvalues.dtype)))
-
-    def eigenvalues(self) -> jax.Array:
-        """Products of the factors' eigenvalues, shape `stack + (size,)`, ascending."""
-        a, b = self._eigh(self.input)[0], self._eigh(self.output)[0]
-        products = a[..., :, None] * b[..., None, :]
-        return jnp.sort(products.reshape((*products.shape[:-2], -1)), axis=-1)
 
     def diagonal(self) -> jax.Array:
         """The diagonal, as block coordinates."""
@@ -145,19 +132,12 @@ class Kronecker:
             return diagonal_matrices(factor)
         return factor
 
-    def _eigh(self, factor: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Eigenvalues, zero where they are rounding errors, and eigenvectors (None: identity)."""
+    def _eigh(self, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Eigenvalues, zero where they are rounding errors, and eigenvectors; ones for identity."""
         if self._is_diagonal(factor):
-            return jnp.maximum(factor, 0), None
+            return jnp.maximum(factor, 0), jnp.ones_like(factor)
         values, vectors = eigh(factor)
-        cutoff = values[..., -1:] * values.shape[-1] * float(np.finfo(values.dtype).eps)
-        return jnp.where(values > cutoff, values, 0), vectors
-
-
-def _rotate(vectors: jax.Array | None, v: jax.Array, *, back: bool) -> jax.Array:
-    if vectors is None:
-        return v
-    return jnp.matmul(vectors if back else vectors.mT, v, precision=HIGHEST)
+        return without_rounding(values), vectors
 
 
 def _damped_inverse(factor: jax.Array, shift: jax.Array, diagonal: bool) -> jax.Array:

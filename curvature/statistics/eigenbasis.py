@@ -14,11 +14,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from curvature.blocks.eigen_kronecker import from_basis
-from curvature.linalg import eigh
+from curvature.linalg import eigh, without_rounding
 from curvature.precision import HIGHEST, Precision, product
 from curvature.statistics.factors import Statistics
 from curvature.statistics.rows import Rows
@@ -94,13 +93,7 @@ def moved_diagonal(
 
 def products(a: jax.Array, b: jax.Array) -> jax.Array:
     """The eigenvalues of A (x) B from those of A and B, zero where they are rounding errors."""
-    return known(a)[..., :, None] * known(b)[..., None, :]
-
-
-def known(values: jax.Array) -> jax.Array:
-    """Eigenvalues of a positive semi-definite matrix, zero where they are rounding errors."""
-    rounding = values.shape[-1] * float(np.finfo(values.dtype).eps)
-    return jnp.where(values > rounding * jnp.max(values, axis=-1, keepdims=True), values, 0)
+    return without_rounding(a)[..., :, None] * without_rounding(b)[..., None, :]
 
 
 def without_noise(statistics: Statistics, stack_ndim: int) -> Statistics:
@@ -121,7 +114,7 @@ def _is_known(factor: jax.Array, basis: jax.Array, stack_ndim: int) -> jax.Array
     values = factor
     if factor.ndim > stack_ndim + 1:
         values = jnp.sum(jnp.matmul(factor, basis, precision=HIGHEST) * basis, axis=-2)
-    return known(values) > 0
+    return without_rounding(values) > 0
 
 
 def turned_rows(rows: Rows, turn: Statistics) -> Rows:

@@ -25,14 +25,14 @@ from jax.sharding import NamedSharding
 
 from curvature.blocks import BlockDiagonal, Dense, EigenKronecker, Kronecker, block_of
 from curvature.blocks.block import safe_power
-from curvature.linalg import diagonal, multiples_of_identity
+from curvature.linalg import diagonal, multiples_of_identity, without_rounding
 from curvature.meshes import automatic, devices, divided
 from curvature.optimizer.refresh.batches import Job, Key, Solved, solved
 from curvature.optimizer.refresh.cond import chosen, finite_copies, when
 from curvature.optimizer.refresh.methods import QR, Eigh, Method
 from curvature.optimizer.refresh.plain import plain
 from curvature.optimizer.refresh.schedule import SIDES, Clock, Unit, Window, dealt, in_turn, units
-from curvature.statistics.eigenbasis import BASES, carried_over, identity, known, products
+from curvature.statistics.eigenbasis import BASES, carried_over, identity, products
 from curvature.statistics.factors import Statistics, factors_of
 from curvature.statistics.stacks import Arrays, Stacks, copies_of, unweighted
 from curvature.trace import Layer
@@ -335,7 +335,7 @@ class Inverses:
 
 def _in_eigenbasis(values: tuple[jax.Array, ...], shifts: tuple[jax.Array, ...]) -> jax.Array:
     """What factored damping adds to the eigenvalues a b: (a + s) (b + t) - a b."""
-    a, b = (known(x) for x in values)
+    a, b = map(without_rounding, values)
     s, t = (x[..., None, None] for x in shifts)
     return s * b[..., None, :] + t * (a[..., :, None] + s)
 
