@@ -17,7 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import haiku as hk
+try:
+    import haiku as hk
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"curvature_haiku needs {error.name}, which is not installed: install the extra "
+        "'curvature[haiku]'."
+    ) from error
 
 import curvature
 
