@@ -4,9 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from curvature import losses, metrics
+from curvature.block_diagonal import BlockDiagonal
 from curvature.blocks import (
     Block,
-    BlockDiagonal,
     Dense,
     Diagonal,
     EigenKronecker,

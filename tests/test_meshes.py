@@ -46,7 +46,7 @@ def close(found, expected, tolerance=1e-9):
 
 
 def can_have(layer, block):
-    return block if block in curvature.trace.layers.BLOCKS[layer.kind] else None
+    return block if block in curvature.blocks.blocks_for(layer.kind) else None
 
 
 def statistics(loss_fn, params, args, blocks, kind):

@@ -1,20 +1,21 @@
 """Curvature blocks: how a block is stored, applied and inverted."""
 
 from curvature.blocks.block import Block
-from curvature.blocks.block_diagonal import BlockDiagonal, block_of
 from curvature.blocks.dense import Dense
 from curvature.blocks.diagonal import Diagonal
 from curvature.blocks.eigen_kronecker import EigenKronecker
 from curvature.blocks.identity import Identity
+from curvature.blocks.kinds import BLOCKS, BlockKind, blocks_for
 from curvature.blocks.kronecker import Kronecker
 
 __all__ = [
+    "BLOCKS",
     "Block",
-    "BlockDiagonal",
+    "BlockKind",
     "Dense",
     "Diagonal",
     "EigenKronecker",
     "Identity",
     "Kronecker",
-    "block_of",
+    "blocks_for",
 ]

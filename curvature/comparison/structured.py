@@ -20,7 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvature.blocks import Block, Diagonal, EigenKronecker, Identity, Kronecker
+from curvature.blocks import (
+    BLOCKS,
+    Block,
+    Diagonal,
+    EigenKronecker,
+    Identity,
+    Kronecker,
+    blocks_for,
+)
 from curvature.comparison.accumulate import Plan, estimates
 from curvature.comparison.compiled import compiled
 from curvature.comparison.estimates import TINY, Estimate, View, jackknife
@@ -31,13 +39,13 @@ from curvature.precision import HIGHEST
 from curvature.statistics import Estimator
 from curvature.statistics.eigenbasis import BASES
 from curvature.statistics.factors import Statistics, counted, factors_of
-from curvature.trace.layers import BLOCKS, EXCLUDED, FACTORED
+from curvature.trace.layers import EXCLUDED
 
 PyTree = Any
 T = TypeVar("T")
 Batches = Callable[[], Iterator[tuple[int, tuple[PyTree, ...], float]]]  # number, args, share
-NAMES = (*FACTORED, "diagonal", "identity")
-_SQUARES = ("ekfac", "diagonal", "identity")
+NAMES = tuple(name for name, kind in BLOCKS.items() if not kind.outer)
+_SQUARES = tuple(name for name in NAMES if BLOCKS[name].squares)
 _STUDENT = 2.776  # the 97.5 % quantile of Student's t with one degree of freedom less than draws
 
 
@@ -140,7 +148,7 @@ class Approximations:
         """What is on the diagonals of the exact blocks, in the eigenbasis of an approximation."""
 
         def make() -> dict[str, jax.Array]:
-            if name in FACTORED:
+            if BLOCKS[name].factored:
                 found = self._mean("ekfac", draw, self._bases(name))
             else:
                 found = self._statistics(name, draw)
@@ -200,7 +208,7 @@ class Approximations:
 
 def _estimator(plan: Plan, kind_name: str, name: str) -> Estimator:
     """The estimator of the layers that can have a block; the others are excluded."""
-    names = {layer.name for layer in plan.layers if name in BLOCKS[layer.kind]}
+    names = {layer.name for layer in plan.layers if name in blocks_for(layer.kind)}
     registry = plan.registry.with_blocks(lambda x: name if x.name in names else EXCLUDED)
     return Estimator(registry, plan.kinds[kind_name])
 

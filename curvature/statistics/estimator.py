@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from curvature.blocks import BlockDiagonal, block_of
+from curvature.block_diagonal import BlockDiagonal, block_of
 from curvature.meshes import automatic, on_mesh
 from curvature.precision import FAST, Precision, accumulator, check_precision
 from curvature.statistics import devices

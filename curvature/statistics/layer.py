@@ -17,28 +17,27 @@ gradients themselves, `(examples,) + block coordinates`, and `finished` squares 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from curvature.blocks import BLOCKS, BlockKind
 from curvature.precision import Precision, product
 from curvature.statistics import eigenbasis, factors
 from curvature.statistics.factors import Statistics
 from curvature.statistics.rows import Rows
 from curvature.trace.layers import Layer
 from curvature.trace.layouts import Elementwise
-from curvature.trace.views import Shape
 
 
 def tokens(layer: Layer, dtype: Any, max_factor_dim: int) -> Statistics:
     """Zeros of the shape of a layer's statistics: what they are the gradient of."""
     token = factors.tokens(layer, dtype, max_factor_dim) if layer.factored else {}
-    if layer.factored and layer.block != "ekfac":
+    if not _kind(layer).squares:
         return token
     if not layer.summed:
-        return token | {"values": jnp.zeros(_values_shape(layer), dtype)}
+        return token | _no_values(layer, dtype)
     return token | gradient_tokens(layer, dtype)
 
 
@@ -58,23 +57,18 @@ def per_example(layer: Layer, raw: Statistics) -> jax.Array:
 
 def zeros(layer: Layer, dtype: Any, max_factor_dim: int) -> Statistics:
     """Statistics of nothing, as `combined` returns them."""
-    if layer.factored and layer.block != "ekfac":
+    if not _kind(layer).squares:
         return factors.zeros(layer, dtype, max_factor_dim)
-    values = {"values": jnp.zeros(_values_shape(layer), dtype)}
-    if layer.block != "ekfac":
+    values = _no_values(layer, dtype)
+    if not layer.factored:
         return values
     found = factors.zeros(layer, dtype, max_factor_dim)
     return found | values | eigenbasis.identity(found, len(layer.stack))
 
 
-def _values_shape(layer: Layer) -> Shape:
-    """The shape of what is kept of a layer's per-example gradients."""
-    if layer.block == "identity":
-        return layer.stack
-    if layer.block != "dense":
-        return layer.shape
-    size = math.prod(layer.shape[len(layer.stack) :])
-    return (*layer.stack, size, size)
+def _no_values(layer: Layer, dtype: Any) -> Statistics:
+    shape = _kind(layer).values_shape(layer.shape, len(layer.stack))
+    return {"values": jnp.zeros(shape, dtype)}
 
 
 def of_contraction(
@@ -108,8 +102,10 @@ def of_contraction(
         members = len(rows.layout.members)
         found["values"] = (
             _squared(layer, rows.gradients() * slopes, members, rows.precision)
-            if layer.block == "dense"
-            else _summary(layer, eigenbasis.turned_rows(rows, turn).squares() * slopes**2, members)
+            if layer.outer
+            else _kind(layer).summary(
+                eigenbasis.turned_rows(rows, turn).squares() * slopes**2, members
+            )
         )
     if "gradients" in token:
         gradients = (rows.total()[None] if layer.mixed else rows.gradients()) * slopes
@@ -175,17 +171,14 @@ def _handed_on(layer: Layer, gradients: jax.Array) -> Statistics:
 
 def _squared(layer: Layer, gradients: jax.Array, members: int, precision: Precision) -> jax.Array:
     """`members + ...` block values from `(examples,) + members + ...` gradients."""
-    if layer.block != "dense":
-        return _summary(layer, jnp.sum(gradients**2, axis=0), members)
+    if not layer.outer:
+        return _kind(layer).summary(jnp.sum(gradients**2, axis=0), members)
     flat = gradients.reshape((*gradients.shape[: 1 + members], -1))
     return product("n...i,n...j->...ij", flat, flat, precision)
 
 
-def _summary(layer: Layer, squares: jax.Array, members: int) -> jax.Array:
-    """What is kept of `members + ...` squares: all, or their mean."""
-    if layer.block == "identity":
-        return jnp.mean(squares, axis=tuple(range(members, squares.ndim)))
-    return squares
+def _kind(layer: Layer) -> BlockKind:
+    return BLOCKS[layer.block]
 
 
 def finished(
@@ -218,7 +211,7 @@ def finished(
 
 def of_generic(layer: Layer, gradient: jax.Array) -> Statistics:
     """The square of the gradient of the drawn cotangents, summed over examples."""
-    return {"values": _summary(layer, gradient**2, 0)}
+    return {"values": _kind(layer).summary(gradient**2, 0)}
 
 
 def combined(summed: Statistics, passes: int, averaged: bool) -> Statistics:

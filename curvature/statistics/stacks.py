@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from curvature.blocks import BlockDiagonal
+from curvature.block_diagonal import BlockDiagonal
 from curvature.meshes import devices, divided, whole
 from curvature.precision import accumulator
 from curvature.statistics.eigenbasis import BASES
@@ -93,7 +93,7 @@ class Stack(Layer):
     def joined(self, name: str, arrays: Sequence[jax.Array]) -> jax.Array:
         """One of the members' statistics; beyond them, those of the identity."""
         found = self._joined(arrays)
-        matrix = name in BASES or self.block == "dense" or not name.startswith("values")
+        matrix = name in BASES or self.outer or not name.startswith("values")
         if matrix and found.ndim == 3:
             return self._filled(found, jnp.eye(found.shape[-1], dtype=found.dtype))
         return self._filled(found, jnp.ones(found.shape[1:], found.dtype))

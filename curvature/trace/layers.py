@@ -19,22 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvature.blocks import BLOCKS
 from curvature.precision import accumulator
 from curvature.trace.layouts import Elementwise
 from curvature.trace.program import Use
 from curvature.trace.views import Shape, View
 
-FACTORED = ("kronecker", "kronecker_reduce", "kronecker_weighted", "ekfac", "foof")
-_VECTOR = ("diagonal", "dense", "identity")
-_MATRIX = (*FACTORED, *_VECTOR)
-BLOCKS = {
-    "dense": _MATRIX,
-    "conv": _MATRIX,
-    "embedding": _MATRIX,
-    "scale": _VECTOR,
-    "shift": _VECTOR,
-    "generic": ("diagonal", "identity"),
-}
 EXCLUDED = "excluded"
 
 
@@ -46,7 +36,7 @@ class Layer:
       name: unique name, the path its parameters share.
       kind: `"dense"`, `"conv"`, `"embedding"`, `"scale"`, `"shift"` or `"generic"`.
       parameters: key paths of its parameters, as `jax.tree_util.keystr` prints them.
-      block: one of `BLOCKS` for its kind, or `"excluded"`.
+      block: one of `curvature.blocks.BLOCKS` that its kind can have, or `"excluded"`.
       reason: where the layer is in the user's code, or why it is generic.
       uses: number of equations in which it meets the data.
       views: the weight's entries that belong to the layer, and the bias's.
@@ -103,7 +93,7 @@ class Layer:
     @property
     def pooled(self) -> bool:
         """Whether its block sees only cotangents of several examples, added up."""
-        squares = self.block in (*_VECTOR, "ekfac")
+        squares = self.block != EXCLUDED and BLOCKS[self.block].squares
         whole = not self.structured or self.unbatched or (squares and self.examples == 1)
         return self.uses > 0 and (whole or self.mixed)
 
@@ -138,7 +128,12 @@ class Layer:
     @property
     def factored(self) -> bool:
         """Whether its block has Kronecker factors."""
-        return self.block in FACTORED
+        return self.block != EXCLUDED and BLOCKS[self.block].factored
+
+    @property
+    def outer(self) -> bool:
+        """Whether its block keeps matrices over all of its coordinates."""
+        return self.block != EXCLUDED and BLOCKS[self.block].outer
 
     @property
     def size(self) -> int:

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from curvature.trace.layers import BLOCKS, EXCLUDED, Layer, one_per_leaf
+from curvature.blocks import BLOCKS, blocks_for
+from curvature.trace.layers import EXCLUDED, Layer, one_per_leaf
 
 PyTree = Any
 
@@ -45,8 +46,9 @@ def ruled(layers: Sequence[Layer], rule: str | Callable[[Layer], str | None]) ->
     if isinstance(rule, str):
         chosen = {layer.name: rule for layer in inside if _obstacle(layer, rule) is None}
         if not chosen:
-            names = ", ".join(dict.fromkeys(name for names in BLOCKS.values() for name in names))
-            raise ValueError(f"No layer can have the block {rule!r}. The blocks are: {names}.")
+            raise ValueError(
+                f"No layer can have the block {rule!r}. The blocks are: {', '.join(BLOCKS)}."
+            )
     else:
         chosen = {layer.name: rule(layer) for layer in inside}
     blocks = [chosen.get(layer.name) for layer in layers]
@@ -81,8 +83,8 @@ def _checked(layer: Layer, block: str) -> Layer:
 
 def _obstacle(layer: Layer, block: str) -> str | None:
     """Why a layer cannot have a block; None where it can."""
-    if block not in BLOCKS[layer.kind]:
-        return f"expected one of {', '.join(BLOCKS[layer.kind])}"
+    if block not in blocks_for(layer.kind):
+        return f"expected one of {', '.join(blocks_for(layer.kind))}"
     if block == "kronecker_reduce" and layer.examples == 1:
         return (
             "it averages over the positions of every example, and the layer's examples cannot be "

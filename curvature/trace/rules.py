@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -166,40 +167,82 @@ def contraction(
     other = 1 - sides[0]
     if other >= len(equation.invars):
         return None
-    x = tuple(equation.invars[other].aval.shape)
-    batch = env.batch(equation.invars[other])
-    unbatched = env.batch(equation.outvars[0]) is None
-    name, shape = equation.primitive.name, tuple(equation.outvars[0].aval.shape)
-    layout: layouts.Contraction
-    moves: tuple[Shape, ...]
-    if name == "dot_general":
-        layout, order, matrix = layouts.dense(equation, other, x, view.inner, batch)
-        one_hot = isinstance(values[other], OneHot) and layout.x_order[-1] == len(x) - 1
-        one_hot = one_hot and layout.d_in == x[-1]
-        layout = dataclasses.replace(
-            layout, one_hot=one_hot, ragged=isinstance(values[other], Ragged)
-        )
-        moves = (order, matrix)
-    elif name == "conv_general_dilated" and other == 0:
-        found = layouts.convolution(equation, x, view.inner, batch)
-        if found is None:
-            return None
-        layout, order, apart, matrix = found
-        moves = (order, apart, (1, 0, 2), matrix)
-    elif name == "gather" and other == 1:
-        looked = layouts.lookup(equation, view.inner, x, batch)
-        if looked is None:
-            return None
-        layout, order, matrix = looked
-        moves = (order, matrix)
-    else:
+    rule = CONTRACTIONS.get(equation.primitive.name)
+    operand = Operand(other, values[other], env.batch(equation.invars[other]))
+    found = rule(equation, operand, view.inner) if rule is not None else None
+    if found is None:
         return None
-    kind = "embedding" if layout.one_hot else "conv" if name.startswith("conv") else "dense"
+    kind, layout, moves = found
+    unbatched = env.batch(equation.outvars[0]) is None
+    shape = tuple(equation.outvars[0].aval.shape)
     slope = _placed(View.of(None, view.inner), moves) if view.curved else None
     target = dataclasses.replace(_placed(view, moves), curved=False)
     layout = dataclasses.replace(layout, scale=view.scale)
-    use = Use(target, layout, kind, name, unbatched=unbatched, slope=slope)
+    use = Use(target, layout, kind, equation.primitive.name, unbatched=unbatched, slope=slope)
     return use, Product(use, View.of(use, shape))
+
+
+class Operand(NamedTuple):
+    """The data that a weight is contracted with.
+
+    Attributes:
+      position: of the operand, 0 or 1.
+      value: what is known of it.
+      batch: its batch axis; None without one.
+    """
+
+    position: int
+    value: Value
+    batch: layouts.Batch | None
+
+
+class Contracted(NamedTuple):
+    """A layer that was found.
+
+    Attributes:
+      kind: `"dense"`, `"conv"` or `"embedding"`.
+      layout: how the weight meets the data.
+      moves: how to bring it into block coordinates: permutations and shapes in turn.
+    """
+
+    kind: str
+    layout: layouts.Contraction
+    moves: tuple[Shape, ...]
+
+
+def _dot(equation: _jax.Equation, data: Operand, weight: Shape) -> Contracted | None:
+    x = tuple(equation.invars[data.position].aval.shape)
+    layout, order, matrix = layouts.dense(equation, data.position, x, weight, data.batch)
+    whole = layout.x_order[-1] == len(x) - 1 and layout.d_in == x[-1]
+    one_hot, ragged = isinstance(data.value, OneHot) and whole, isinstance(data.value, Ragged)
+    layout = dataclasses.replace(layout, one_hot=one_hot, ragged=ragged)
+    return Contracted("embedding" if one_hot else "dense", layout, (order, matrix))
+
+
+def _convolution(equation: _jax.Equation, data: Operand, weight: Shape) -> Contracted | None:
+    x = tuple(equation.invars[data.position].aval.shape)
+    found = layouts.convolution(equation, x, weight, data.batch) if data.position == 0 else None
+    if found is None:
+        return None
+    layout, order, apart, matrix = found
+    return Contracted("conv", layout, (order, apart, (1, 0, 2), matrix))
+
+
+def _gather(equation: _jax.Equation, data: Operand, weight: Shape) -> Contracted | None:
+    indices = tuple(equation.invars[data.position].aval.shape)
+    found = layouts.lookup(equation, weight, indices, data.batch) if data.position == 1 else None
+    if found is None:
+        return None
+    layout, order, matrix = found
+    return Contracted("embedding", layout, (order, matrix))
+
+
+CONTRACTIONS: dict[str, Callable[[_jax.Equation, Operand, Shape], Contracted | None]] = {
+    "dot_general": _dot,
+    "conv_general_dilated": _convolution,
+    "gather": _gather,
+}
+"""By primitive, the layer that a weight of some shape and the data make; None for no layer."""
 
 
 def _placed(view: View, moves: Sequence[Shape]) -> View:

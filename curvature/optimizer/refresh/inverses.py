@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from curvature.blocks import BlockDiagonal, Dense, EigenKronecker, Kronecker, block_of
+from curvature.block_diagonal import BlockDiagonal, block_of
+from curvature.blocks import EigenKronecker, Kronecker
 from curvature.blocks.block import safe_power
 from curvature.linalg import diagonal, multiples_of_identity, without_rounding
 from curvature.meshes import automatic, devices, divided
@@ -324,7 +325,7 @@ class Inverses:
         """The values of a block's damped inverse; all these blocks are linear in them."""
         values, scale = block.values, jnp.ones((), block.values.dtype)
         if self.relative:
-            diagonal = block.diagonal() if isinstance(block, Dense) else values
+            diagonal = block.diagonal()
             mean = jnp.mean(diagonal, axis=tuple(range(1, diagonal.ndim)))
             mean = jnp.where(mean > 0, mean, 1)
             scale = mean.reshape(mean.shape + (1,) * (values.ndim - 1))

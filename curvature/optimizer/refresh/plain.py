@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from curvature.blocks import block_of
+from curvature.block_diagonal import block_of
 from curvature.blocks.block import safe_power
 from curvature.linalg import diagonal, multiples_of_identity
 from curvature.optimizer.refresh.schedule import SIDES
@@ -37,7 +37,7 @@ def plain(
         axes = tuple(range(depth, curvature.ndim))
         values = found["values"]
         inverse = safe_power(jnp.mean(curvature, axis=axes) + damping.astype(values.dtype), -1.0)
-        if layer.block == "dense":
+        if layer.outer:
             return {"values": multiples_of_identity(inverse, values.shape[-1])}
         spread = inverse.reshape(inverse.shape + (1,) * (values.ndim - depth))
         return {"values": jnp.broadcast_to(spread, values.shape)}

@@ -102,7 +102,7 @@ def units(layer: Layer, statistics: Statistics, *, eigen: bool) -> list[Unit]:
 
     def cost(name: str) -> int:
         shape = statistics[name].shape[1:]
-        matrix = layer.block == "dense" or (name != "values" and len(shape) == 2)
+        matrix = layer.outer or (name != "values" and len(shape) == 2)
         return math.prod(shape) * (shape[-1] if matrix else 1)
 
     if not layer.factored:

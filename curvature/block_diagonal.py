@@ -10,12 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from curvature.blocks.block import Block
-from curvature.blocks.dense import Dense
-from curvature.blocks.diagonal import Diagonal
-from curvature.blocks.eigen_kronecker import EigenKronecker
-from curvature.blocks.identity import Identity
-from curvature.blocks.kronecker import Kronecker
+from curvature.blocks import BLOCKS, Block
 from curvature.meshes import automatic, on_mesh
 from curvature.precision import accumulator
 from curvature.trace import Layer
@@ -27,17 +22,7 @@ T = TypeVar("T")
 
 def block_of(layer: Layer, statistics: dict[str, jax.Array]) -> Block:
     """The block of a layer from its statistics (see `Estimator.statistics`)."""
-    depth = len(layer.stack)
-    if layer.factored and "values" in statistics:  # in an eigenbasis
-        bases = statistics["input_basis"], statistics["output_basis"]
-        return EigenKronecker(*bases, statistics["values"], stack_ndim=depth)
-    if layer.factored:
-        return Kronecker(statistics["input"], statistics["output"], stack_ndim=depth)
-    if layer.block == "dense":
-        return Dense(**statistics, shape=layer.shape, stack_ndim=depth)
-    if layer.block == "identity":
-        return Identity(**statistics, shape=layer.shape, stack_ndim=depth)
-    return Diagonal(**statistics, stack_ndim=depth)
+    return BLOCKS[layer.block].make(statistics, layer.shape, len(layer.stack))
 
 
 @jax.tree_util.register_dataclass
