@@ -87,7 +87,7 @@ class Parser:
     def scripted(self) -> str:
         """An atom with what stands below and above of it."""
         base, below, above = self.atom(), "", ""
-        large = "∑" in base
+        large = "∑" in base or "<mi>min</mi>" in base
         while self.peek() and self.peek() in "_^'":
             mark = self.take()
             if mark == "_":
@@ -126,7 +126,7 @@ class Parser:
             return f"<mo>{OPERATORS[name]}</mo>"
         if name in FUNCTIONS:
             after = "" if self.peek() in ("(", "_") else space(",")
-            return f"{space(',')}<mi>{name}</mi>{after}"
+            return f"<mrow>{space(',')}<mi>{name}</mi>{after}</mrow>"
         if name in SPACES:
             return space(name)
         if name in ACCENTS:

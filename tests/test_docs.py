@@ -9,6 +9,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import xml.etree.ElementTree
 
 import pytest
 
@@ -117,6 +118,34 @@ def test_a_control_dead_links_are_found(tmp_path):
         "```text\n[e](none.md)\n```\n[f](https://example.org/none) [g](#other)\n"
     )
     assert list(dead(page)) == ["other.md#less", "none.md", "#other"]
+
+
+def hooks():
+    spec = importlib.util.spec_from_file_location("site_hooks", DOCS / "site_hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_formula_is_drawn():
+    found = [(page, *pair) for page in PAGES for pair in hooks().formulas(read(page))]
+    assert len(found) > 100
+    for page, formula, display in found:
+        drawn = xml.etree.ElementTree.fromstring(hooks().mathml(formula, display))
+        for element in drawn.iter():
+            parts = {"mfrac": 2, "msub": 2, "msup": 2, "munder": 2, "mover": 2, "msubsup": 3}
+            assert len(element) == parts.get(element.tag, len(element)), (page, formula)
+
+
+def test_a_control_formulas():
+    assert hooks().formulas("`$a$` $b_1$\n```\n$c$\n```\n$$d$$ costs $5 or $6") == [
+        ("b_1", False),
+        ("d", True),
+    ]
+    inside = "<mfrac><mn>1</mn><mn>2</mn></mfrac><msup><mi>v</mi><mrow><mi>⊤</mi></mrow></msup>"
+    assert hooks().mathml(r"\tfrac12 v^\top") == f"<math><mrow>{inside}</mrow></math>"
+    with pytest.raises(ValueError, match="newcommand"):
+        hooks().mathml(r"\newcommand")
 
 
 @pytest.mark.slow
