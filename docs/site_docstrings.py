@@ -1,5 +1,8 @@
 """What the site's reference needs of griffe, which reads the sources without importing them."""
 
+import ast
+import functools
+import pathlib
 import re
 from collections.abc import Iterator
 
@@ -24,8 +27,28 @@ def tree(module: griffe.Module) -> Iterator[griffe.Module]:
             yield from tree(member)
 
 
+@functools.cache
+def constants(path: pathlib.Path) -> dict[str, str]:
+    """The private constants of a file, as they are written: `_FISHER` is `Fisher()`."""
+    found: dict[str, str] = {}
+    for line in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(line, ast.Assign):
+            target, value = line.targets[0], line.value
+            several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+            pairs = zip(target.elts, value.elts, strict=True) if several else [(target, value)]
+            found |= {x.id: ast.unparse(y) for x, y in pairs if isinstance(x, ast.Name)}
+    return {name: value for name, value in found.items() if name.startswith("_")}
+
+
 class Sources(griffe.Extension):
-    """Fences doctests, and finds functions that have the name of their file."""
+    """Doctests in fences, defaults as values, and functions that have the name of their file."""
+
+    def on_function(self, *, func: griffe.Function, **kwargs: object) -> None:
+        """Shows the value of a default, where its name is private."""
+        for parameter in func.parameters:
+            name = str(parameter.default)
+            if name.startswith("_") and isinstance(func.filepath, pathlib.Path):
+                parameter.default = constants(func.filepath).get(name, parameter.default)
 
     def on_object(self, *, obj: griffe.Object, **kwargs: object) -> None:
         """Fences the doctests of an object."""

@@ -1,9 +1,11 @@
-"""Formulas of the pages as MathML, which browsers draw by themselves: no script, no fonts.
+"""What the site does to the pages: formulas are drawn, links out of the documentation are text.
 
-Of LaTeX it knows what the pages use; anything else is an error of the build, and a line here.
+Formulas are MathML, which browsers draw by themselves: no script, no fonts. Of LaTeX it knows what
+the pages use; anything else is an error of the build, and a line here.
 """
 
 import html
+import posixpath
 import re
 
 FORMULA = re.compile(
@@ -184,6 +186,22 @@ def formulas(text: str) -> list[tuple[str, bool]]:
     return [(formula, display) for formula, display in pairs if formula]
 
 
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s:]+)\)")
+
+
+def within(text: str, folder: str) -> str:
+    """A page whose links to files outside of the documentation are their text.
+
+    They lead to programs, which the repository's host shows and the site does not have.
+    """
+
+    def plain(link: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join(folder, link[2].partition("#")[0]))
+        return link[1] if path.startswith("..") else link[0]
+
+    return LINK.sub(plain, text)
+
+
 _pages: dict[str, list[str]] = {}
 
 
@@ -201,7 +219,8 @@ def on_page_markdown(markdown: str, page, **kwargs) -> str:
             raise ValueError(f"{page.file.src_uri}: {error} in ${formula}$") from error
         return f"⟦{len(kept) - 1}⟧"
 
-    return FORMULA.sub(take, markdown)
+    folder = posixpath.dirname(page.file.src_uri)
+    return within(FORMULA.sub(take, markdown), folder)
 
 
 def on_page_content(content: str, page, **kwargs) -> str:

@@ -148,6 +148,12 @@ def test_a_control_formulas():
         hooks().mathml(r"\newcommand")
 
 
+def test_links_out_of_the_documentation_are_text_on_the_site():
+    text = "[`a.py`](../../scripts/a.py) [b](../b.md#c) ![d](../../d.png) [e](e.md)"
+    assert hooks().within(text, "recipes") == "`a.py` [b](../b.md#c) ![d](../../d.png) [e](e.md)"
+    assert hooks().within("[b](../b.md)", "") == "b"
+
+
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning_and_fetches_nothing(tmp_path):
     for needed in ("mkdocs", "material", "mkdocstrings", "mkdocstrings_handlers"):
