@@ -21,6 +21,22 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_disable_most_optimizations", True)  # the time of tests is compilation
 
 
+SLOW = pathlib.Path(__file__).with_name("slow.txt")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Marks what slow.txt lists as slow; a line that names no test is an error, not forgotten."""
+    listed = {line for line in SLOW.read_text().splitlines() if line and line[0] != "#"}
+    found = {item.nodeid.removeprefix("tests/"): item for item in items}
+    for name in listed & found.keys():
+        found[name].add_marker(pytest.mark.slow)
+    files = {name.partition("::")[0] for name in found}
+    missing = sorted(x for x in listed - found.keys() if x.partition("::")[0] in files)
+    if missing and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"tests/slow.txt lists tests that are not there: {missing}")
+
+
 _MAPS = pathlib.Path("/proc/self/maps")
 _tests = itertools.count()
 

@@ -139,26 +139,26 @@ def test_product_and_dense_matrix(name):
     close(block @ jnp.asarray(v), applied(dense, v))
 
 
-@pytest.mark.parametrize("damping", [0.0, 0.3])
-@pytest.mark.parametrize("name", BLOCKS)
-def test_solve(name, damping):
-    """Exactly (G + damping I)^-1; without damping the pseudo-inverse."""
-    block, dense, shape = BLOCKS[name]()
-    v = vector(shape)
-    expected = [np.linalg.pinv(m + damping * np.eye(len(m)), rcond=1e-11) for m in dense]
-    close(block.solve(jnp.asarray(v), damping), applied(expected, v))
-    if damping == 0:
-        close(block.solve(jnp.asarray(v)), applied(expected, v))
+POWERS = tuple(itertools.product((-1, -0.5, 0.5, 2), (0.0, 0.3)))
 
 
-@pytest.mark.parametrize("damping", [0.0, 0.3])
-@pytest.mark.parametrize("p", [-1, -0.5, 0.5, 2])
+@jax.jit
+def solves_and_powers(block, v):
+    powers = [block.power(v, p, damping=damping) for p, damping in POWERS]
+    return block.solve(v), [block.solve(v, damping) for damping in (0.0, 0.3)], powers
+
+
 @pytest.mark.parametrize("name", BLOCKS)
-def test_power(name, p, damping):
+def test_solves_and_powers(name):
+    """Exactly (G + damping I)^p; without damping zero on the null space, as the pseudo-inverse."""
     block, dense, shape = BLOCKS[name]()
     v = vector(shape)
-    expected = applied([damped_power(m, p, damping) for m in dense], v)
-    close(block.power(jnp.asarray(v), p, damping=damping), expected)
+    plain, solved, powers = solves_and_powers(block, jnp.asarray(v))
+    for found, damping in zip([plain, *solved], (0.0, 0.0, 0.3), strict=True):
+        expected = [np.linalg.pinv(m + damping * np.eye(len(m)), rcond=1e-11) for m in dense]
+        close(found, applied(expected, v))
+    for found, (p, damping) in zip(powers, POWERS, strict=True):
+        close(found, applied([damped_power(m, p, damping) for m in dense], v))
 
 
 @pytest.mark.parametrize("name", BLOCKS)
