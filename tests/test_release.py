@@ -300,7 +300,7 @@ COST = """
 
 
 def test_importing_it_imports_nothing_beyond_jax_and_optax(record_property):
-    """A time is no gate: it is written down, at 1.2 with all files compiled, and not asserted."""
+    """A time is no gate: it is noted. With all files compiled 1.22 on Python 3.11, 1.13 on 3.13."""
     out = run("-c", textwrap.dedent(COST), cwd=ROOT, PYTHONPATH=str(ROOT)).splitlines()
     record_property("time beside that of `import jax, optax`", out[0])
     assert out[1] == ""
