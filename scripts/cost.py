@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 
 import curvature
+from curvature import text
 from digits import options, report
 from transformer import linen_model
 from transformer.config import DTYPES, Config
@@ -162,7 +163,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             ratios = [f"{row[k] / base[k]:.2f}" for k in ("mean_ms", "compile_seconds")]
         cells.append([name, *times, *ratios])
     header = ["", "mean ms", "median", "slowest", "compile s", "/ adamw", "compile / adamw"]
-    return report.table(header, cells)
+    return text.table(header, cells, str.rjust)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,6 +17,8 @@ from typing import Any
 
 import jax
 
+import curvature
+from curvature import text
 from digits import data, fisher, loop, optimizers, options, plots, problems, report, search
 
 TARGET = 5
@@ -172,7 +174,7 @@ def results_table(runs: dict[str, loop.Run]) -> str:
         )
         for run in runs.values()
     ]
-    return report.table(header, rows)
+    return text.table(header, rows, str.rjust)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +234,7 @@ def metrics(
     runs: dict[str, loop.Run],
     searches: dict[str, search.Search],
     verdict: Verdict,
-    fishers: dict[str, list[fisher.LayerComparison]],
+    fishers: dict[str, curvature.Comparison],
 ) -> dict[str, Any]:
     """Everything that metrics.json holds."""
     return {
@@ -243,7 +245,7 @@ def metrics(
         "seconds": "inside steps only: compilation, data and evaluation excluded, for all alike",
         "verdict": verdict.as_dict(),
         "runs": {name: _run_metrics(run, searches[name]) for name, run in runs.items()},
-        "fisher": {when: [layer.as_dict() for layer in rows] for when, rows in fishers.items()},
+        "fisher": {when: fisher.figures(found) for when, found in fishers.items()},
         "environment": report.environment(),
     }
 
@@ -310,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare_fishers(
     problem: problems.Problem, digits: data.Digits, plan: loop.Plan, registry: Any, run: loop.Run
-) -> dict[str, list[fisher.LayerComparison]]:
+) -> dict[str, curvature.Comparison]:
     """Both Fishers on the first batch's worth of images, before and after training."""
     batch = data.Batch(digits.train.x[: plan.batch_size], digits.train.y[: plan.batch_size])
     key = jax.random.key(plan.seed)
@@ -328,7 +330,7 @@ def write(
     runs: dict[str, loop.Run],
     searches: dict[str, search.Search],
     verdict: Verdict,
-    fishers: dict[str, list[fisher.LayerComparison]],
+    fishers: dict[str, curvature.Comparison],
 ) -> None:
     """Writes both files and says where."""
     content = metrics(problem, plan, runs, searches, verdict, fishers)

@@ -148,6 +148,7 @@ ORDER = {
         "examples",
         "_jax",
         "trees",
+        "text",
         "meshes",
         "precision",
         "losses",

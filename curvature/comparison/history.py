@@ -15,6 +15,7 @@ from curvature.comparison.arguments import named
 from curvature.comparison.compare import compare
 from curvature.comparison.result import Comparison, Figure, Pair
 from curvature.statistics.kinds import Kind
+from curvature.text import plain
 from curvature.trace import Registry
 
 PyTree = Any
@@ -156,11 +157,7 @@ class History:
 
         What is not finite is null.
         """
-        plain = [
-            {name: value if math.isfinite(value) else None for name, value in record.items()}
-            for record in self.records
-        ]
-        text = json.dumps(plain, indent=1, allow_nan=False)
+        text = json.dumps(plain(self.records), indent=1, allow_nan=False)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from curvature.comparison import presentation
+from curvature.text import plain
 
 WHOLE = "whole network"
 
@@ -218,22 +217,7 @@ class Comparison:
         A figure is `{"value": ..., "error": ...}` (error null where exact); a value that is not
         finite is null; a pair's key is `"A | B"`.
         """
-        text = json.dumps(_plain(self), indent=1, allow_nan=False)
+        text = json.dumps(plain(self), indent=1, allow_nan=False)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can say."""
-    if isinstance(value, Figure):
-        return {"value": _plain(value.value), "error": _plain(value.error)}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {" | ".join(k) if isinstance(k, tuple) else k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

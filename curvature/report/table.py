@@ -11,6 +11,7 @@ from curvature.report import reasons
 from curvature.report.labels import pairs, with_pair
 from curvature.report.verdicts import same_matrix
 from curvature.report.writing import MISSING, angle, every, printable, text
+from curvature.text import table as aligned
 
 WIDTH = 100
 _NAME = 16  # columns that the block's name keeps at least
@@ -54,13 +55,8 @@ def _pair(key: tuple[str, str], found: Sequence[tuple[Block, Pair]]) -> str:
         if widths[0] <= room and apart:
             break
 
-    def line(row: Sequence[str]) -> str:
-        name, *others = row[:columns]
-        cells = [_short(name, widths[0]).ljust(widths[0])]
-        return "  ".join([*cells, *map(str.rjust, others, widths[1:])]).rstrip()
-
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([f"{b} against {a}", "", line(_HEAD), rule, *map(line, rows)])
+    cut = [(_short(row[0], widths[0]), *row[1:columns]) for row in rows]
+    return f"{b} against {a}\n\n{aligned(_HEAD[:columns], cut, str.rjust)}"
 
 
 def _row(block: Block, pair: Pair) -> tuple[str, ...]:

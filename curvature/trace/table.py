@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from curvature.text import table as aligned
 from curvature.trace.layers import Layer
 from curvature.trace.program import LossTag
 from curvature.trace.terms import Term
@@ -34,21 +35,14 @@ def render(
       names: the key path of every leaf.
       batch_found: whether a larger batch could be traced.
     """
-    rows = [_HEAD]
+    rows: list[tuple[str, ...]] = []
     for layer in layers:
         for path, view in zip(layer.parameters, layer.leaves, strict=True):
             shape = "x".join(map(str, view.source_shape)) or "scalar"
             rows.append((path, shape, layer.kind, layer.block, str(layer.uses), layer.reason))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD) - 1)]
-    rule = "  ".join("-" * w for w in [*widths, len(_HEAD[-1])])
-
-    def line(row: tuple[str, ...]) -> str:
-        cells = [cell.ljust(w) for cell, w in zip(row, widths, strict=False)]
-        return "  ".join([*cells, row[-1]]).rstrip()
-
     total = sum(layer.size for layer in layers if layer.reached)
     covered = sum(layer.size for layer in layers if layer.structured)
-    text = [line(rows[0]), rule, *map(line, rows[1:]), ""]
+    text = [aligned(_HEAD, rows), ""]
     text.append(
         f"{covered:,} of {total:,} parameters ({coverage(layers):.1%}) are in structured blocks."
     )

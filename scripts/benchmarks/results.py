@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks import optimizers
 from benchmarks.problems import Problem
 from benchmarks.protocol import Protocol
-from digits import report
+from curvature import text
 
 Entry = dict[str, Any]
 
@@ -93,7 +93,7 @@ def table(results: dict[str, Any]) -> str:
         *("compile s", f"steps to {whose}'s best", f"seconds to {whose}'s best"),
     )
     rows = [_row(name, entry, target) for name, entry in entries.items()]
-    return report.table(header, rows)
+    return text.table(header, rows, str.rjust)
 
 
 def _row(name: str, entry: Entry, target: float | None) -> list[str]:
@@ -128,4 +128,4 @@ def split_table(results: dict[str, Any]) -> str:
         [optimizers.LABELS[name], *(f"{1e3 * split[part]:.1f}" for part in parts)]
         for name, split in splits.items()
     ]
-    return "\n" + report.table(("ms of a step in", *parts), rows)
+    return "\n" + text.table(("ms of a step in", *parts), rows, str.rjust)

@@ -26,7 +26,7 @@ import curvature
 from benchmarks import kfac_jax, optimizers
 from benchmarks.networks import autoencoder
 from benchmarks.problems import Problem
-from curvature import examples
+from curvature import examples, text
 from digits import data as digits_data
 from digits import report
 from digits.data import Batch
@@ -182,7 +182,7 @@ def table(results: dict[str, Any]) -> str:
         ]
         for name, found in results["contestants"].items()
     ]
-    return report.table(header, rows)
+    return text.table(header, rows, str.rjust)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from curvature.text import plain
 
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "dm-haiku", "numpy", "scikit-learn")
 
@@ -42,33 +42,12 @@ def _usable_cores() -> int:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes strict JSON: what is not finite becomes null, which JSON has no number for."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
 
 
 def json_line(content: dict[str, Any]) -> str:
     """One line of strict JSON."""
-    return json.dumps(_finite(content), allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns: the first to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return "  ".join([first[0].ljust(first[1]), *(c.rjust(w) for c, w in others)]).rstrip()
-
-    return "\n".join(map(line, (header, ["-" * w for w in widths], *rows)))
+    return json.dumps(plain(content), allow_nan=False) + "\n"
 
 
 def heading(text: str) -> str:
