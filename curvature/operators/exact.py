@@ -186,7 +186,7 @@ def empirical_fisher(
     Examples are the leading axis of a loss's units, the same in each iteration of a scan and for
     every loss: where logits are flattened, every position is one, and under `vmap` the mapped axis.
     The blockwise estimator finds examples in the trace and may differ there. It is no approximation
-    of the Fisher (Kunstner, Hennig and Balles 2019).
+    of the Fisher (Kunstner, Balles and Hennig 2019).
 
     Args:
       loss_fn: as for `hessian`, with at least one loss of `curvature.losses`.

@@ -51,7 +51,8 @@ def check_update(params: PyTree | None, loss_args: Any) -> tuple[PyTree, ...]:
     if loss_args is None:
         raise ValueError(
             "update was called without loss_args: pass loss_args=(batch,), the arguments that "
-            "loss_fn takes after params."
+            "loss_fn takes after params. If they were passed, something in between kept them: "
+            "flax's TrainState does, curvature_flax.linen.TrainState does not."
         )
     if not isinstance(loss_args, (tuple, list)):
         raise TypeError(

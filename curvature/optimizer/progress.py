@@ -74,9 +74,10 @@ def _check(idle: Any, skipped: Any, unchanged: Any, limit: int) -> None:
     if idle > limit:
         raise RuntimeError(
             f"The optimizer took none of its latest {idle} steps (of all its steps, {skipped} were "
-            "skipped because something was not finite). The run has most likely diverged, and its "
-            "parameters are lost: go on from an earlier checkpoint with a lower learning rate, "
-            "more damping, or a smaller bound on the length of a step (kl_clip)."
+            "skipped because something was not finite). Where parameters or losses are not finite "
+            "either, the run has diverged: go on from an earlier checkpoint with a lower learning "
+            "rate, more damping, or a smaller bound on the length of a step (kl_clip). Where they "
+            "are, look at the batches, and at the loss that update is given (value=)."
         )
 
 

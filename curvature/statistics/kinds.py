@@ -15,7 +15,7 @@ kind is a choice of random (or enumerated) cotangents v at the network's output 
 F_z and H_z are the same for most losses; `curvature.losses` says for which they are not.
 
 `EmpiricalFisher` is no approximation of the others: it converges to another matrix (Kunstner,
-Hennig and Balles 2019).
+Balles and Hennig 2019).
 
 Weights enter as sqrt(|w|): a unit with negative weight counts as if it were positive, so that the
 result stays positive semi-definite.

@@ -46,8 +46,11 @@ def ruled(layers: Sequence[Layer], rule: str | Callable[[Layer], str | None]) ->
     if isinstance(rule, str):
         chosen = {layer.name: rule for layer in inside if _obstacle(layer, rule) is None}
         if not chosen:
+            why = {_obstacle(x, rule): x.name for x in inside if rule in blocks_for(x.kind)}
+            reasons = "".join(f" {name!r} cannot: {obstacle}." for obstacle, name in why.items())
             raise ValueError(
-                f"No layer can have the block {rule!r}. The blocks are: {', '.join(BLOCKS)}."
+                f"No layer can have the block {rule!r}.{reasons} The blocks are: "
+                f"{', '.join(BLOCKS)}."
             )
     else:
         chosen = {layer.name: rule(layer) for layer in inside}

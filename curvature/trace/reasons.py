@@ -17,7 +17,8 @@ _WORDS: dict[str, tuple[str, str]] = {
     "convert_element_type": _COMPLEX,
     "custom_vjp_call": (
         "passed through a custom_vjp",
-        "a straight-through gradient is w + stop_gradient(f(w) - w)",
+        "a straight-through gradient is w + stop_gradient(f(w) - w), and curvature.tag_layer marks "
+        "a layer inside",
     ),
     "div": (
         "divided",

@@ -104,8 +104,8 @@ class Eigh:
     """Eigenbases by an eigendecomposition.
 
     Staleness is the off-diagonal part of Q'AQ relative to A, in Frobenius norm, for the factor A
-    and the previous basis Q (Lin et al. 2025, "Purifying Shampoo"). A basis that is kept has new
-    eigenvalues all the same: the diagonal of Q'AQ.
+    and the previous basis Q (Eschenhagen et al. 2025, "Purifying Shampoo"). A basis that is kept
+    has new eigenvalues all the same: the diagonal of Q'AQ.
 
     Attributes:
       tolerance: staleness up to which a basis is kept; 0 renews it always.
