@@ -189,6 +189,7 @@ AREAS = {
 }
 COMMANDS = {  # what is run, and not imported: where the command stands
     "hatchling": ("scripts/environment.sh", "--no-build-isolation"),
+    "latex2mathml": ("docs/site_hooks.py", "from latex2mathml"),
     "mkdocs": ("mkdocs.yml", "mkdocs build"),
     "mkdocs-material": ("mkdocs.yml", "name: material"),
     "mkdocstrings-python": ("mkdocs.yml", "default_handler: python"),
