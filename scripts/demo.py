@@ -337,7 +337,10 @@ def write(
     report.write_json(out / "metrics.json", content)
     full = plan.batch_size == data.TRAIN_IMAGES
     batches = f"full batch of {plan.batch_size:,}" if full else f"batches of {plan.batch_size:,}"
-    title = f"Handwritten digits, {problem.architecture} tanh network, {batches}"
+    title = (
+        f"Handwritten digits, {problem.architecture} tanh network, {batches}\n"
+        "rates by search; K-FAC's damping schedule was set for this problem"
+    )
     plots.compare(out / "training.png", list(runs.values()), title, (runs["kfac"], runs["adam"]))
     print(f"\nWritten: {out / 'metrics.json'}, {out / 'training.png'}")
 

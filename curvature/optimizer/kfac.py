@@ -118,7 +118,11 @@ def kfac(
       precision: of the products of float32 in statistics and of inverses.
 
     Returns:
-      An optax transformation with extra arguments; its state is a `KFACState`.
+      An optax transformation with extra arguments; its state is a `KFACState`. Its
+      `update(gradient, state, params, *, loss_args, key=None, value=None)` takes the arguments of
+      the loss function after `params` as the tuple `loss_args`, a random key for kinds that draw,
+      and, for `LevenbergMarquardt`, the loss of this batch at `params` as `value`, without which
+      it is evaluated once more. The gradient is that of the loss alone, without `l2`.
 
     Raises:
       ValueError: as `scale_by_curvature`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ def _trained(problem: Benchmark, params: PyTree, steps: int, seed: int, progress
         return optax.apply_updates(params, updates), state
 
     state, stream = tx.init(params), data.batches(problem.data, problem.batch_size, seed)
-    for _ in tqdm(range(steps), desc="Adam", disable=not progress or not steps):
+    every = 0.1 if sys.stderr.isatty() else 3600.0  # a log file gets the last line
+    for _ in tqdm(range(steps), desc="Adam", disable=not progress or not steps, mininterval=every):
         params, state = step(params, state, next(stream))
     return params
 

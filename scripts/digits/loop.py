@@ -134,7 +134,7 @@ def _bar(plan: Plan, first: int, label: str, leave: bool) -> tqdm:
         disable=not plan.progress,
         leave=leave,
         dynamic_ncols=True,
-        mininterval=0.1 if sys.stderr.isatty() else 5.0,  # A log file has no use for more lines.
+        mininterval=0.1 if sys.stderr.isatty() else 3600.0,  # a log file gets the last line
     )
 
 

@@ -27,7 +27,10 @@ def compare(path: Path, runs: Sequence[Run], title: str, reached: tuple[Run, Run
     by_step, by_second = figure.subplots(1, 2, sharey=True)
     for run in runs:
         style = {"color": COLOURS[run.settings.name], "linewidth": 1.8}
-        label = f"{run.settings.label} (learning rate {run.settings.learning_rate:g})"
+        label = (
+            f"{run.settings.label} (learning rate {run.settings.learning_rate:g}): "
+            f"test loss {run.test_loss:.3g}"
+        )
         by_step.plot(run.curve.steps, run.curve.loss, label=label, **style)
         by_second.plot(run.curve.seconds, run.curve.loss, label=label, **style)
     if reached is not None:

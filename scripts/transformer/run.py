@@ -149,7 +149,7 @@ class Trainer:
             desc=label,
             disable=quiet,
             dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 5.0,
+            mininterval=0.1 if sys.stderr.isatty() else 3600.0,  # a log file gets the last line
         ) as bar:
             for done in range(folder.step + 1, plan.steps + 1):
                 batch, step_key = self.batch(done), jax.random.fold_in(key, done)
