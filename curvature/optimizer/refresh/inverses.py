@@ -325,7 +325,8 @@ class Inverses:
         """The values of a block's damped inverse; all these blocks are linear in them."""
         values, scale = block.values, jnp.ones((), block.values.dtype)
         if self.relative:
-            diagonal = block.diagonal()
+            # The mean of the eigenvalues is that of the diagonal, which is dearer to have.
+            diagonal = values if isinstance(block, EigenKronecker) else block.diagonal()
             mean = jnp.mean(diagonal, axis=tuple(range(1, diagonal.ndim)))
             mean = jnp.where(mean > 0, mean, 1)
             scale = mean.reshape(mean.shape + (1,) * (values.ndim - 1))
