@@ -1,6 +1,6 @@
 """One pass over the data: the matrices of every kind on every block, as far as they are needed.
 
-For each batch and pass, the columns of a block (`estimator.columns`) are projected where the block
+For each batch and pass, the columns of a block (`statistics.per_example`) are projected where it
 is large, and their outer products added up: nothing is ever as large as the block's matrix. The
 whole network's columns are those of its blocks put together.
 """

@@ -5,7 +5,7 @@ which carry the square root of the loss weights, the gradient of an example is P
 over its rows, and the statistics are
 
 - blocks with Kronecker factors: see `factors`;
-- `ekfac`: factors, and `values`, the sum over examples of (Q_A' P_n Q_B)^2 (see `bases`);
+- `ekfac`: factors, and `values`, the sum over examples of (Q_A' P_n Q_B)^2 (see `eigenbasis`);
 - `diagonal`: `values`, the sum over examples of P_n^2;
 - `identity`: `values`, the mean of that over a layer's coordinates;
 - `dense`: `values`, the sum over examples of the outer product of P_n with itself.

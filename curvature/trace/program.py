@@ -112,7 +112,7 @@ class Step:
 
     Attributes:
       equation: the equation.
-      cut: for each operand, whether `stop_gradient` cuts it off (see `flow`).
+      cut: for each operand, whether `stop_gradient` cuts it off (see `liveness`).
       cut_outs: the same for the outputs of each branch of a cond.
       call: what the equation runs, with one program per body in `bodies`; None: bind it.
       use: the contraction with a parameter that this equation is.

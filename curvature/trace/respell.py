@@ -1,8 +1,8 @@
 """The same function, written so that parameters meet the data one at a time.
 
-The curvature of `x @ (w * g)` has no structure that `find` knows; that of `(x @ w) * g`, the same
-function, has. `respelled` evaluates a jaxpr with, beside every value that depends on parameters and
-not on the data, what sum of products it is (`weights.Weight`); where one meets the data, the data
+The curvature of `x @ (w * g)` has no structure that `interpreter` knows; that of `(x @ w) * g`,
+the same function, has. `respelled` evaluates a jaxpr with, beside every value that depends on
+parameters and not on the data, what sum of products it is (`weights.Weight`); where one meets the data, the data
 takes the factors in turn (`products`). So do gains, low-rank products, sums, repetitions and
 complex weights. A stack that a loop slices at known indices becomes one that it scans over.
 
