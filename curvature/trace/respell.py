@@ -2,8 +2,8 @@
 
 The curvature of `x @ (w * g)` has no structure that `interpreter` knows; that of `(x @ w) * g`,
 the same function, has. `respelled` evaluates a jaxpr with, beside every value that depends on
-parameters and not on the data, what sum of products it is (`weights.Weight`); where one meets the data, the data
-takes the factors in turn (`products`). So do gains, low-rank products, sums, repetitions and
+parameters and not on the data, what sum of products it is (`weights.Weight`); where one meets the
+data, the data takes the factors in turn (`products`). So do gains, low-rank products, sums, repetitions and
 complex weights. A stack that a loop slices at known indices becomes one that it scans over.
 
 What is no product with the data (a norm, a standard deviation) is computed as it was. Of a
