@@ -3,8 +3,9 @@
 The curvature of `x @ (w * g)` has no structure that `interpreter` knows; that of `(x @ w) * g`,
 the same function, has. `respelled` evaluates a jaxpr with, beside every value that depends on
 parameters and not on the data, what sum of products it is (`weights.Weight`); where one meets the
-data, the data takes the factors in turn (`products`). So do gains, low-rank products, sums, repetitions and
-complex weights. A stack that a loop slices at known indices becomes one that it scans over.
+data, the data takes the factors in turn (`products`). So do gains, low-rank products, sums,
+repetitions and complex weights. A stack that a loop slices at known indices becomes one that it
+scans over.
 
 What is no product with the data (a norm, a standard deviation) is computed as it was. Of a
 parameter that is also a factor beside it, as in `w / norm(w)`, it is held constant: the block of
