@@ -8,6 +8,7 @@ problem; results that a JSON file already has are kept.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -16,10 +17,13 @@ from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # see README.md; processes started here too
 
+import jax
+
 from benchmarks import (
     kfac_jax,
     language,
     optimizers,
+    physics,
     plots,
     problems,
     protocol,
@@ -38,7 +42,7 @@ examples:
   python scripts/benchmark.py --side-by-side --kfac-jax ../kfac-jax
 """
 QUICK_STEPS = 3
-PROBLEMS = {**problems.PROBLEMS, **language.PROBLEMS}
+PROBLEMS = {**problems.PROBLEMS, **language.PROBLEMS, **physics.PROBLEMS}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=tuple(PROBLEMS),
         default=tuple(problems.PROBLEMS),
-        help="default: all but language models, of which two need an accelerator",
+        help="default: all but physics and language models, of which two need an accelerator",
     )
     add(
         "--optimizer",
@@ -148,7 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.error("no optimizer is left to run")
     print(f"optax has no {' and no '.join(optimizers.NOT_IN_OPTAX)}: SOAP is eigen_adam's")
     for name in args.problem:
-        run_problem(PROBLEMS[name](), names, args)
+        problem = PROBLEMS[name]()
+        with jax.enable_x64(True) if problem.double else contextlib.nullcontext():
+            run_problem(problem, names, args)
     return 0
 
 

@@ -1,5 +1,6 @@
 """The benchmark: one protocol for all optimizers, files with what readers need, kept results."""
 
+import dataclasses
 import json
 import math
 
@@ -9,7 +10,7 @@ import pytest
 
 import benchmark
 import curvature
-from benchmarks import kfac_jax, optimizers, problems, protocol, results
+from benchmarks import kfac_jax, optimizers, physics, problems, protocol, results
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 PROBLEM = "digits_classifier"
@@ -159,6 +160,38 @@ def test_every_problem_is_found_whole_and_evaluates_its_own_loss(name):
     assert not any(layer.kind == "generic" for layer in registry.layers)
     measured = problem.evaluate(params, part)
     np.testing.assert_allclose(measured["loss"], problem.loss_fn(params, part), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_a_physics_informed_net_is_judged_by():
+    problem = physics.poisson()
+    params = problem.network.init(jax.random.key(0))
+    registry = curvature.register(problem.loss_fn, params, problem.data)
+    assert registry.coverage == 1 and len(registry.losses) == 2
+    measured = problem.evaluate(params, problem.data)
+    np.testing.assert_allclose(measured["objective"], problem.loss_fn(params, problem.data))
+    nothing = jax.tree.map(lambda x: 0 * x, params)
+    np.testing.assert_allclose(problem.evaluate(nothing, problem.data)["loss"], 1)
+
+
+@pytest.mark.slow
+def test_walkers_follow_the_wave_function_that_is_trained():
+    problem = physics.helium()
+    params = problem.network.init(jax.random.key(0))
+    registry = curvature.register(problem.loss_fn, params, problem.data)
+    assert registry.coverage == 1 and not registry.objective
+    draw, other = problem.batches(0), problem.batches(1)
+    first, second = draw(params), draw(params)
+    assert np.abs(first.x - second.x).max() > 0.1 and np.abs(first.x - other(params).x).max() > 0.1
+    np.testing.assert_allclose(second.y.mean(), 0, atol=1e-5)
+    assert 0.01 < problem.evaluate(params, problem.data)["loss"] < 0.1
+    # Far out, walkers come back: what they are drawn from is what the parameters say.
+    far = dataclasses.replace(problem, data=problem.data._replace(x=3 * problem.data.x))
+    back = far.batches(0)
+    for _ in range(20):
+        batch = back(params)
+    distance = lambda x: float(np.linalg.norm(x, axis=-1).mean())  # noqa: E731
+    assert distance(batch.x) == pytest.approx(distance(first.x), rel=0.1)
 
 
 def test_characters_are_predicted_from_those_before():

@@ -15,6 +15,7 @@ from benchmarks.trainer import MOMENTUM, Setting, Trainer
 from digits.data import Batch
 
 PyTree = Any
+FERMINET_DAMPING = 1e-3
 
 
 def add_checkout(path: Path) -> str | None:
@@ -30,7 +31,19 @@ def add_checkout(path: Path) -> str | None:
 
 
 def trainer(problem: Problem, setting: Setting) -> Trainer:
-    """The optimizer of a setting, which it reads as ours do."""
+    """The optimizer of a setting, which it reads as ours do.
+
+    Where the rate is given, the rest is FermiNet's: its curvature is exact in one pass, its steps
+    are bounded, and there is no momentum.
+    """
+    if problem.chosen_rate:
+        return optimizer_trainer(
+            problem,
+            **fixed(setting["learning_rate"], FERMINET_DAMPING, momentum=0.0),
+            estimation_mode="fisher_exact",
+            norm_constraint=1e-3,
+            inverse_update_period=1,
+        )
     return optimizer_trainer(
         problem,
         use_adaptive_learning_rate=True,
@@ -40,11 +53,11 @@ def trainer(problem: Problem, setting: Setting) -> Trainer:
     )
 
 
-def fixed(learning_rate: float, damping: float) -> dict[str, Any]:
+def fixed(learning_rate: float, damping: float, momentum: float = MOMENTUM) -> dict[str, Any]:
     """Options of a fixed rate, momentum and damping."""
     return {
         "learning_rate_schedule": lambda *_, **__: learning_rate,
-        "momentum_schedule": lambda *_, **__: MOMENTUM,
+        "momentum_schedule": lambda *_, **__: momentum,
         "damping_schedule": lambda *_, **__: damping,
     }
 
@@ -54,12 +67,7 @@ def optimizer_trainer(problem: Problem, **options: Any) -> Trainer:
     kfac_jax = importlib.import_module("kfac_jax")
 
     def loss_fn(params: PyTree, batch: Batch) -> Array:
-        logits = problem.network.apply(params, batch.x)
-        if problem.family == "bernoulli":
-            kfac_jax.register_sigmoid_cross_entropy_loss(logits, batch.y)
-        else:  # It divides by the number of examples, not by that of the labels.
-            weight = batch.size / batch.y.size
-            kfac_jax.register_softmax_cross_entropy_loss(logits, batch.y, weight=weight)
+        _tag_outputs(kfac_jax, problem, params, batch)
         return problem.loss_fn(params, batch)
 
     optimizer = kfac_jax.Optimizer(
@@ -74,3 +82,20 @@ def optimizer_trainer(problem: Problem, **options: Any) -> Trainer:
         return params, state
 
     return Trainer(init, step)
+
+
+def _tag_outputs(kfac_jax: Any, problem: Problem, params: PyTree, batch: Batch) -> None:
+    """Says to kfac-jax what our losses say; it divides by the number of examples."""
+    if problem.family == "squared":
+        inside, edge = problem.outputs(params, batch)
+        kfac_jax.register_squared_error_loss(inside, weight=1 / inside.shape[1])
+        kfac_jax.register_squared_error_loss(edge[:, None])
+        return
+    outputs = problem.network.apply(params, batch.x)
+    if problem.family == "bernoulli":
+        kfac_jax.register_sigmoid_cross_entropy_loss(outputs, batch.y)
+    elif problem.family == "amplitude":
+        kfac_jax.register_normal_predictive_distribution(outputs[:, None])
+    else:  # by the number of labels
+        weight = batch.size / batch.y.size
+        kfac_jax.register_softmax_cross_entropy_loss(outputs, batch.y, weight=weight)

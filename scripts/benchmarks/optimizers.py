@@ -67,8 +67,13 @@ SETTINGS: dict[str, list[Setting]] = {
 _SCHEDULED = _rates(1e-2, 3e-3, 3e-2, 2e-2, 5e-3, 1e-3)
 
 
+_CHOSEN = _rates(3e-2, 1e-1, 1e-2, 3e-1, 3e-3, 1e-3)
+
+
 def settings(name: str, problem: Problem) -> list[Setting]:
     """What is tried for an optimizer on a problem."""
+    if problem.chosen_rate and name in WITH_CURVATURE:
+        return _CHOSEN
     if problem.scheduled and name in ("adamw", "muon", *EIGEN):
         return _SCHEDULED
     return SETTINGS[name]
@@ -78,8 +83,10 @@ def ours(name: str, problem: Problem, setting: Setting, batch: Batch, **options:
     """`curvature.kfac`, `ekfac` or `foof`; `options` are passed on."""
     params = jax.eval_shape(problem.network.init, jax.random.key(0))
     registry = curvature.register(problem.loss_fn, params, batch)
-    damping = curvature.LevenbergMarquardt(setting["initial_damping"])
     recipe = getattr(curvature, name)
+    if problem.chosen_rate:
+        return recipe(registry, **setting, kind=curvature.EmpiricalFisher(), **options)
+    damping = curvature.LevenbergMarquardt(setting["initial_damping"])
     return recipe(registry, curvature.QuadraticModel(), MOMENTUM, damping, **options)
 
 

@@ -32,7 +32,13 @@ class Problem:
     Where `scheduled`, learning rates warm up and decay, settings are tried at full length, and what
     counts is the loss on `held_out`. `family` is the distribution of the targets given the logits:
     `bernoulli` (sum over pixels, mean over images) or `categorical` (mean over labels).
+
+    The methods below are what other problems do in another way (physics.py): `double` is float64,
+    and where `chosen_rate`, K-FAC is given learning rates and does not choose them.
     """
+
+    double = False
+    chosen_rate = False
 
     name: str
     description: str
@@ -49,6 +55,22 @@ class Problem:
     def judged_on(self) -> Batch:
         """The data whose loss is reported."""
         return self.data if self.held_out is None else self.held_out
+
+    @property
+    def measured(self) -> str | None:
+        """What is reported as the loss, where it is not that of the training data."""
+        held_out = self.held_out
+        return None if held_out is None else f"loss on {held_out.size} held-out examples"
+
+    @property
+    def points(self) -> int:
+        """How often it is evaluated in a run."""
+        return 30 if self.scheduled else 100
+
+    def batches(self, seed: int) -> Callable[[PyTree], Batch]:
+        """Gives the batch of the next step at its parameters, which a data set does not need."""
+        found = digits_data.batches(self.data, self.batch_size, seed)
+        return lambda params: next(found)
 
     def __post_init__(self) -> None:
         if self.data.size % self.batch_size:

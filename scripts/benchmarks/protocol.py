@@ -5,7 +5,8 @@ with the lowest loss then runs on the seeds 1, 2, ... A seed decides initialisat
 batches, and the targets that are drawn for statistics.
 
 The clock runs inside steps only. Compilation, and the warm-up steps that bring it about, come
-before on copies; the loss on the whole training set is evaluated between steps.
+before on copies; batches are drawn, and the loss on the whole training set is evaluated, between
+steps.
 """
 
 from __future__ import annotations
@@ -24,13 +25,10 @@ from threadpoolctl import threadpool_limits
 from benchmarks import optimizers
 from benchmarks.problems import Problem
 from benchmarks.trainer import Setting, Trainer
-from digits import data as digits_data
 
 TUNING_SEED = 0
 TUNING_SHARE = 0.2
 WARM_UP = 5  # kfac-jax compiles a second step for the fifth one, which adapts the damping
-POINTS = 100  # at which a run's loss is recorded
-SCHEDULED_POINTS = 30
 DIVERGED = "the training loss was no longer finite"
 
 
@@ -77,10 +75,10 @@ def run(
 ) -> Run:
     """Trains from the seed's start on the seed's batches, for so many steps or seconds."""
     result = Run(seed)
-    batches = digits_data.batches(problem.data, problem.batch_size, seed)
+    next_batch = problem.batches(seed)
     key = jax.random.key(seed)
-    batch = next(batches)
     params = jax.jit(problem.network.init)(key)
+    batch = next_batch(params)
     evaluate = jax.jit(problem.evaluate)
 
     began = time.perf_counter()
@@ -99,13 +97,13 @@ def run(
         return math.isfinite(result.measures["loss"][-1])
 
     record(0)
-    every = max(1, steps // (SCHEDULED_POINTS if problem.scheduled else POINTS))
+    every = max(1, steps // problem.points)
     for done in range(1, steps + 1):
         step_key = jax.block_until_ready(jax.random.fold_in(key, done))
         start = time.perf_counter()
         params, state = jax.block_until_ready(trainer.step(params, state, batch, step_key))
         times.append(time.perf_counter() - start)
-        batch = jax.block_until_ready(next(batches))
+        batch = jax.block_until_ready(next_batch(params))
         late = seconds is not None and sum(times) >= seconds
         if (done % every == 0 or done == steps or late) and not record(done):
             result.stopped = DIVERGED

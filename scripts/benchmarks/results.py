@@ -43,8 +43,8 @@ def start(problem: Problem, path: Path) -> dict[str, Any]:
         "batch_size": problem.batch_size,
         "not_in_optax": list(optimizers.NOT_IN_OPTAX),
     }
-    if problem.held_out is not None:
-        about["measured"] = f"loss on {problem.held_out.size} held-out examples"
+    if problem.measured is not None:
+        about["measured"] = problem.measured
     if not path.exists():
         return {**about, "optimizers": {}}
     kept = json.loads(path.read_text())

@@ -21,7 +21,6 @@ from threadpoolctl import threadpool_limits
 from benchmarks import optimizers
 from benchmarks.problems import Problem
 from benchmarks.trainer import Setting
-from digits import data as digits_data
 
 NEVER = 10**6
 STEPS = 5  # in a round: one period of Levenberg and Marquardt's rule
@@ -37,9 +36,9 @@ PERIODS = {
 @threadpool_limits.wrap(limits=1, user_api="blas")
 def seconds(name: str, problem: Problem, setting: Setting) -> dict[str, float]:
     """Seconds of each part of a step; the parts' rounds take turns, and the medians count."""
-    batch = next(digits_data.batches(problem.data, problem.batch_size, seed=0))
     gradient = jax.jit(jax.value_and_grad(problem.loss_fn))
     params = problem.network.init(jax.random.key(0))
+    batch = problem.batches(seed=0)(params)
     parts: dict[str, Callable[[], Any]] = {"forward_backward": lambda: gradient(params, batch)}
     for part, periods in PERIODS.items():
         tx = optimizers.ours(name, problem, setting, batch, **periods)
