@@ -210,7 +210,7 @@ def ours(at: Problem) -> Trainer:
     tx = curvature.kfac(
         registry,
         rate,
-        momentum=None,
+        momentum=0.0,
         damping=2e-3,
         kind=curvature.EmpiricalFisher(),
         decay=0.95,
