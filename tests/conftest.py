@@ -32,14 +32,40 @@ jax.config.update("jax_disable_most_optimizations", True)
 SLOW = pathlib.Path(__file__).with_name("slow.txt")
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_addoption(parser):
+    parser.addoption(
+        "--one-in", type=int, default=1, metavar="N", help="of each test's cases run one in N"
+    )
+
+
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Marks what slow.txt lists as slow; a line that names no test is an error, not forgotten."""
+    """Marks what slow.txt lists as slow; then leaves out what `--one-in` does, after `-m`."""
+    mark_slow(config, items)
+    yield
+    cases = by_function(items)
+    kept = {item for found in cases.values() for item in found[:: config.option.one_in]}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def by_function(items):
+    """Cases of each test, by its name without parameters."""
+    found = {}
+    for item in items:
+        found.setdefault(item.nodeid.partition("[")[0].removeprefix("tests/"), []).append(item)
+    return found
+
+
+def mark_slow(config, items):
+    """A line that names no test is an error, not forgotten."""
     listed = {line for line in SLOW.read_text().splitlines() if line and line[0] != "#"}
-    found = {item.nodeid.removeprefix("tests/"): item for item in items}
+    cases, named = by_function(items), {i.nodeid.removeprefix("tests/"): [i] for i in items}
+    found = named | {name: of[1:] or of for name, of in cases.items()}
     for name in listed & found.keys():
-        found[name].add_marker(pytest.mark.slow)
-    files = {name.partition("::")[0] for name in found}
+        for item in found[name]:
+            item.add_marker(pytest.mark.slow)
+    files = {name.partition("::")[0] for name in cases}
     missing = sorted(x for x in listed - found.keys() if x.partition("::")[0] in files)
     if missing and not any("::" in argument for argument in config.args):
         raise pytest.UsageError(f"tests/slow.txt lists tests that are not there: {missing}")
@@ -75,6 +101,14 @@ def library_defaults():
         threadpool_limits(1, user_api="blas"),
     ):
         yield
+
+
+@pytest.fixture
+def optimised():
+    """Programs that run for longer than they compile."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
