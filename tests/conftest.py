@@ -38,11 +38,10 @@ def pytest_addoption(parser):
     )
 
 
-@pytest.hookimpl(hookwrapper=True, tryfirst=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Marks what slow.txt lists as slow; then leaves out what `--one-in` does, after `-m`."""
+    """Marks what slow.txt lists as slow, and leaves out what `--one-in` does."""
     mark_slow(config, items)
-    yield
     cases = by_function(items)
     kept = {item for found in cases.values() for item in found[:: config.option.one_in]}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])

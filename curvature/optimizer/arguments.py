@@ -172,6 +172,18 @@ def check_over(over: Any, gather: Any) -> None:
         )
 
 
+def check_storage(dtype: Any) -> None:
+    """Raises for what is no dtype with float32's range: inverses may be very large."""
+    try:
+        fine = dtype is None or jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32, jnp.float64)
+    except TypeError:
+        fine = False
+    if not fine:
+        raise ValueError(
+            f"storage_dtype is {dtype!r}, expected None, jnp.bfloat16, jnp.float32 or jnp.float64."
+        )
+
+
 def turns_of(refresh_every: Period, *, spread: bool) -> int:
     """In how many turns everything is renewed once.
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 
 from curvature.optimizer.arguments import Gather, Period, ScalarOrSchedule, at, check_range
 from curvature.optimizer.decay import Mask, decaying
@@ -49,6 +50,7 @@ def eigen_adam(
     max_factor_dim: int = 8192,
     axis_name: str | Sequence[str] | None = None,
     precision: Precision = FAST,
+    storage_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam in the eigenbasis of every layer's Kronecker factors.
 
@@ -85,6 +87,7 @@ def eigen_adam(
       max_factor_dim: a side wider than this keeps its own coordinates.
       axis_name: as `scale_by_curvature` takes it.
       precision: of products, as `in_eigenbasis` takes it.
+      storage_dtype: what bases are kept in between steps, as `jnp.bfloat16`.
 
     Returns:
       An optax transformation with extra arguments; its state is an `EigenbasisState`. A skipped

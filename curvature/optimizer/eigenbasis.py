@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from curvature.blocks.eigen_kronecker import from_basis, into_basis
 from curvature.meshes import automatic, divided, entering
@@ -37,7 +38,7 @@ from curvature.optimizer.refresh import QR, Eigh
 from curvature.optimizer.refresh.cond import finite, when
 from curvature.optimizer.refresh.eigenbases import Blocks, Eigenbases, Moved
 from curvature.optimizer.shampoo import GradientAveraging, Shampoo
-from curvature.precision import FAST, Precision
+from curvature.precision import FAST, Precision, accumulator, narrow
 from curvature.statistics import Fisher, Kind
 from curvature.statistics.eigenbasis import BASES
 from curvature.statistics.stacks import Arrays, Stack
@@ -112,6 +113,7 @@ def in_eigenbasis(
     max_factor_dim: int = 8192,
     axis_name: str | Sequence[str] | None = None,
     precision: Precision = FAST,
+    storage_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Applies a transformation in the eigenbasis of every layer's Kronecker factors.
 
@@ -152,6 +154,7 @@ def in_eigenbasis(
       max_factor_dim: a side wider than this keeps its own coordinates.
       axis_name: as `scale_by_curvature` takes it.
       precision: of the products of float32 in statistics and of changes of basis; see there.
+      storage_dtype: what bases are kept in between steps, as `jnp.bfloat16`; see there.
 
     Returns:
       An optax transformation with extra arguments; its state is an `EigenbasisState`. `update`
@@ -331,7 +334,7 @@ class Rotation:
         factored, options = averaging.stacks.layers, averaging.options
         assert isinstance(options.refresh, Eigh | QR)
         how = options.refresh, options.turns, options.precision, options.refresh_over
-        eigenbases = Eigenbases(factored, zeros, *how)
+        eigenbases = Eigenbases(factored, zeros, *how, options.storage_dtype)
         known = {layer.name for stack in factored for layer in stack.members}
         others = [layer for layer in registry.layers if layer.name not in known]
         return cls((*factored, *averaging.stacks.of(others)), eigenbases, wrapped, layout)
@@ -365,9 +368,15 @@ class Rotation:
         precision = self.eigenbases.precision
         names = [layer.name for layer in self.eigenbases.layers]
         return blocks | {
-            name: turn([bases[name][basis] for basis in BASES], blocks[name], 1, precision)
+            name: turn(_widened(bases[name], blocks[name]), blocks[name], 1, precision)
             for name in names
         }
+
+
+def _widened(bases: dict[str, jax.Array], block: jax.Array) -> list[jax.Array]:
+    """Both bases, in which products with a block are made."""
+    wide = accumulator(block.dtype)
+    return [x.astype(wide) if narrow(x.dtype) else x for x in (bases[basis] for basis in BASES)]
 
 
 def _factored_alone(registry: Registry) -> Registry:

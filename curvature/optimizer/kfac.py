@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import optax
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 
 from curvature.meshes import entering
 from curvature.optimizer.adaptive import LevenbergMarquardt, QuadraticModel
@@ -65,6 +66,7 @@ def kfac(
     fallback: optax.GradientTransformation | None = None,
     axis_name: str | Sequence[str] | None = None,
     precision: Precision = FAST,
+    storage_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural gradient with Kronecker-factored curvature (Martens and Grosse 2015).
 
@@ -116,6 +118,7 @@ def kfac(
       axis_name: the axis over which gradients were averaged, where `update` runs inside `shard_map`
         or `pmap`; see `scale_by_curvature`. A `value=` given to `update` may be each device's own.
       precision: of the products of float32 in statistics and of inverses.
+      storage_dtype: what inverses are kept in between steps, as `jnp.bfloat16`.
 
     Returns:
       An optax transformation with extra arguments; its state is a `KFACState`. Its

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 
 from curvature.optimizer.arguments import (
     Gather,
@@ -16,6 +17,7 @@ from curvature.optimizer.arguments import (
     check_over,
     check_period,
     check_range,
+    check_storage,
     is_time,
     turns_of,
 )
@@ -45,6 +47,7 @@ class Options:
     max_factor_dim: int
     axis_name: str | Sequence[str] | None
     precision: Precision
+    storage_dtype: DTypeLike | None
 
     def __post_init__(self) -> None:
         check_range("decay", self.decay, 0.0, 1.0)
@@ -58,6 +61,7 @@ class Options:
                 f"refresh is {self.refresh!r}, expected Cholesky(), NewtonSchulz(), Eigh() or QR()."
             )
         check_over(self.refresh_over, self.gather)
+        check_storage(self.storage_dtype)
         turns_of(self.refresh_every, spread=self.spread)
 
     @classmethod

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 
 from curvature.meshes import divided, entering
 from curvature.optimizer.arguments import (
@@ -126,6 +127,7 @@ def scale_by_curvature(
     fallback: optax.GradientTransformation | None = None,
     axis_name: str | Sequence[str] | None = None,
     precision: Precision = FAST,
+    storage_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies gradients by the inverse of a running blockwise curvature.
 
@@ -194,6 +196,10 @@ def scale_by_curvature(
       precision: of the products of float32 in statistics and with inverses, as `jax.lax.dot` takes
         it: by default three products of bfloat16 halves where there is hardware for it;
         `"highest"` is float32 everywhere. Factorisations always are.
+      storage_dtype: what inverses are kept in between steps: None for that of the statistics, or
+        `jnp.bfloat16` for half of their memory, and entries that are right to 0.4 %. They are made,
+        and applied, in full; `NewtonSchulz` starts from what is kept, and a `tolerance` sees its
+        rounding. Bases of `"ekfac"` blocks are statistics, which stay as they are.
 
     Returns:
       An optax transformation with extra arguments; its state is a `CurvatureState`.
@@ -304,7 +310,7 @@ class Preconditioner:
         how = options.refresh, options.turns, relative_damping, options.refresh_over
         return cls(
             Averaging(stacks, options, weighs=clips),
-            Inverses(stacks, *how),
+            Inverses(stacks, *how, options.storage_dtype),
             None if graft is None else optax.with_extra_args_support(graft),
             optax.with_extra_args_support(optax.masked(fallback or optax.identity(), left)),
             left,

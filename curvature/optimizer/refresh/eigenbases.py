@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 
 from curvature.blocks.eigen_kronecker import from_basis
 from curvature.meshes import automatic, devices, divided
@@ -70,6 +71,7 @@ class Eigenbases:
       turns: in how many turns everything is renewed once.
       precision: of changes of basis.
       over: as `Inverses` has it.
+      storage: as `Inverses` has it, of bases.
     """
 
     layers: tuple[Stack, ...]
@@ -78,6 +80,7 @@ class Eigenbases:
     turns: int
     precision: Precision
     over: NamedSharding | None = None
+    storage: DTypeLike | None = None
 
     @property
     def apart(self) -> bool:
@@ -94,7 +97,7 @@ class Eigenbases:
         """The coordinates themselves."""
         return {
             layer.name: {
-                name: divided(jnp.array(x), layer.over)
+                name: divided(jnp.array(x, self.storage), layer.over)
                 for name, x in identity(self.factors[layer.name], 1).items()
             }
             for layer in self.layers
@@ -138,7 +141,8 @@ class Eigenbases:
         for window in windows:
             layer, read = window.unit.layer, functools.partial(window.read, turn=turn)
             found.append(jax.tree.map(read, statistics[layer.name]))
-            parts.bases.append(jax.tree.map(read, bases[layer.name]))
+            wide = jax.tree.leaves(found[-1])[0].dtype
+            parts.bases.append({k: read(x).astype(wide) for k, x in bases[layer.name].items()})
             for part, some in zip(parts[1:3], kept, strict=True):
                 part.append([read(blocks[layer.name]) for blocks in _of_shape(some, layer)])
         act = functools.partial(self._renewed, [w.some for w in windows], found, weight, first)
@@ -146,7 +150,7 @@ class Eigenbases:
         for i, window in enumerate(windows):
             layer, arrays = window.unit.layer, bases[window.unit.layer.name]
             for name, x in parts.bases[i].items():
-                arrays[name] = window.written(arrays[name], x, turn)
+                arrays[name] = window.written(arrays[name], x.astype(arrays[name].dtype), turn)
             for part, some in zip(parts[1:3], kept, strict=True):
                 for blocks, x in zip(_of_shape(some, layer), part[i], strict=True):
                     blocks[layer.name] = window.written(blocks[layer.name], x, turn)
@@ -165,7 +169,10 @@ class Eigenbases:
         solutions, stale = self._solved(units, statistics, weight, first, old.bases)
         failed, new = old.failed, _Parts([], [], [], old.failed, old.staleness)
         for i, before in enumerate(old.bases):
-            found = {basis: solutions[i, s] for basis, s in zip(BASES, SIDES, strict=True)}
+            found = {
+                basis: self._rounded(solutions[i, side])
+                for basis, side in zip(BASES, SIDES, strict=True)
+            }
             good = finite_copies(list(found.values()))
             failed |= ~jnp.all(good)
             after = {basis: chosen(good, x, before[basis]) for basis, x in found.items()}
@@ -181,6 +188,10 @@ class Eigenbases:
         return new._replace(
             failed=failed, staleness=functools.reduce(jnp.maximum, stale, old.staleness)
         )
+
+    def _rounded(self, basis: jax.Array) -> jax.Array:
+        """A basis as it will be kept."""
+        return basis if self.storage is None else basis.astype(self.storage).astype(basis.dtype)
 
     def _solved(
         self,

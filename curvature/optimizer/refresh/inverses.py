@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 
 from curvature.block_diagonal import BlockDiagonal, block_of
 from curvature.blocks import EigenKronecker, Kronecker
@@ -93,6 +94,7 @@ class Inverses:
       relative: whether damping is a multiple of each block's mean eigenvalue.
       over: how factors of one size are divided over devices to be inverted; None where each device
         inverts all of them.
+      storage: what inverses are kept in; None for the dtype of their statistics.
     """
 
     stacks: Stacks
@@ -100,6 +102,7 @@ class Inverses:
     turns: int
     relative: bool
     over: NamedSharding | None = None
+    storage: DTypeLike | None = None
 
     @property
     def apart(self) -> bool:
@@ -123,14 +126,17 @@ class Inverses:
             if layer.factored:
                 like |= identity(like, 1)
                 like["values"] = jnp.zeros(layer.shape, like["input"].dtype)
-            arrays = {field: jnp.zeros_like(like[field]) for field in fields}
+            arrays = {field: jnp.zeros_like(like[field], self.storage) for field in fields}
             found[layer.name] = found.get(layer.name, {}) | arrays
         return divided(found, self.stacks.over)
 
     def operator(self, statistics: Arrays, inverse: Arrays) -> BlockDiagonal:
         """The inverse as an operator on parameter trees."""
         whole = self.stacks.operator(
-            {name: _bases(statistics[name]) | found for name, found in inverse.items()}
+            {
+                name: _bases(statistics[name]) | _wide(found, statistics[name])
+                for name, found in inverse.items()
+            }
         )
         precision = self.stacks.estimator.precision
         blocks = {
@@ -214,14 +220,16 @@ class Inverses:
             corrected = moving.get(name, {})
             found.append(jax.tree.map(read, statistics[name] | corrected))
             parts.statistics.append(jax.tree.map(read, corrected))
-            parts.inverse.append({k: read(inverse[name][k]) for k in _fields(window.unit)})
+            kept = {k: read(inverse[name][k]) for k in _fields(window.unit)}
+            parts.inverse.append(_wide(kept, found[-1]))
         act = functools.partial(self._renewed, [window.some for window in windows], found, now)
         parts = when(due, act, parts)
         for window, *changed in zip(windows, *parts[:2], strict=True):
             name = window.unit.layer.name
             for arrays, new in zip((moving, inverse), changed, strict=True):
                 for field, x in new.items():
-                    arrays[name][field] = window.written(arrays[name][field], x, turn)
+                    array = arrays[name][field]
+                    arrays[name][field] = window.written(array, x.astype(array.dtype), turn)
         return Refreshed(moving, inverse, *parts[2:])
 
     def _renewed(
@@ -363,6 +371,12 @@ def _norm(matrices: jax.Array) -> jax.Array:
 
 def _bases(statistics: Statistics) -> Statistics:
     return {name: x for name, x in statistics.items() if name in BASES}
+
+
+def _wide(kept: Statistics, statistics: Statistics) -> Statistics:
+    """Arrays of a layer in the dtype of its statistics."""
+    dtype = next(iter(statistics.values())).dtype
+    return {field: x.astype(dtype) for field, x in kept.items()}
 
 
 def _replaced(old: Statistics, new: Statistics, good: jax.Array) -> Statistics:
