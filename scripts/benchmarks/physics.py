@@ -20,7 +20,7 @@ from examples import pinn, vmc
 PyTree = Any
 GROUPS = 80  # of five points inside and one on the boundary
 WALKERS = 1000
-SWEEPS = 30  # of ten Metropolis steps, over which an energy is averaged
+SWEEPS = 20  # of ten Metropolis steps, over which an energy is averaged
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Helium(Problem):
 
     chosen_rate = True
     measured = "energy above the exact one, Hartree"
-    points = 30
+    points = 15
 
     def loss_fn(self, params: PyTree, batch: Batch) -> Array:
         """See `Problem`; its gradient is the energy's, its value is nothing."""
@@ -110,7 +110,7 @@ def poisson() -> Problem:
         data=Batch(rng.random((GROUPS, 5, 2)), edge),
         batch_size=GROUPS,
         steps=1000,
-        first_order_steps=10_000,
+        first_order_steps=5000,
     )
 
 
@@ -126,8 +126,8 @@ def helium() -> Problem:
         family="amplitude",
         data=Batch(x, jnp.zeros(WALKERS, jnp.float32)),
         batch_size=WALKERS,
-        steps=500,
-        first_order_steps=2000,
+        steps=300,
+        first_order_steps=1000,
     )
 
 
