@@ -2,7 +2,7 @@
 
 Networks, energies, Metropolis steps and gradients are those of a checkout of FermiNet (Pfau et al.
 2020; its Psiformer: von Glehn et al. 2023), and its optimizer is kfac-jax with the settings and the
-hand-written tags of its train.py. Ours sees the same network without tags: the log-amplitude is
+hand-written tags of its train.py. Ours takes those tags for the identity: the log-amplitude is
 registered, and given FermiNet's gradient. All start from the same parameters and walkers, without
 pretraining. Prints, and writes as JSON, how far energies end above the reference.
 """
@@ -10,7 +10,6 @@ pretraining. Prints, and writes as JSON, how far energies end above the referenc
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 import time
@@ -26,6 +25,8 @@ from jax import Array
 from tqdm import tqdm
 
 import curvature
+from benchmarks.kfac_jax import add_checkout
+from benchmarks.trainer import Trainer
 from curvature import text
 from digits import options, report
 
@@ -81,13 +82,6 @@ class Problem(NamedTuple):
     walk: Callable[[PyTree, Any, Array, float], tuple[Any, Array]]
 
 
-class Trainer(NamedTuple):
-    """An optimizer: `init(params, key, walkers)`, `step(params, state, key, walkers)`."""
-
-    init: Callable[[PyTree, Array, Any], PyTree]
-    step: Callable[[PyTree, PyTree, Array, Any], tuple[PyTree, PyTree]]
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
@@ -113,15 +107,7 @@ def trouble(checkout: Path | None, kfac_jax: Path | None) -> str | None:
     """Makes both importable; says why where they are not."""
     if checkout is None or kfac_jax is None:
         return "FermiNet's checkout and kfac-jax's are needed: --checkout PATH --kfac-jax PATH"
-    for path, package in ((checkout, "ferminet"), (kfac_jax, "kfac_jax")):
-        if not (path / package / "__init__.py").is_file():
-            return f"{path} holds no {package}/__init__.py: give the folder of a checkout"
-        sys.path.insert(0, str(path))
-    try:
-        importlib.import_module("ferminet.train")
-    except ImportError as error:
-        return f"FermiNet does not import: {error}; install what its setup.py lists"
-    return None
+    return add_checkout(kfac_jax) or add_checkout(checkout, "ferminet")
 
 
 def problem(system: System, network: str, walkers: int, seed: int) -> Problem:
@@ -192,11 +178,11 @@ def theirs(at: Problem) -> Trainer:
         auto_register_kwargs={"graph_patterns": curvature_tags_and_blocks.GRAPH_PATTERNS},
     )
 
-    def step(params: PyTree, state: PyTree, key: Array, x: Any) -> tuple[PyTree, PyTree]:
+    def step(params: PyTree, state: PyTree, x: Any, key: Array) -> tuple[PyTree, PyTree]:
         params, state, _ = optimizer.step(params, state, key, batch=x)
         return params, state
 
-    return Trainer(optimizer.init, step)
+    return Trainer(lambda params, x, key: optimizer.init(params, key, x), step)
 
 
 def ours(at: Problem) -> Trainer:
@@ -225,13 +211,13 @@ def _optax(at: Problem, tx: Any) -> Trainer:
     tx = optax.with_extra_args_support(tx)
 
     @jax.jit
-    def step(params: PyTree, state: PyTree, key: Array, x: Any) -> tuple[PyTree, PyTree]:
+    def step(params: PyTree, state: PyTree, x: Any, key: Array) -> tuple[PyTree, PyTree]:
         grads, _ = jax.grad(at.energy, has_aux=True)(params, key, x)
         grads = jax.tree.map(lambda g: 2 * g, grads)  # FermiNet leaves the factor of two out
         updates, state = tx.update(grads, state, params, loss_args=(x,))
         return optax.apply_updates(params, updates), state
 
-    return Trainer(lambda params, key, x: tx.init(params), step)
+    return Trainer(lambda params, x, key: tx.init(params), step)
 
 
 def trainer(row: str, at: Problem) -> Trainer:
@@ -248,14 +234,14 @@ def run(row: str, at: Problem, iterations: int, seed: int) -> dict[str, Any]:
     for i in range(BURN_IN):
         walkers, _ = at.walk(params, walkers, jax.random.fold_in(key, i), WIDTH)
     optimizer = trainer(row, at)
-    state, times, curve = optimizer.init(params, key, walkers), [], []
+    state, times, curve = optimizer.init(params, walkers, key), [], []
     energy = jax.jit(at.energy)
     for i in tqdm(range(iterations), desc=row, mininterval=1):
         step_key = jax.random.fold_in(key, BURN_IN + i)
         walkers, _ = at.walk(params, walkers, step_key, WIDTH)
         curve.append(float(energy(params, step_key, walkers)[0]))
         start = time.perf_counter()
-        params, state = jax.block_until_ready(optimizer.step(params, state, step_key, walkers))
+        params, state = jax.block_until_ready(optimizer.step(params, state, walkers, step_key))
         times.append(time.perf_counter() - start)
     means = []
     for i in range(BURN_IN + MEASURED):

@@ -8,7 +8,7 @@ def test_without_checkouts_it_says_what_it_needs(tmp_path, capsys):
     assert "Skipped: FermiNet's checkout and kfac-jax's are needed" in capsys.readouterr().out
     arguments = ["--checkout", str(tmp_path), "--kfac-jax", str(tmp_path)]
     assert train_ferminet.main(arguments) == 0
-    assert "holds no ferminet/__init__.py" in capsys.readouterr().out
+    assert "holds no kfac_jax/__init__.py" in capsys.readouterr().out
 
 
 def test_the_table_has_medians_above_the_reference_and_ratios_of_steps():

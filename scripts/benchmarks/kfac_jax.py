@@ -18,15 +18,15 @@ PyTree = Any
 FERMINET_DAMPING = 1e-3
 
 
-def add_checkout(path: Path) -> str | None:
-    """Makes the checkout importable; says why where it is not."""
-    if not (path / "kfac_jax" / "__init__.py").is_file():
-        return f"{path} holds no kfac_jax/__init__.py: give the folder of a checkout of kfac-jax"
+def add_checkout(path: Path, package: str = "kfac_jax") -> str | None:
+    """Makes the package of a checkout importable; says why where it is not."""
+    if not (path / package / "__init__.py").is_file():
+        return f"{path} holds no {package}/__init__.py: give the folder of a checkout of {package}"
     sys.path.insert(0, str(path))
     try:
-        importlib.import_module("kfac_jax")
+        importlib.import_module(package)
     except ImportError as error:
-        return f"kfac-jax does not import: {error}; install what its pyproject.toml lists"
+        return f"{package} does not import: {error}; install what it depends on"
     return None
 
 
