@@ -38,10 +38,10 @@ from curvature.optimizer.refresh import QR, Eigh
 from curvature.optimizer.refresh.cond import finite, when
 from curvature.optimizer.refresh.eigenbases import Blocks, Eigenbases, Moved
 from curvature.optimizer.shampoo import GradientAveraging, Shampoo
-from curvature.precision import FAST, Precision, accumulator, narrow
+from curvature.precision import FAST, Precision
 from curvature.statistics import Fisher, Kind
 from curvature.statistics.eigenbasis import BASES
-from curvature.statistics.stacks import Arrays, Stack
+from curvature.statistics.stacks import Arrays, Stack, in_full
 from curvature.trace import Layer, Registry, check_registry
 from curvature.trace.layers import EXCLUDED
 
@@ -365,18 +365,12 @@ class Rotation:
         return jax.tree.unflatten(structure, automatic(back, bases, blocks, leaves, like=leaves))
 
     def _turned(self, turn: Callable[..., jax.Array], bases: Arrays, blocks: Blocks) -> Blocks:
-        precision = self.eigenbases.precision
-        names = [layer.name for layer in self.eigenbases.layers]
-        return blocks | {
-            name: turn(_widened(bases[name], blocks[name]), blocks[name], 1, precision)
-            for name in names
-        }
-
-
-def _widened(bases: dict[str, jax.Array], block: jax.Array) -> list[jax.Array]:
-    """Both bases, in which products with a block are made."""
-    wide = accumulator(block.dtype)
-    return [x.astype(wide) if narrow(x.dtype) else x for x in (bases[basis] for basis in BASES)]
+        turned = dict(blocks)
+        for name, statistics in self.eigenbases.factors.items():
+            full = in_full(bases[name], statistics)
+            both = [full[basis] for basis in BASES]
+            turned[name] = turn(both, blocks[name], 1, self.eigenbases.precision)
+        return turned
 
 
 def _factored_alone(registry: Registry) -> Registry:

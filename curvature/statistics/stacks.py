@@ -203,6 +203,12 @@ def unweighted(statistics: Statistics, weight: jax.Array) -> Statistics:
     return {k: x if k in BASES else x / weight.astype(x.dtype) for k, x in statistics.items()}
 
 
+def in_full(kept: Statistics, statistics: Statistics) -> Statistics:
+    """What is kept of a stack, in the dtype of its statistics."""
+    dtype = next(iter(statistics.values())).dtype
+    return {name: x.astype(dtype) for name, x in kept.items()}
+
+
 def copies_of(layer: Layer) -> int:
     """How many copies there are in a layer's own stack."""
     return math.prod(layer.stack)

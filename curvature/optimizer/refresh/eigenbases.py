@@ -25,7 +25,7 @@ from curvature.optimizer.refresh.schedule import SIDES, Clock, Unit, Window, dea
 from curvature.precision import Precision
 from curvature.statistics.eigenbasis import BASES, identity, moved_diagonal, overlap
 from curvature.statistics.factors import Statistics, factors_of
-from curvature.statistics.stacks import Arrays, Stack, unweighted
+from curvature.statistics.stacks import Arrays, Stack, in_full, unweighted
 from curvature.trace import Layer
 
 Blocks = dict[str, jax.Array]
@@ -141,8 +141,7 @@ class Eigenbases:
         for window in windows:
             layer, read = window.unit.layer, functools.partial(window.read, turn=turn)
             found.append(jax.tree.map(read, statistics[layer.name]))
-            wide = jax.tree.leaves(found[-1])[0].dtype
-            parts.bases.append({k: read(x).astype(wide) for k, x in bases[layer.name].items()})
+            parts.bases.append(in_full(jax.tree.map(read, bases[layer.name]), found[-1]))
             for part, some in zip(parts[1:3], kept, strict=True):
                 part.append([read(blocks[layer.name]) for blocks in _of_shape(some, layer)])
         act = functools.partial(self._renewed, [w.some for w in windows], found, weight, first)

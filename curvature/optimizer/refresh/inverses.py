@@ -36,7 +36,7 @@ from curvature.optimizer.refresh.plain import plain
 from curvature.optimizer.refresh.schedule import SIDES, Clock, Unit, Window, dealt, in_turn, units
 from curvature.statistics.eigenbasis import BASES, carried_over, identity, products
 from curvature.statistics.factors import Statistics, factors_of
-from curvature.statistics.stacks import Arrays, Stacks, copies_of, unweighted
+from curvature.statistics.stacks import Arrays, Stacks, copies_of, in_full, unweighted
 from curvature.trace import Layer
 
 _MARGIN = 10.0  # rounding errors of a factorisation, in units of that of the matrix
@@ -134,7 +134,7 @@ class Inverses:
         """The inverse as an operator on parameter trees."""
         whole = self.stacks.operator(
             {
-                name: _bases(statistics[name]) | _wide(found, statistics[name])
+                name: _bases(statistics[name]) | in_full(found, statistics[name])
                 for name, found in inverse.items()
             }
         )
@@ -221,7 +221,7 @@ class Inverses:
             found.append(jax.tree.map(read, statistics[name] | corrected))
             parts.statistics.append(jax.tree.map(read, corrected))
             kept = {k: read(inverse[name][k]) for k in _fields(window.unit)}
-            parts.inverse.append(_wide(kept, found[-1]))
+            parts.inverse.append(in_full(kept, found[-1]))
         act = functools.partial(self._renewed, [window.some for window in windows], found, now)
         parts = when(due, act, parts)
         for window, *changed in zip(windows, *parts[:2], strict=True):
@@ -371,12 +371,6 @@ def _norm(matrices: jax.Array) -> jax.Array:
 
 def _bases(statistics: Statistics) -> Statistics:
     return {name: x for name, x in statistics.items() if name in BASES}
-
-
-def _wide(kept: Statistics, statistics: Statistics) -> Statistics:
-    """Arrays of a layer in the dtype of its statistics."""
-    dtype = next(iter(statistics.values())).dtype
-    return {field: x.astype(dtype) for field, x in kept.items()}
 
 
 def _replaced(old: Statistics, new: Statistics, good: jax.Array) -> Statistics:
