@@ -155,6 +155,7 @@ ORDER = {
         "metrics",
         "proximal",
         "linalg",
+        "sides",
         "blocks",
         "trace",
         "block_diagonal",

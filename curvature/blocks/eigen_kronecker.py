@@ -12,6 +12,7 @@ that is diagonal in this basis is closer to the exact block in Frobenius norm (t
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -19,8 +20,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from curvature.blocks.block import Block, Spectrum, safe_power, shifted
-from curvature.linalg import diagonal_matrices, without_rounding
-from curvature.precision import HIGHEST, Precision, product
+from curvature.linalg import without_rounding
+from curvature.precision import HIGHEST, Precision
+from curvature.sides import full, is_diagonal, left, right
 
 
 @jax.tree_util.register_dataclass
@@ -30,8 +32,9 @@ class EigenKronecker(Block):
 
     Attributes:
       input_basis: Q_A, orthogonal, `stack + (d_in, d_in)`; ones, `stack + (d_in,)`, where the input
-        factor is diagonal and Q_A the identity.
-      output_basis: Q_B, `stack + (d_out, d_out)` or `stack + (d_out,)`.
+        factor is diagonal and Q_A the identity; `stack + (count, width, width)` where it is in
+        blocks.
+      output_basis: Q_B, likewise.
       values: the eigenvalues, non-negative, `stack + (d_in, d_out)`.
       stack_ndim: number of leading stack axes.
       precision: of changes of basis.
@@ -61,17 +64,18 @@ class EigenKronecker(Block):
 
     def diagonal(self) -> jax.Array:
         """The diagonal, as block coordinates."""
-        left, right = (
-            basis if basis.ndim == self.stack_ndim + 1 else basis**2
+        squares = [
+            basis if is_diagonal(basis, self.stack_ndim) else basis**2
             for basis in (self.input_basis, self.output_basis)
-        )
-        return from_basis((left, right), self.values, self.stack_ndim)
+        ]
+        return from_basis(squares, self.values, self.stack_ndim)
 
     def to_dense(self) -> jax.Array:
         """The matrix, shape `stack + (size, size)`."""
-        left, right = self._full(self.input_basis), self._full(self.output_basis)
-        vectors = jnp.einsum("...ik,...jl->...ijkl", left, right, precision=HIGHEST)
-        size = left.shape[-1] * right.shape[-1]
+        sizes, bases = self.values.shape[-2:], (self.input_basis, self.output_basis)
+        a, b = (full(q, size, self.stack_ndim) for q, size in zip(bases, sizes, strict=True))
+        vectors = jnp.einsum("...ik,...jl->...ijkl", a, b, precision=HIGHEST)
+        size = math.prod(sizes)
         vectors = vectors.reshape((*vectors.shape[:-4], size, size))
         values = self.values.reshape((*vectors.shape[:-2], 1, size))
         return jnp.matmul(vectors * values, vectors.mT, precision=HIGHEST)
@@ -88,11 +92,6 @@ class EigenKronecker(Block):
     def _from(self, v: jax.Array) -> jax.Array:
         bases = self.input_basis, self.output_basis
         return from_basis(bases, v, self.stack_ndim, self.precision)
-
-    def _full(self, basis: jax.Array) -> jax.Array:
-        if basis.ndim == self.stack_ndim + 1:
-            return diagonal_matrices(basis)
-        return basis
 
 
 def into_basis(
@@ -121,9 +120,9 @@ def _turned(
 
     Which axes are summed over is said by subscripts: a CPU copies the transpose of a batch.
     """
-    left, right = bases
-    if left.ndim > stack_ndim + 1:
-        v = product(first, left, v, precision)
-    if right.ndim > stack_ndim + 1:
-        v = product(second, v, right, precision)
+    a, b = bases
+    if not is_diagonal(a, stack_ndim):
+        v = left(first, a, v, stack_ndim, precision)
+    if not is_diagonal(b, stack_ndim):
+        v = right(second, v, b, stack_ndim, precision)
     return v

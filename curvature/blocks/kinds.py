@@ -61,9 +61,9 @@ class BlockKind:
 
 
 def _factored(statistics: Statistics, shape: Shape, depth: int) -> Block:
-    del shape
     if "values" not in statistics:
-        return Kronecker(statistics["input"], statistics["output"], depth)
+        factors = statistics["input"], statistics["output"]
+        return Kronecker(*factors, depth, sizes=(shape[-2], shape[-1]))
     bases = statistics["input_basis"], statistics["output_basis"]
     return EigenKronecker(*bases, statistics["values"], depth)
 

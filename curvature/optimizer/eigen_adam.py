@@ -18,6 +18,7 @@ from curvature.optimizer.moments import Layout
 from curvature.optimizer.refresh import QR, Eigh
 from curvature.optimizer.shampoo import Shampoo
 from curvature.precision import FAST, Precision
+from curvature.sides import WideFactors
 from curvature.statistics import Fisher, Kind
 from curvature.trace import Registry
 
@@ -48,6 +49,7 @@ def eigen_adam(
     refresh_over: NamedSharding | None = None,
     gather: Gather = "inverses",
     max_factor_dim: int = 8192,
+    wide_factors: WideFactors = "diagonal",
     axis_name: str | Sequence[str] | None = None,
     precision: Precision = FAST,
     storage_dtype: DTypeLike | None = None,
@@ -84,7 +86,9 @@ def eigen_adam(
       spread: whether each of these steps renews a part of them.
       refresh_over: over whose devices they are dealt to be renewed.
       gather: `"inverses"` or `"updates"` from there, as `in_eigenbasis` takes it.
-      max_factor_dim: a side wider than this keeps its own coordinates.
+      max_factor_dim: the widest side that has one eigenbasis.
+      wide_factors: what a wider one has: its own coordinates (`"diagonal"`), or an eigenbasis for
+        each of `"blocks"` of at most `max_factor_dim` coordinates that follow each other.
       axis_name: as `scale_by_curvature` takes it.
       precision: of products, as `in_eigenbasis` takes it.
       storage_dtype: what bases are kept in between steps, as `jnp.bfloat16`.

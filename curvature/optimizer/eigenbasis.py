@@ -39,6 +39,7 @@ from curvature.optimizer.refresh.cond import finite, when
 from curvature.optimizer.refresh.eigenbases import Blocks, Eigenbases, Moved
 from curvature.optimizer.shampoo import GradientAveraging, Shampoo
 from curvature.precision import FAST, Precision
+from curvature.sides import WideFactors
 from curvature.statistics import Fisher, Kind
 from curvature.statistics.eigenbasis import BASES
 from curvature.statistics.stacks import Arrays, Stack, in_full
@@ -111,6 +112,7 @@ def in_eigenbasis(
     refresh_over: NamedSharding | None = None,
     gather: Gather = "inverses",
     max_factor_dim: int = 8192,
+    wide_factors: WideFactors = "diagonal",
     axis_name: str | Sequence[str] | None = None,
     precision: Precision = FAST,
     storage_dtype: DTypeLike | None = None,
@@ -151,7 +153,9 @@ def in_eigenbasis(
       refresh_over: over whose devices they are dealt to be renewed; see `scale_by_curvature`.
       gather: `"inverses"`, here bases, or `"updates"`; see there. What `inner` keeps is divided as
         the bases are.
-      max_factor_dim: a side wider than this keeps its own coordinates.
+      max_factor_dim: the widest side that has one eigenbasis.
+      wide_factors: what a wider one has: its own coordinates (`"diagonal"`), or an eigenbasis for
+        each of `"blocks"` of at most `max_factor_dim` coordinates that follow each other.
       axis_name: as `scale_by_curvature` takes it.
       precision: of the products of float32 in statistics and of changes of basis; see there.
       storage_dtype: what bases are kept in between steps, as `jnp.bfloat16`; see there.

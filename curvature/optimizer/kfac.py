@@ -30,6 +30,7 @@ from curvature.optimizer.preconditioner import (
 )
 from curvature.optimizer.refresh import Cholesky, Method
 from curvature.precision import FAST, Precision
+from curvature.sides import WideFactors
 from curvature.statistics import Fisher, Kind
 from curvature.trace import Registry, check_registry
 
@@ -63,6 +64,7 @@ def kfac(
     gather: Gather = "inverses",
     graft: optax.GradientTransformation | None = None,
     max_factor_dim: int = 8192,
+    wide_factors: WideFactors = "diagonal",
     fallback: optax.GradientTransformation | None = None,
     axis_name: str | Sequence[str] | None = None,
     precision: Precision = FAST,
@@ -113,7 +115,9 @@ def kfac(
       refresh_over: over whose devices they are dealt to be renewed.
       gather: `"inverses"` or `"updates"` from there.
       graft: whose update gives the lengths.
-      max_factor_dim: a Kronecker factor wider than this keeps its diagonal only.
+      max_factor_dim: the widest Kronecker factor that is kept as one matrix.
+      wide_factors: what a wider one keeps: its `"diagonal"`, or `"blocks"` along it of at most
+        `max_factor_dim` coordinates that follow each other.
       fallback: transformation of the gradients of generic and excluded parameters.
       axis_name: the axis over which gradients were averaged, where `update` runs inside `shard_map`
         or `pmap`; see `scale_by_curvature`. A `value=` given to `update` may be each device's own.

@@ -24,6 +24,7 @@ from curvature.optimizer.arguments import (
 from curvature.optimizer.refresh import Method
 from curvature.optimizer.refresh.schedule import Clock
 from curvature.precision import Precision
+from curvature.sides import WideFactors
 from curvature.statistics import Estimator, Kind
 from curvature.statistics.stacks import Stacks
 from curvature.trace import Registry
@@ -45,6 +46,7 @@ class Options:
     refresh_over: NamedSharding | None
     gather: Gather
     max_factor_dim: int
+    wide_factors: WideFactors
     axis_name: str | Sequence[str] | None
     precision: Precision
     storage_dtype: DTypeLike | None
@@ -89,6 +91,13 @@ class Options:
 
     def stacks(self, registry: Registry, kind: Kind, *, alone: bool = False) -> Stacks:
         """The stacks of a registry's layers, on the devices that share them."""
-        estimator = Estimator(registry, kind, self.max_factor_dim, self.axis_name, self.precision)
+        estimator = Estimator(
+            registry,
+            kind,
+            self.max_factor_dim,
+            self.axis_name,
+            self.precision,
+            self.wide_factors,
+        )
         over = self.refresh_over if self.gather == "updates" else None
         return Stacks(estimator, alone=alone, over=over)

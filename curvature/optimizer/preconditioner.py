@@ -41,6 +41,7 @@ from curvature.optimizer.refresh import Cholesky, Inverses, Method, Now, Refresh
 from curvature.optimizer.refresh.cond import finite, when
 from curvature.optimizer.uncovered import scaled, set_apart, typical
 from curvature.precision import FAST, Precision
+from curvature.sides import WideFactors
 from curvature.statistics import Estimator, Fisher, Kind
 from curvature.statistics.stacks import Arrays
 from curvature.trace import Layer, Registry, check_registry
@@ -124,6 +125,7 @@ def scale_by_curvature(
     gather: Gather = "inverses",
     graft: optax.GradientTransformation | None = None,
     max_factor_dim: int = 8192,
+    wide_factors: WideFactors = "diagonal",
     fallback: optax.GradientTransformation | None = None,
     axis_name: str | Sequence[str] | None = None,
     precision: Precision = FAST,
@@ -184,7 +186,9 @@ def scale_by_curvature(
         Such a state is filled up for that number of devices.
       graft: a transformation such as `optax.scale_by_adam()`, whose update gives the length of
         every layer's part of the direction; only its direction is the curvature's.
-      max_factor_dim: a Kronecker factor wider than this keeps its diagonal only.
+      max_factor_dim: the widest Kronecker factor that is kept as one matrix.
+      wide_factors: what a wider one keeps: its `"diagonal"`, or `"blocks"` along it of at most
+        `max_factor_dim` coordinates that follow each other.
       fallback: transformation of the gradients of generic and excluded parameters, such as
         `optax.scale_by_adam()`. Without one, generic parameters have a diagonal block and the
         gradients of excluded ones pass unchanged.

@@ -70,25 +70,25 @@ class GradientAveraging(Averaging):
 
     def zeros(self, params: PyTree) -> dict[str, Any]:
         """The entries of a state before the first step."""
-        leaves, widest = jax.tree.leaves(params), self.stacks.estimator.max_factor_dim
+        leaves, limit = jax.tree.leaves(params), self.stacks.estimator.limit
         statistics: Arrays = {}
         for layer in self.stacks.layers:
             dtype = accumulator(*(leaves[v.source].dtype for v in layer.leaves))
-            shapes = [(n,) if n > widest else (n, n) for n in layer.shape[-2:]]
-            zeros = [jnp.zeros((*layer.stack, *shape), dtype) for shape in shapes]
+            forms = [limit.form(size) for size in layer.shape[-2:]]
+            zeros = [jnp.zeros((*layer.stack, *form), dtype) for form in forms]
             zeros = divided(zeros, layer.over)
             statistics[layer.name] = dict(zip(("input", "output"), zeros, strict=True))
         return super().zeros(params) | {"statistics": statistics}
 
 
 def _factors(stacks: Stacks, like: Arrays, leaves: Sequence[jax.Array]) -> Arrays:
-    """G G' and G' G of every copy; their diagonals where `like` has no more."""
+    """G G' and G' G of every copy, in the forms that `like` has."""
     found, precision = {}, stacks.estimator.precision
     for layer in stacks.layers:
         gradient = layer.gather(leaves)
         rows = {"input": gradient.mT, "output": gradient}
         found[layer.name] = {
-            side: moment(x[..., None, :, :], like[layer.name][side].ndim == 2, precision)
+            side: moment(x[..., None, :, :], like[layer.name][side].shape[1:], precision)
             for side, x in rows.items()
         }
     return found

@@ -16,30 +16,33 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from curvature.blocks.eigen_kronecker import from_basis
-from curvature.linalg import eigh, without_rounding
+from curvature.blocks.eigen_kronecker import from_basis, into_basis
+from curvature.linalg import without_rounding
 from curvature.precision import HIGHEST, Precision, product
+from curvature.sides import in_blocks, is_diagonal, joined, side_eigh, unit
 from curvature.statistics.factors import Statistics
 from curvature.statistics.rows import Rows
 
 INPUT, OUTPUT = BASES = ("input_basis", "output_basis")
+Sizes = Sequence[int]
+"""Of the input and the output side."""
 
 
 def identity(factors: Statistics, stack_ndim: int) -> Statistics:
     """The coordinates themselves as bases of both sides."""
-    return {basis: _basis(factors[side], stack_ndim) for side, basis in _pairs()}
+    return {basis: unit(factors[side], stack_ndim) for side, basis in _pairs()}
 
 
-def of_factors(factors: Statistics, stack_ndim: int) -> Statistics:
+def of_factors(factors: Statistics, sizes: Sizes, stack_ndim: int) -> Statistics:
     """The eigenvectors of `input` and `output`, as columns."""
-    return {basis: _eigh(factors[side], stack_ndim)[1] for side, basis in _pairs()}
+    return {basis: vectors for basis, (_, vectors) in _eigh(factors, sizes, stack_ndim).items()}
 
 
 def rebased(
     statistics: Statistics, stack_ndim: int, restart: ArrayLike, precision: Precision
 ) -> Statistics:
     """Statistics with the eigenbases of their factors, and the corrections taken over to them."""
-    found = {basis: _eigh(statistics[side], stack_ndim) for side, basis in _pairs()}
+    found = _eigh(statistics, statistics["values"].shape[-2:], stack_ndim)
     new = {basis: vectors for basis, (_, vectors) in found.items()}
     values = tuple(values for values, _ in found.values())
     return statistics | carried_over(statistics, new, values, stack_ndim, restart, precision)
@@ -79,7 +82,7 @@ def carried_over(
 
 def overlap(old: jax.Array, new: jax.Array, stack_ndim: int, precision: Precision) -> jax.Array:
     """Inner products (new_i, old_k) of two bases; ones where both are the identity."""
-    if old.ndim == stack_ndim + 1:
+    if is_diagonal(old, stack_ndim):
         return old
     return product("...ji,...jk->...ik", new, old, precision)
 
@@ -103,17 +106,20 @@ def without_noise(statistics: Statistics, stack_ndim: int) -> Statistics:
     not zero, and their inverse would be anything.
     """
     first, second = (
-        _is_known(statistics[side], statistics[basis], stack_ndim) for side, basis in _pairs()
+        _is_known(statistics[side], statistics[basis], size, stack_ndim)
+        for (side, basis), size in zip(_pairs(), statistics["values"].shape[-2:], strict=True)
     )
     known = first[..., :, None] & second[..., None, :]
     return statistics | {"values": jnp.where(known, statistics["values"], 0)}
 
 
-def _is_known(factor: jax.Array, basis: jax.Array, stack_ndim: int) -> jax.Array:
+def _is_known(factor: jax.Array, basis: jax.Array, size: int, stack_ndim: int) -> jax.Array:
     """Whether the factor's eigenvalue along each vector of its eigenbasis is no rounding error."""
     values = factor
-    if factor.ndim > stack_ndim + 1:
+    if not is_diagonal(factor, stack_ndim):
         values = jnp.sum(jnp.matmul(factor, basis, precision=HIGHEST) * basis, axis=-2)
+    if in_blocks(factor, stack_ndim):
+        values = joined(values, size)
     return without_rounding(values) > 0
 
 
@@ -126,24 +132,18 @@ def turned_gradients(
     gradients: jax.Array, turn: Statistics, stack_ndim: int, precision: Precision
 ) -> jax.Array:
     """Q_A' P Q_B for gradients `(examples,) + stack + (d_in, d_out)`."""
-    if turn[INPUT].ndim == stack_ndim + 2:
-        gradients = product("...ik,...ij->...kj", turn[INPUT], gradients, precision)
-    if turn[OUTPUT].ndim == stack_ndim + 2:
-        gradients = product("...ij,...jl->...il", gradients, turn[OUTPUT], precision)
-    return gradients
+    return into_basis((turn[INPUT], turn[OUTPUT]), gradients, stack_ndim, precision)
 
 
 def _pairs() -> tuple[tuple[str, str], ...]:
     return (("input", INPUT), ("output", OUTPUT))
 
 
-def _eigh(factor: jax.Array, stack_ndim: int) -> tuple[jax.Array, jax.Array]:
-    if factor.ndim == stack_ndim + 1:
-        return factor, jnp.ones_like(factor)
-    return eigh(factor)
-
-
-def _basis(factor: jax.Array, stack_ndim: int) -> jax.Array:
-    if factor.ndim == stack_ndim + 1:
-        return jnp.ones_like(factor)
-    return jnp.broadcast_to(jnp.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
+def _eigh(
+    factors: Statistics, sizes: Sizes, stack_ndim: int
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Eigenvalues and eigenbasis of both sides, by the name of the basis."""
+    return {
+        basis: side_eigh(factors[side], size, stack_ndim)
+        for (side, basis), size in zip(_pairs(), sizes, strict=True)
+    }

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from curvature.block_diagonal import BlockDiagonal, block_of
 from curvature.meshes import automatic, on_mesh
 from curvature.precision import FAST, Precision, accumulator, check_precision
+from curvature.sides import Limit, WideFactors, check_wide
 from curvature.statistics import devices
 from curvature.statistics import layer as stats
 from curvature.statistics.devices import Axes
@@ -39,12 +40,14 @@ class Estimator:
     Attributes:
       registry: what is in the model.
       kind: what is averaged: `Fisher`, `EmpiricalFisher` or `GaussNewton`.
-      max_factor_dim: a Kronecker factor wider than this keeps its diagonal only.
+      max_factor_dim: the widest Kronecker factor that is kept as one matrix.
       axis_name: inside `shard_map` or `pmap`, the axis, or axes, over which each device has
         examples of its own: the curvature is that of the mean of their losses. `()` keeps the
         devices apart.
       precision: of products of float32, as `jax.lax.dot` takes it. By default three products of
         bfloat16 halves where there is hardware for it; `"highest"` is float32 everywhere.
+      wide_factors: what a wider factor keeps: its `"diagonal"`, or `"blocks"` along it of at most
+        `max_factor_dim` coordinates that follow each other.
 
     >>> import jax, jax.numpy as jnp, curvature
     >>> def loss_fn(params, x, y):
@@ -63,6 +66,7 @@ class Estimator:
     max_factor_dim: int = 8192
     axis_name: str | Sequence[str] | None = None
     precision: Precision = FAST
+    wide_factors: WideFactors = "diagonal"
 
     def __post_init__(self) -> None:
         check_registry(self.registry)
@@ -76,7 +80,13 @@ class Estimator:
             raise TypeError(
                 f"kind is {self.kind!r}, expected Fisher(), EmpiricalFisher() or GaussNewton()."
             )
+        check_wide(self.wide_factors)
         devices.axes_of(self.axis_name)
+
+    @property
+    def limit(self) -> Limit:
+        """How wide factors may be."""
+        return Limit(self.max_factor_dim, self.wide_factors)
 
     @property
     def axes(self) -> Axes:
@@ -274,8 +284,7 @@ class Estimator:
     def zeros(self) -> dict[str, Statistics]:
         """Statistics of nothing, of the shapes that `statistics` returns."""
         return {
-            layer.name: stats.zeros(layer, self._dtype(layer), self.max_factor_dim)
-            for layer in self.layers
+            layer.name: stats.zeros(layer, self._dtype(layer), self.limit) for layer in self.layers
         }
 
     def _dtype(self, layer: Layer) -> Any:
@@ -298,7 +307,7 @@ class Estimator:
         for layer in self.layers:
             if layer.block != "ekfac":
                 continue
-            zeros = stats.zeros(layer, self._dtype(layer), self.max_factor_dim)
+            zeros = stats.zeros(layer, self._dtype(layer), self.limit)
             found[layer.name] = {}
             for name in BASES:
                 basis = bases.get(layer.name, {}).get(name)
@@ -325,7 +334,7 @@ class Estimator:
         alive = self._alive(analysis, params, args)
         layers = {layer.name: layer for layer in analysis.layers if layer.block != EXCLUDED}
         tokens = {
-            name: stats.tokens(layer, self._dtype(layer), self.max_factor_dim)
+            name: stats.tokens(layer, self._dtype(layer), self.limit)
             for name, layer in layers.items()
             if layer.structured
         }
@@ -407,7 +416,7 @@ class Estimator:
         def finished(raw: Any, gradients: Any, bases: Any) -> dict[str, Statistics]:
             done = {
                 name: stats.finished(
-                    layers[name], found, bases.get(name), self.max_factor_dim, self.precision
+                    layers[name], found, bases.get(name), self.limit, self.precision
                 )
                 for name, found in raw.items()
             }
@@ -429,7 +438,7 @@ def operator_of(
 
 
 def _bases(layer: Layer, statistics: Statistics) -> Statistics:
-    return of_factors(factors_of(layer, statistics), len(layer.stack))
+    return of_factors(factors_of(layer, statistics), layer.shape[-2:], len(layer.stack))
 
 
 def _known(layer: Layer, statistics: Statistics) -> Statistics:

@@ -15,9 +15,10 @@ The statistics are the sums over rows, and `rows`, what the mean is taken over: 
 `kronecker_weighted` sum_r |g|^2. All of it is linear in the data, so that averages over batches,
 micro-batches and devices are those of all their rows; `factors_of` makes the factors of them.
 
-A wide or one-hot side keeps the diagonal of its factor. Where uses of a transposed weight are
-pooled with those of the weight itself, statistics of the former have the suffix `_flipped`, and the
-names `input` and `output` still say on which side of the block they are.
+A one-hot side keeps the diagonal of its factor, a wide one that or blocks along it (see `sides`).
+Where uses of a transposed weight are pooled with those of the weight itself, statistics of the
+former have the suffix `_flipped`, and the names `input` and `output` still say on which side of the
+block they are.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ import jax.numpy as jnp
 
 from curvature.linalg import diagonal
 from curvature.precision import Precision
+from curvature.sides import Limit, Shape, is_diagonal
 from curvature.statistics.rows import Rows, moment
 from curvature.trace.layers import Layer
 from curvature.trace.layouts import Lookup
-from curvature.trace.views import Shape
 
 Statistics = dict[str, jax.Array]
 _SUFFIXES = ("", "_flipped")
 
 
-def zeros(layer: Layer, dtype: Any, max_factor_dim: int) -> Statistics:
+def zeros(layer: Layer, dtype: Any, limit: Limit) -> Statistics:
     """Statistics of nothing, as `combined` returns them."""
-    first, second = _shapes(layer, max_factor_dim)
+    first, second = _forms(layer, limit)
     sums = {
-        "input": jnp.zeros(first, dtype),
-        "output": jnp.zeros(second, dtype),
+        "input": jnp.zeros((*layer.stack, *first), dtype),
+        "output": jnp.zeros((*layer.stack, *second), dtype),
         "rows": jnp.zeros(layer.stack, dtype),
     }
     return sums | _flipped(sums) if layer.flipped else sums
@@ -53,7 +54,7 @@ def _flipped(sums: Statistics) -> Statistics:
     return {f"{name}_flipped": zero for name, zero in sums.items()}
 
 
-def tokens(layer: Layer, dtype: Any, max_factor_dim: int) -> Statistics:
+def tokens(layer: Layer, dtype: Any, limit: Limit) -> Statistics:
     """Zeros of the shape of what one backward pass adds up."""
     if layer.block == "kronecker_reduce" and layer.shared:
         # Uses are summed before products are taken: an example's sums are what is added up.
@@ -66,7 +67,7 @@ def tokens(layer: Layer, dtype: Any, max_factor_dim: int) -> Statistics:
             "rows": jnp.zeros(each, dtype),
         }
         return token | _flipped(token) if layer.flipped else token
-    return zeros(layer, dtype, max_factor_dim)
+    return zeros(layer, dtype, limit)
 
 
 def of_rows(layer: Layer, rows: Rows, token: Statistics, *, flipped: bool) -> Statistics:
@@ -74,8 +75,8 @@ def of_rows(layer: Layer, rows: Rows, token: Statistics, *, flipped: bool) -> St
     suffix = _SUFFIXES[flipped]
     data, cotangent = (name + suffix for name in _sides(suffix))
 
-    def diagonal(name: str) -> bool:
-        return token[name].ndim == len(rows.layout.members) + 1
+    def form(name: str) -> Shape:
+        return token[name].shape[len(rows.layout.members) :]
 
     if layer.block == "kronecker_reduce" and layer.shared:
         named = zip(_sides(suffix), (rows.input_sums(), rows.g.sum(axis=-2)), strict=True)
@@ -87,38 +88,35 @@ def of_rows(layer: Layer, rows: Rows, token: Statistics, *, flipped: bool) -> St
         if isinstance(rows.layout, Lookup):
             first = rows.squared_counts()
         else:
-            first = _mean_moment(rows.input_sums(), counts, diagonal(data), rows.precision)
+            first = _mean_moment(rows.input_sums(), counts, form(data), rows.precision)
         sums = rows.g.sum(axis=-2, keepdims=True)
-        second = moment(sums, diagonal(cotangent), rows.precision)
+        second = moment(sums, form(cotangent), rows.precision)
         total = (counts > 0).sum(axis=-1).astype(counts.dtype)
     elif layer.block == "kronecker_weighted":
         norms = jnp.sum(rows.g**2, axis=-1)
-        first = rows.input_moment(diagonal(data), norms)
-        second = rows.output_moment(diagonal(cotangent), rows.input_norms())
+        first = rows.input_moment(form(data), norms)
+        second = rows.output_moment(form(cotangent), rows.input_norms())
         total = norms.sum(axis=(-2, -1))
     else:
-        first = rows.input_moment(diagonal(data), rows.alive)
-        second = rows.output_moment(diagonal(cotangent))
+        first = rows.input_moment(form(data), rows.alive)
+        second = rows.output_moment(form(cotangent))
         total = rows.count()
     return {data: first, cotangent: second, f"rows{suffix}": total}
 
 
-def finished(
-    layer: Layer, raw: Statistics, max_factor_dim: int, precision: Precision
-) -> Statistics:
+def finished(layer: Layer, raw: Statistics, limit: Limit, precision: Precision) -> Statistics:
     """What one backward pass gives: products of what had to be summed first."""
     if "input_sums" not in raw:
         return raw
     lead = len(layer.views[0].stack)
-    shapes = dict(zip(("input", "output"), _shapes(layer, max_factor_dim), strict=True))
-    diagonal = {name: len(shape) == len(layer.stack) + 1 for name, shape in shapes.items()}
+    forms = dict(zip(("input", "output"), _forms(layer, limit), strict=True))
     found = {}
     for suffix in _SUFFIXES[: 1 + layer.flipped]:
         data, cotangent = _sides(suffix)
         counts = jnp.moveaxis(raw[f"rows{suffix}"], lead, -1)
         first, second = (jnp.moveaxis(raw[f"{s}_sums{suffix}"], lead, -2) for s in _sides(suffix))
-        found[data + suffix] = _mean_moment(first, counts, diagonal[data], precision)
-        found[cotangent + suffix] = moment(second[..., None, :], diagonal[cotangent], precision)
+        found[data + suffix] = _mean_moment(first, counts, forms[data], precision)
+        found[cotangent + suffix] = moment(second[..., None, :], forms[cotangent], precision)
         found[f"rows{suffix}"] = (counts > 0).sum(axis=-1).astype(counts.dtype)
     return found
 
@@ -158,14 +156,12 @@ def counted(layer: Layer, statistics: Statistics, share: float) -> Statistics:
     return found
 
 
-def _shapes(layer: Layer, max_factor_dim: int) -> tuple[Shape, Shape]:
-    """The shapes of the two factors: full, or diagonal where wide or one-hot."""
+def _forms(layer: Layer, limit: Limit) -> tuple[Shape, Shape]:
+    """The forms of the two factors: one-hot inputs, and what stands for a number, are diagonal."""
     d_in, d_out = layer.shape[-2:]
-    full_in = d_in <= max_factor_dim and not layer.one_hot
-    full_out = d_out <= max_factor_dim and layer.block != "foof"
     return (
-        (*layer.stack, *((d_in, d_in) if full_in else (d_in,))),
-        (*layer.stack, *((d_out, d_out) if full_out else (d_out,))),
+        (d_in,) if layer.one_hot else limit.form(d_in),
+        (d_out,) if layer.block == "foof" else limit.form(d_out),
     )
 
 
@@ -175,11 +171,11 @@ def _sides(suffix: str) -> tuple[str, str]:
 
 
 def _mean_moment(
-    sums: jax.Array, counts: jax.Array, diagonal: bool, precision: Precision
+    sums: jax.Array, counts: jax.Array, form: Shape, precision: Precision
 ) -> jax.Array:
     """Sum over examples of a a', a the sums divided by the number of rows."""
     means = sums / jnp.maximum(counts, 1)[..., None]
-    return moment(means[..., None, :], diagonal, precision)
+    return moment(means[..., None, :], form, precision)
 
 
 def _normalised(layer: Layer, sums: Statistics, suffix: str) -> Statistics:
@@ -205,9 +201,9 @@ def _pooled(layer: Layer, one: Statistics, other: Statistics) -> Statistics:
 
 
 def _trace(layer: Layer, factor: jax.Array) -> jax.Array:
-    if factor.ndim - len(layer.stack) == 2:
-        return jnp.sum(diagonal(factor), axis=-1)
-    return factor.sum(axis=-1)
+    depth = len(layer.stack)
+    found = factor if is_diagonal(factor, depth) else diagonal(factor)
+    return jnp.sum(found, axis=tuple(range(depth, found.ndim)))
 
 
 def _lifted(scalars: jax.Array, like: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from curvature.blocks import BLOCKS, BlockKind
 from curvature.precision import Precision, product
+from curvature.sides import Limit
 from curvature.statistics import eigenbasis, factors
 from curvature.statistics.factors import Statistics
 from curvature.statistics.rows import Rows
@@ -31,9 +32,9 @@ from curvature.trace.layers import Layer
 from curvature.trace.layouts import Elementwise
 
 
-def tokens(layer: Layer, dtype: Any, max_factor_dim: int) -> Statistics:
+def tokens(layer: Layer, dtype: Any, limit: Limit) -> Statistics:
     """Zeros of the shape of a layer's statistics: what they are the gradient of."""
-    token = factors.tokens(layer, dtype, max_factor_dim) if layer.factored else {}
+    token = factors.tokens(layer, dtype, limit) if layer.factored else {}
     if not _kind(layer).squares:
         return token
     if not layer.summed:
@@ -55,14 +56,14 @@ def per_example(layer: Layer, raw: Statistics) -> jax.Array:
     return jnp.moveaxis(raw["gradients"], len(layer.views[0].stacked), 0)
 
 
-def zeros(layer: Layer, dtype: Any, max_factor_dim: int) -> Statistics:
+def zeros(layer: Layer, dtype: Any, limit: Limit) -> Statistics:
     """Statistics of nothing, as `combined` returns them."""
     if not _kind(layer).squares:
-        return factors.zeros(layer, dtype, max_factor_dim)
+        return factors.zeros(layer, dtype, limit)
     values = _no_values(layer, dtype)
     if not layer.factored:
         return values
-    found = factors.zeros(layer, dtype, max_factor_dim)
+    found = factors.zeros(layer, dtype, limit)
     return found | values | eigenbasis.identity(found, len(layer.stack))
 
 
@@ -185,7 +186,7 @@ def finished(
     layer: Layer,
     raw: Statistics,
     turn: Statistics | None,
-    max_factor_dim: int,
+    limit: Limit,
     precision: Precision,
 ) -> Statistics:
     """What one backward pass gives: products of what had to be summed first.
@@ -194,10 +195,10 @@ def finished(
       layer: the layer.
       raw: the gradient of its token.
       turn: the bases of an `ekfac` layer's corrections, all copies.
-      max_factor_dim: a factor wider than this keeps its diagonal only.
+      limit: how wide factors may be.
       precision: of products.
     """
-    raw = factors.finished(layer, raw, max_factor_dim, precision)
+    raw = factors.finished(layer, raw, limit, precision)
     if "gradients" not in raw:
         return raw
     lead = len(layer.views[0].stack)

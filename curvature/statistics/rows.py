@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from curvature.precision import HIGHEST, Precision, accumulator, kept_by, narrow, product
+from curvature.sides import Shape, is_diagonal, right, split
 from curvature.statistics.chunks import map_over_examples, sum_over_examples
 from curvature.trace.layouts import Contraction, Convolution, Dense, Lookup
 
@@ -36,8 +37,8 @@ class Rows:
       bias: the homogeneous coordinate (1 times the bias's scale); None without a bias.
       alive: 1 for rows that a loss depends on, 0 for others, `members + (examples, positions)`;
         None where all count.
-      basis: orthogonal matrices in which inputs are expressed, `members + (d_in, d_in)`; None for
-        the coordinates themselves.
+      basis: an eigenbasis in which inputs are expressed, `members + (d_in, d_in)` or in blocks;
+        None for the coordinates themselves.
       gains: what inputs are multiplied by, `members + (d_in,)`; None for ones.
       exact: dtypes of 16 bits that hold inputs and cotangents as they are; None where none does.
       precision: of products.
@@ -56,11 +57,13 @@ class Rows:
     def turned(self, inputs: jax.Array, outputs: jax.Array) -> Rows:
         """The rows in other bases, a Q_A and g Q_B; ones in place of a matrix for the identity."""
         members = len(self.layout.members)
-        g = self.g
-        if outputs.ndim == members + 2:
-            g = product("...nti,...ij->...ntj", g, outputs, self.precision)
-        basis = inputs if inputs.ndim == members + 2 else None
+        g = self.g if is_diagonal(outputs, members) else self._turned(self.g, outputs)
+        basis = None if is_diagonal(inputs, members) else inputs
         return dataclasses.replace(self, g=g, basis=basis, exact=(None, None))
+
+    def _turned(self, rows: jax.Array, basis: jax.Array) -> jax.Array:
+        members = len(self.layout.members)
+        return right("...nti,...ij->...ntj", rows, basis, members, self.precision, rows=2)
 
     def scaled(self, inputs: jax.Array, outputs: jax.Array) -> Rows:
         """The rows of a weight that is multiplied by a number for each input and each output."""
@@ -78,8 +81,8 @@ class Rows:
         """1 for rows that count, 0 for others, `members + (examples, positions)`."""
         return jnp.ones(self.g.shape[:-1], self.g.dtype) if self.alive is None else self.alive
 
-    def input_moment(self, diagonal: bool, weights: jax.Array | None = None) -> jax.Array:
-        """Sum over rows of a a', each times its weight (None for 1), or the diagonal of that."""
+    def input_moment(self, form: Shape, weights: jax.Array | None = None) -> jax.Array:
+        """Sum over rows of a a', each times its weight (None for 1), in a form of `sides`."""
         if isinstance(self.layout, Lookup):
             ones = jnp.ones(self.x.shape, self.g.dtype) if weights is None else weights
             return self._of_entries(self._scattered(ones[..., None])[:, 0], 2)
@@ -93,7 +96,7 @@ class Rows:
                 rows = self._inputs(x)
                 for root in roots:
                     rows = rows * jnp.moveaxis(root, 0, -2)[..., None]
-                return moment(rows, diagonal, self.precision)
+                return moment(rows, form, self.precision)
 
             per_image = [r.reshape((*self.layout.members, len(x), -1)) for r in roots]
             leading = [jnp.moveaxis(r, -2, 0) for r in per_image]
@@ -101,14 +104,14 @@ class Rows:
         a = self._inputs(x)
         for root in roots:
             a = a * root[..., None]
-        return moment(a, diagonal, self.precision)
+        return moment(a, form, self.precision)
 
-    def output_moment(self, diagonal: bool, weights: jax.Array | None = None) -> jax.Array:
-        """Sum over rows of g g', each times its weight (None for 1), or the diagonal of that."""
+    def output_moment(self, form: Shape, weights: jax.Array | None = None) -> jax.Array:
+        """Sum over rows of g g', each times its weight (None for 1), in a form of `sides`."""
         g = self.g if weights is None else self.g * jnp.sqrt(weights)[..., None]
         if weights is None and self.exact[1] is not None:
             g = g.astype(self.exact[1])
-        return moment(g, diagonal, self.precision)
+        return moment(g, form, self.precision)
 
     def input_sums(self) -> jax.Array:
         """Sums of a over the positions of every example, `members + (examples, d_in [+ 1])`."""
@@ -257,7 +260,7 @@ class Rows:
             a = a * self.gains[..., None, None, :]
         if self.basis is None:
             return a
-        return product("...nti,...ij->...ntj", a, self.basis, self.precision)
+        return self._turned(a, self.basis)
 
     def _patches(self, x: jax.Array) -> jax.Array:
         """The windows of images `(examples, channels, spatial...)` as rows."""
@@ -324,11 +327,14 @@ def _windows(layout: Convolution, x: jax.Array) -> jax.Array:
     )
 
 
-def moment(x: jax.Array, diagonal: bool, precision: Precision) -> jax.Array:
-    """The sum of x x' over rows `(examples, positions)`, or its diagonal."""
-    if diagonal:
+def moment(x: jax.Array, form: Shape, precision: Precision) -> jax.Array:
+    """The sum of x x' over rows `(examples, positions)`, in a form of `sides`."""
+    if len(form) == 1:
         x = x.astype(accumulator(x.dtype))
         return jnp.sum(x * x, axis=(-3, -2))
+    if len(form) == 3:
+        parts = split(x, form[:2])
+        return product("...ntki,...ntkj->...kij", parts, parts, precision)
     return product("...nti,...ntj->...ij", x, x, precision)
 
 

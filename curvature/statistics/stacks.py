@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 from curvature.block_diagonal import BlockDiagonal
 from curvature.meshes import devices, divided, whole
 from curvature.precision import accumulator
+from curvature.sides import unit
 from curvature.statistics.eigenbasis import BASES
 from curvature.statistics.estimator import Estimator, operator_of
 from curvature.statistics.factors import Statistics
@@ -94,9 +95,8 @@ class Stack(Layer):
         """One of the members' statistics; beyond them, those of the identity."""
         found = self._joined(arrays)
         matrix = name in BASES or self.outer or not name.startswith("values")
-        if matrix and found.ndim == 3:
-            return self._filled(found, jnp.eye(found.shape[-1], dtype=found.dtype))
-        return self._filled(found, jnp.ones(found.shape[1:], found.dtype))
+        one = jnp.ones(found.shape[1:], found.dtype)
+        return self._filled(found, unit(one, 0) if matrix and found.ndim > 1 else one)
 
     def _filled(self, array: jax.Array, one: jax.Array) -> jax.Array:
         """An array with all copies, and others to divide over devices."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -31,7 +32,8 @@ class Job(NamedTuple):
     """Factors to solve.
 
     Attributes:
-      factor: the factors, `(copies, size, size)`, damped if they are to be inverted.
+      factor: the factors, `(copies, size, size)` or, of blocks along a diagonal, `(copies, count,
+        width, width)`; damped if they are to be inverted.
       previous: their inverses or eigenbases so far.
       eigen: whether eigenbases are wanted.
     """
@@ -67,17 +69,20 @@ def solved(
     staleness = []
     for keys in batches.values():
         batch = [jobs[key] for key in keys]
-        factors = _stacked([job.factor for job in batch], parts)
-        previous = _stacked([job.previous for job in batch], parts)
+        factors = _stacked([_matrices(job.factor) for job in batch], parts)
+        previous = _stacked([_matrices(job.previous) for job in batch], parts)
         solve: Solve = functools.partial(_solve, method, eigen=batch[0].eigen)
         if devices(over) > 1:
             assert over is not None
             solve = _dealt(solve, over, len(factors), apart=apart)
         *results, stale = solve(factors, previous, first)
         staleness.append(jnp.max(stale))
-        sizes = [len(job.factor) // parts for job in batch]
-        for key, start, size in zip(keys, itertools.accumulate([0, *sizes]), sizes, strict=False):
-            found[key] = tuple(_part(x, parts, start, size) for x in results)
+        stacks = [job.factor.shape[:-2] for job in batch]
+        sizes = [math.prod(stack) // parts for stack in stacks]
+        starts = itertools.accumulate([0, *sizes])
+        for key, start, size, stack in zip(keys, starts, sizes, stacks, strict=False):
+            each = (_part(x, parts, start, size) for x in results)
+            found[key] = tuple(x.reshape(*stack, *x.shape[1:]) for x in each)
     return found, staleness
 
 
@@ -110,6 +115,10 @@ def _solve(
     if eigen:
         return Eigh().basis(factors, previous, first)
     return method.inverse(factors, previous)
+
+
+def _matrices(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, *x.shape[-2:])
 
 
 def _stacked(arrays: list[jax.Array], parts: int) -> jax.Array:

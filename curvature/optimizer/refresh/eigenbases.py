@@ -23,6 +23,7 @@ from curvature.optimizer.refresh.cond import chosen, finite_copies, when
 from curvature.optimizer.refresh.methods import QR, Eigh
 from curvature.optimizer.refresh.schedule import SIDES, Clock, Unit, Window, dealt, in_turn, units
 from curvature.precision import Precision
+from curvature.sides import is_diagonal, told_apart
 from curvature.statistics.eigenbasis import BASES, identity, moved_diagonal, overlap
 from curvature.statistics.factors import Statistics, factors_of
 from curvature.statistics.stacks import Arrays, Stack, in_full, unweighted
@@ -205,11 +206,13 @@ class Eigenbases:
         jobs: dict[Key, Job] = {}
         for i, (unit, sums) in enumerate(zip(units, statistics, strict=True)):
             factors = factors_of(unit.layer, unweighted(sums, weight))
-            for side, basis in zip(SIDES, BASES, strict=True):
-                if factors[side].ndim == 2:
+            sizes = unit.layer.shape[-2:]
+            for side, basis, size in zip(SIDES, BASES, sizes, strict=True):
+                if is_diagonal(factors[side], 1):
                     found[i, side] = jnp.ones_like(factors[side])
                 else:
-                    jobs[i, side] = Job(factors[side], bases[i][basis], eigen=True)
+                    factor = told_apart(factors[side], size, 1)
+                    jobs[i, side] = Job(factor, bases[i][basis], eigen=True)
         solutions, staleness = solved(jobs, self.method, first, self.over, apart=self.apart)
         stale = [x.astype(weight.dtype) for x in staleness]
         return found | {key: vectors for key, (_, vectors) in solutions.items()}, stale

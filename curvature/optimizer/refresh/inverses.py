@@ -27,13 +27,15 @@ from jax.typing import DTypeLike
 from curvature.block_diagonal import BlockDiagonal, block_of
 from curvature.blocks import EigenKronecker, Kronecker
 from curvature.blocks.block import safe_power
-from curvature.linalg import diagonal, multiples_of_identity, without_rounding
+from curvature.blocks.kronecker import damped_side
+from curvature.linalg import diagonal, without_rounding
 from curvature.meshes import automatic, devices, divided
 from curvature.optimizer.refresh.batches import Job, Key, Solved, solved
 from curvature.optimizer.refresh.cond import chosen, finite_copies, when
 from curvature.optimizer.refresh.methods import QR, Eigh, Method
 from curvature.optimizer.refresh.plain import plain
 from curvature.optimizer.refresh.schedule import SIDES, Clock, Unit, Window, dealt, in_turn, units
+from curvature.sides import emptied, is_diagonal, joined, told_apart
 from curvature.statistics.eigenbasis import BASES, carried_over, identity, products
 from curvature.statistics.factors import Statistics, factors_of
 from curvature.statistics.stacks import Arrays, Stacks, copies_of, in_full, unweighted
@@ -169,11 +171,10 @@ class Inverses:
             count = sum(map(copies_of, layer.members))
             sums = {name: x[:count] for name, x in statistics[layer.name].items()}
             factors = factors_of(layer, unweighted(sums, weight))
-            block = Kronecker(factors["input"], factors["output"], stack_ndim=1)
-            shifts = block.factored_damping(1.0)
+            shifts = _block(layer, factors).factored_damping(1.0)
             for side, shift in zip(SIDES, shifts, strict=True):
                 factor = factors[side]
-                if factor.ndim == 2:
+                if is_diagonal(factor, 1):
                     continue
                 lost = _MARGIN * float(np.finfo(factor.dtype).eps) * _norm(factor)
                 root = lost / jnp.where(shift > 0, shift, 1)
@@ -276,18 +277,24 @@ class Inverses:
             kept, eigen = inverse[i] | _bases(statistics), len(unit.sides) == 2
             shifts = {} if eigen else self._shifts(unit, statistics, now.damping)
             for side in unit.sides:
-                factor, key = statistics[side], (i, side)
-                matrix = factor.ndim == 3
-                if eigen and matrix:
-                    jobs[key] = Job(factor, kept[f"{side}_basis"], eigen=True)
-                elif eigen:
+                factor, key, size = statistics[side], (i, side), _size(unit.layer, side)
+                if eigen and is_diagonal(factor, 1):
                     solutions[key] = (factor, jnp.ones_like(factor))
-                elif matrix:
-                    damped = factor + multiples_of_identity(shifts[side], factor.shape[-1])
-                    jobs[key] = Job(damped, kept[side], eigen=False)
-                else:
+                elif eigen:
+                    factor = told_apart(factor, size, 1)
+                    jobs[key] = Job(factor, kept[f"{side}_basis"], eigen=True)
+                elif is_diagonal(factor, 1):
                     solutions[key] = (safe_power(factor + shifts[side][..., None], -1.0),)
+                else:
+                    damped = damped_side(factor, shifts[side], size, 1)
+                    jobs[key] = Job(damped, kept[side], eigen=False)
         batched, staleness = solved(jobs, self.method, now.first, self.over, apart=self.apart)
+        for (i, side), (x, *vectors) in batched.items():
+            size = _size(units[i].layer, side)
+            if vectors:  # x are eigenvalues
+                batched[i, side] = (joined(x, size) if x.ndim == 3 else x, *vectors)
+            else:
+                batched[i, side] = (emptied(x, size, 1),)
         return solutions | batched, staleness
 
     def _inverted(
@@ -325,7 +332,7 @@ class Inverses:
         """What factored damping adds to the diagonals of a unit's factors."""
         if not unit.sides:
             return {}
-        block = Kronecker(found["input"], found["output"], stack_ndim=1)
+        block = _block(unit.layer, found)
         pair = block.factored_damping(damping, relative=self.relative)
         return dict(zip(SIDES, pair, strict=True))
 
@@ -361,12 +368,21 @@ def _telling(inverse: Statistics) -> list[jax.Array]:
     """Arrays that are finite only where all of an inverse is: it is positive semi-definite."""
     if "values" in inverse:
         return [inverse["values"]]
-    return [x if x.ndim == 2 else diagonal(x) for x in inverse.values()]
+    return [x if is_diagonal(x, 1) else diagonal(x) for x in inverse.values()]
 
 
 def _norm(matrices: jax.Array) -> jax.Array:
     """The Frobenius norms, which bound the largest eigenvalues."""
-    return jnp.sqrt(jnp.sum(matrices**2, axis=(-2, -1)))
+    return jnp.sqrt(jnp.sum(matrices**2, axis=tuple(range(1, matrices.ndim))))
+
+
+def _block(layer: Layer, factors: Statistics) -> Kronecker:
+    sizes = layer.shape[-2], layer.shape[-1]
+    return Kronecker(factors["input"], factors["output"], 1, sizes=sizes)
+
+
+def _size(layer: Layer, side: str) -> int:
+    return layer.shape[-2:][SIDES.index(side)]
 
 
 def _bases(statistics: Statistics) -> Statistics:

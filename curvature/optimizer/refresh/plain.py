@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from curvature.block_diagonal import block_of
 from curvature.blocks.block import safe_power
-from curvature.linalg import diagonal, multiples_of_identity
+from curvature.linalg import multiples_of_identity
 from curvature.optimizer.refresh.schedule import SIDES
+from curvature.sides import entries, unit
 from curvature.statistics.eigenbasis import identity
 from curvature.statistics.factors import Statistics
 from curvature.trace import Layer
@@ -42,17 +43,14 @@ def plain(
         spread = inverse.reshape(inverse.shape + (1,) * (values.ndim - depth))
         return {"values": jnp.broadcast_to(spread, values.shape)}
     sides = {}
-    for side in SIDES:
-        factor = found[side]
-        entries = factor if factor.ndim == depth + 1 else diagonal(factor)
-        sides[side] = safe_power(jnp.mean(entries, axis=-1) + shifts[side], -1.0)
+    for side, size in zip(SIDES, layer.shape[-2:], strict=True):
+        mean = jnp.mean(entries(found[side], size, depth), axis=-1)
+        sides[side] = safe_power(mean + shifts[side], -1.0)
     both = (sides["input"] * sides["output"])[..., None, None]
-    inverses = {side: _scaled(found[side], sides[side], depth) for side in SIDES}
+    inverses = {side: _scaled(unit(found[side], depth), sides[side]) for side in SIDES}
     return inverses | identity(found, depth) | {"values": jnp.broadcast_to(both, layer.shape)}
 
 
-def _scaled(like: jax.Array, scale: jax.Array, depth: int) -> jax.Array:
-    """A multiple of the identity for every copy, as a matrix or as its diagonal."""
-    if like.ndim == depth + 1:
-        return jnp.broadcast_to(scale[..., None], like.shape)
-    return multiples_of_identity(scale, like.shape[-1])
+def _scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """Every copy of an array times a number."""
+    return x * scale.reshape(scale.shape + (1,) * (x.ndim - scale.ndim))

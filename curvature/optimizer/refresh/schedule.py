@@ -102,8 +102,8 @@ def units(layer: Layer, statistics: Statistics, *, eigen: bool) -> list[Unit]:
 
     def cost(name: str) -> int:
         shape = statistics[name].shape[1:]
-        matrix = layer.outer or (name != "values" and len(shape) == 2)
-        return math.prod(shape) * (shape[-1] if matrix else 1)
+        matrices = layer.outer or (name != "values" and len(shape) > 1)
+        return math.prod(shape) * (shape[-1] if matrices else 1)
 
     if not layer.factored:
         return [Unit(layer, (), copies, cost("values"))]
