@@ -3,17 +3,23 @@
 Each optimizer gets the same number of trials on one seed, then runs with the best setting on others
 from the same initialisations and on the same batches. Writes a JSON file and a plot for each
 problem; results that a JSON file already has are kept.
+
+examples:
+  python scripts/benchmark.py --problem digits_classifier --optimizer adam kfac
+  python scripts/benchmark.py --kfac-jax ../kfac-jax
+  python scripts/benchmark.py --problem language_0.1M
+  python scripts/benchmark.py --side-by-side --kfac-jax ../kfac-jax
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # see README.md; processes started here too
 
@@ -34,61 +40,34 @@ from benchmarks import (
 from benchmarks.problems import Problem
 from digits import options, report
 
-EPILOG = """\
-examples:
-  python scripts/benchmark.py --problem digits_classifier --optimizer adam kfac
-  python scripts/benchmark.py --kfac-jax ../kfac-jax
-  python scripts/benchmark.py --problem language_0.1M
-  python scripts/benchmark.py --side-by-side --kfac-jax ../kfac-jax
-"""
 QUICK_STEPS = 3
 PROBLEMS = {**problems.PROBLEMS, **language.PROBLEMS, **physics.PROBLEMS}
+Data = Literal[*side_by_side.DATA]
 
 
-def parser() -> argparse.ArgumentParser:
+@dataclasses.dataclass(frozen=True)
+class Settings:
     """The command line."""
-    result = argparse.ArgumentParser(
-        prog="benchmark.py",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=options.HelpFormatter,
-        allow_abbrev=False,
-    )
-    add = result.add_argument
-    add(
-        "--problem",
-        nargs="+",
-        choices=tuple(PROBLEMS),
-        default=tuple(problems.PROBLEMS),
-        help="default: all but physics and language models, of which two need an accelerator",
-    )
-    add(
-        "--optimizer",
-        nargs="+",
-        choices=optimizers.OPTIMIZERS,
-        default=optimizers.OPTIMIZERS,
-        help="default: all",
-    )
-    add("--seeds", type=options.positive_int, default=3, metavar="N", help="default: 3")
-    add(
-        "--steps",
-        type=options.positive_int,
-        metavar="N",
-        help="of a run (default: the problem's, more without curvature)",
-    )
-    add(
-        "--seconds",
-        type=options.positive_float,
-        metavar="X",
-        help="in the steps of a run, after which it stops (default: no limit)",
-    )
-    add("--kfac-jax", type=Path, metavar="PATH", help="checkout of kfac-jax, else it is left out")
-    add("--out", type=options.out_folder, metavar="FOLDER", help="default: docs/benchmarks")
-    add("--fresh", action="store_true", help="measure again what the JSON files have")
-    add("--quick", action="store_true", help="a few steps, to runs/benchmarks: does all of it run?")
-    add("--side-by-side", action="store_true", help="only the time of a step, ours and kfac-jax's")
-    add("--data", choices=side_by_side.DATA, default="curves", help="for --side-by-side")
-    return result
+
+    # unless given all but physics and language models, of which two need an accelerator
+    problem: tuple[Literal[*PROBLEMS], ...] = tuple(problems.PROBLEMS)
+    optimizer: tuple[Literal[*optimizers.OPTIMIZERS], ...] = optimizers.OPTIMIZERS  # to measure
+    seeds: options.PositiveInt = 3  # of runs with the best setting
+    # of a run; unless given the problem's, more without curvature
+    steps: options.PositiveInt | None = None
+    # in the steps of a run, after which it stops
+    seconds: options.PositiveFloat | None = None
+    kfac_jax: Path | None = None  # checkout of kfac-jax, else it is left out
+    out: options.OutFolder | None = None  # docs/benchmarks unless given
+    fresh: bool = False  # measure again what the JSON files have
+    quick: bool = False  # a few steps, to runs/benchmarks: does all of it run?
+    side_by_side: bool = False  # only the time of a step, ours and kfac-jax's
+    data: Data = "curves"  # for --side-by-side
+
+    @property
+    def folder(self) -> Path:
+        """Where results are written."""
+        return self.out or Path("runs/benchmarks" if self.quick else "docs/benchmarks")
 
 
 def measure(name: str, problem: Problem, plan: protocol.Protocol) -> results.Entry:
@@ -109,7 +88,7 @@ def measure(name: str, problem: Problem, plan: protocol.Protocol) -> results.Ent
     }
 
 
-def plan_for(name: str, problem: Problem, args: argparse.Namespace) -> protocol.Protocol:
+def plan_for(name: str, problem: Problem, args: Settings) -> protocol.Protocol:
     """How long an optimizer runs and what is tried."""
     if args.quick:
         return protocol.Protocol(QUICK_STEPS, seeds=1, trials=2)
@@ -117,9 +96,9 @@ def plan_for(name: str, problem: Problem, args: argparse.Namespace) -> protocol.
     return protocol.Protocol(args.steps or usual, args.seeds, seconds=args.seconds)
 
 
-def run_problem(problem: Problem, names: Sequence[str], args: argparse.Namespace) -> None:
+def run_problem(problem: Problem, names: Sequence[str], args: Settings) -> None:
     """Measures what is missing, writing as it goes, and prints the table."""
-    path = args.out / f"{problem.name}.json"
+    path = args.folder / f"{problem.name}.json"
     found = results.start(problem, path)
     print(report.heading(f"{problem.name}: {problem.description}"), flush=True)
     for name in names:
@@ -137,9 +116,7 @@ def run_problem(problem: Problem, names: Sequence[str], args: argparse.Namespace
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program."""
-    command = parser()
-    args = command.parse_args(argv)
-    args.out = args.out or Path("runs/benchmarks" if args.quick else "docs/benchmarks")
+    args = options.read(Settings, argv, __doc__)
     skipped = "no --kfac-jax"
     if args.kfac_jax is not None:
         skipped = kfac_jax.add_checkout(args.kfac_jax)
@@ -149,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return compare_steps(args, None if skipped else args.kfac_jax)
     names = optimizers.names(args.optimizer, not skipped)
     if not names:
-        command.error("no optimizer is left to run")
+        options.stop("no optimizer is left to run")
     print(f"optax has no {' and no '.join(optimizers.NOT_IN_OPTAX)}: SOAP is eigen_adam's")
     for name in args.problem:
         problem = PROBLEMS[name]()
@@ -158,11 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def compare_steps(args: argparse.Namespace, checkout: Path | None) -> int:
+def compare_steps(args: Settings, checkout: Path | None) -> int:
     """Runs `--side-by-side`."""
     steps = QUICK_STEPS if args.quick else args.steps or 60
     compared = side_by_side.compare(args.data, steps, checkout)
-    report.write_json(args.out / "side_by_side.json", compared)
+    report.write_json(args.folder / "side_by_side.json", compared)
     print(side_by_side.table(compared))
     return 0
 

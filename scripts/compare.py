@@ -7,15 +7,17 @@ was found, and writes a report (comparison.html), a plot (comparison.png) and ev
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import math
 import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import jax
+from tyro import conf
 
 import curvature
 from comparing import examples, kinds, source
@@ -24,7 +26,7 @@ from curvature.comparison.structured import NAMES
 from curvature.report.words import summary
 from digits import options, plots
 
-EPILOG = f"""\
+ABOUT = f"""{__doc__}
 a function of your own takes no arguments and returns (loss_fn, params, batches), or with has_aux as
 a fourth where loss_fn returns (loss, aux):
   def model():
@@ -45,142 +47,54 @@ examples:
   python scripts/train.py --checkpoint-every 100 --out runs/digits
   python scripts/compare.py --checkpoint runs/digits --out runs/digits/compared
 """
+Kind = Annotated[Any, options.word(kinds.kind, "KIND")]
 
 
-def parser() -> argparse.ArgumentParser:
+@dataclasses.dataclass(frozen=True)
+class Settings:
     """The command line."""
-    result = argparse.ArgumentParser(
-        prog="compare.py",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=options.HelpFormatter,
-        allow_abbrev=False,
-    )
-    _add_model(result.add_argument_group("model (one of these)"))
-    _add_data(result.add_argument_group("training and data"))
-    _add_comparison(result.add_argument_group("comparison"))
-    _add_output(result.add_argument_group("output"))
-    return result
+
+    # or FILE.py:FUNCTION: what it has to return is above
+    function: conf.Positional[Annotated[str, options.word(str, "MODULE:FUNCTION")] | None] = None
+    # of train.py --checkpoint-every N; the last checkpoint is taken
+    checkpoint: Path | None = None
+    example: Literal[*examples.EXAMPLES] | None = None  # a built-in model
+    # steps of Adam before an --example is compared
+    train_steps: options.PositiveInt | None = None
+    batches: options.PositiveInt | None = None  # compare on the first N; all unless given
+    seed: options.Seed = 0  # of sampled targets, of projections, of an --example's start
+    # fisher, empirical, gauss-newton; fisher:4 and gauss-newton:4 are estimates from 4 samples; the
+    # first is the reference; unless given all that differ, exact up to 32 outputs
+    kinds: tuple[Kind, ...] | None = None
+    # only layers whose names match a glob; unless given all, and the whole network
+    blocks: tuple[str, ...] | None = None
+    damping: options.PositiveFloat = 1e-3  # of natural-gradient steps
+    # largest matrix that is made, at least 10; larger blocks are projected to so many random
+    # directions or half as many, and figures have errors
+    limit: options.PositiveInt = 1000
+    no_directions: bool = False  # leave out natural-gradient steps
+    # to set beside the exact blocks; nothing for none
+    approximations: Sequence[Literal[*NAMES]] = STRUCTURED
+    out: options.OutFolder = Path("runs/compare")  # for the three files
+    quiet: bool = False  # no progress bars
+
+    def __post_init__(self) -> None:
+        given = [x for x in (self.function, self.checkpoint, self.example) if x is not None]
+        if len(given) != 1:
+            found = "nothing" if not given else " and ".join(map(str, given))
+            raise ValueError(
+                f"expected one model, found {found}: give MODULE:FUNCTION, --checkpoint FOLDER or "
+                "--example NAME"
+            )
+        if self.train_steps and self.example is None:
+            raise ValueError("--train-steps needs --example: other models come as they are")
+        if self.kinds is not None and len(set(self.kinds)) < max(2, len(self.kinds)):
+            raise ValueError("--kinds needs two kinds or more that differ: fisher empirical")
+        if self.limit < 10:
+            raise ValueError(f"--limit {self.limit} is not at least 10")
 
 
-def _add_model(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "function",
-        nargs="?",
-        metavar="MODULE:FUNCTION",
-        help="or FILE.py:FUNCTION: what it has to return is below",
-    )
-    group.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FOLDER",
-        help="of train.py --checkpoint-every N; the last checkpoint is taken",
-    )
-    group.add_argument(
-        "--example", choices=examples.EXAMPLES, metavar="NAME", help="see below for the names"
-    )
-
-
-def _add_data(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--train-steps",
-        type=options.positive_int,
-        metavar="N",
-        help="steps of Adam before an --example is compared (default: none)",
-    )
-    group.add_argument(
-        "--batches",
-        type=options.positive_int,
-        metavar="N",
-        help="compare on the first N batches (default: all)",
-    )
-    group.add_argument(
-        "--seed",
-        type=options.seed,
-        default=0,
-        metavar="N",
-        help="of sampled targets, of projections, of an --example's start (default: 0)",
-    )
-
-
-def _add_comparison(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--kinds",
-        nargs="+",
-        type=kinds.kind,
-        metavar="KIND",
-        help="fisher, empirical, gauss-newton; fisher:4 and gauss-newton:4 are estimates from 4 "
-        "samples; the first is the reference (default: all that differ, exact up to 32 outputs)",
-    )
-    group.add_argument(
-        "--blocks",
-        nargs="+",
-        metavar="PATTERN",
-        help="only layers whose names match a glob (default: all, and the whole network)",
-    )
-    group.add_argument(
-        "--damping",
-        type=options.positive_float,
-        default=1e-3,
-        metavar="X",
-        help="of natural-gradient steps (default: 0.001)",
-    )
-    group.add_argument(
-        "--limit",
-        type=_limit,
-        default=1000,
-        metavar="N",
-        help="largest matrix that is made; larger blocks are projected to so many random "
-        "directions or half as many, and figures have errors (default: 1000)",
-    )
-    group.add_argument(
-        "--no-directions", action="store_true", help="leave out natural-gradient steps"
-    )
-    group.add_argument(
-        "--approximations",
-        nargs="*",
-        choices=NAMES,
-        default=STRUCTURED,
-        metavar="NAME",
-        help=f"to set beside the exact blocks: some of {', '.join(NAMES)}, or nothing for none "
-        f"(default: {', '.join(STRUCTURED)})",
-    )
-
-
-def _add_output(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--out",
-        type=options.out_folder,
-        default=Path("runs/compare"),
-        metavar="FOLDER",
-        help="default: runs/compare",
-    )
-    group.add_argument("--quiet", action="store_true", help="no progress bars")
-
-
-def _limit(text: str) -> int:
-    value = options.positive_int(text)
-    if value < 10:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 10")
-    return value
-
-
-def check(command: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Stops on options that contradict each other."""
-    given = [name for name in (args.function, args.checkpoint, args.example) if name is not None]
-    if len(given) != 1:
-        found = "nothing" if not given else " and ".join(map(str, given))
-        command.error(
-            f"expected one model, found {found}: give MODULE:FUNCTION, --checkpoint FOLDER or "
-            "--example NAME"
-        )
-    if args.train_steps and args.example is None:
-        command.error("--train-steps needs --example: other models come as they are")
-    if args.kinds is not None and len(set(args.kinds)) < max(2, len(args.kinds)):
-        command.error("--kinds needs two kinds or more that differ, such as: fisher empirical")
-
-
-def load(args: argparse.Namespace) -> source.Source:
+def load(args: Settings) -> source.Source:
     """The model and data that the options name."""
     if args.function is not None:
         return source.from_function(args.function)
@@ -189,7 +103,7 @@ def load(args: argparse.Namespace) -> source.Source:
     return examples.example(args.example, args.train_steps or 0, args.seed, not args.quiet)
 
 
-def run(args: argparse.Namespace) -> curvature.Comparison:
+def run(args: Settings) -> curvature.Comparison:
     """Compares what the options say."""
     found = load(args)
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(found.params))
@@ -226,17 +140,15 @@ def write(found: curvature.Comparison, out: Path) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; the exit status is 1 if nothing could be compared."""
-    command = parser()
-    args = command.parse_args(argv)
-    check(command, args)
+    args = options.read(Settings, argv, ABOUT)
     try:
         found = run(args)
     except source.SourceError as error:
-        command.exit(2, f"compare.py: error: {error}\n")
+        options.stop(error)
     except (TypeError, ValueError) as error:
         if not _ours(error):
             raise  # of the user's code: the traceback is what helps
-        command.exit(2, f"compare.py: error: {error}\n")
+        options.stop(error)
     paths = write(found, args.out)
     print("\n" + "\n\n".join(map(_wrapped, summary(found))))
     print(f"\n{found.table()}\n\nwritten   {', '.join(map(str, paths))}")

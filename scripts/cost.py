@@ -4,18 +4,23 @@ Two networks: `gpt`, a decoder-only transformer (by default 12 layers of width 7
 of 50,304, bfloat16, 8 x 1,024 tokens of noise), and `autoencoder`, 784-1000-500-250-30 and back
 with batches of 512. Every row trains for a few steps that are not counted, then for --steps. Prints
 milliseconds and their ratios to AdamW's, and writes them as JSON.
+
+examples:
+  python scripts/cost.py --out docs/benchmarks/cost_h100.json        six minutes on an accelerator
+  python scripts/cost.py --network gpt --batch-size 32
+  python scripts/cost.py --layers 2 --width 64 --heads 4 --vocabulary 256 --context 32 --steps 5
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import itertools
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +33,6 @@ from transformer import linen_model
 from transformer.config import DTYPES, Config
 
 PyTree = Any
-EPILOG = """\
-examples:
-  python scripts/cost.py --out docs/benchmarks/cost_h100.json        six minutes on an accelerator
-  python scripts/cost.py --network gpt --batch-size 32
-  python scripts/cost.py --layers 2 --width 64 --heads 4 --vocabulary 256 --context 32 --steps 5
-"""
 NETWORKS = ("gpt", "autoencoder")
 RATE = 1e-4  # what is learnt is not looked at
 NEVER = 10**6
@@ -57,30 +56,24 @@ ROWS: dict[str, Callable[[curvature.Registry], optax.GradientTransformation]] = 
 }
 
 
-def parser() -> argparse.ArgumentParser:
+@dataclasses.dataclass(frozen=True)
+class Settings:
     """The command line."""
-    result = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=options.HelpFormatter
-    )
-    add = result.add_argument
-    add("--network", nargs="+", choices=NETWORKS, default=NETWORKS, help="default: both")
-    add("--row", nargs="+", choices=tuple(ROWS), default=tuple(ROWS), help="default: all")
-    for name, default, what in (
-        ("layers", 12, "of gpt"),
-        ("width", 768, "of gpt"),
-        ("heads", 12, "of gpt"),
-        ("context", 1024, "positions of a window"),
-        ("vocabulary", 50_304, "of gpt"),
-        ("batch-size", 8, "windows"),
-        ("steps", 40, "that are timed"),
-    ):
-        options.add_number(result, name, default, what)
-    add("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of gpt (default: bfloat16)")
-    add("--out", type=Path, metavar="FILE", help="JSON (default: none)")
-    return result
+
+    network: tuple[Literal[*NETWORKS], ...] = NETWORKS  # see above
+    row: tuple[Literal[*ROWS], ...] = tuple(ROWS)  # to time
+    layers: options.PositiveInt = 12  # of gpt
+    width: options.PositiveInt = 768  # of gpt
+    heads: options.PositiveInt = 12  # of gpt
+    context: options.PositiveInt = 1024  # positions of a window
+    vocabulary: options.PositiveInt = 50_304  # of gpt
+    batch_size: options.PositiveInt = 8  # windows
+    steps: options.PositiveInt = 40  # that are timed
+    dtype: Literal[*DTYPES] = "bfloat16"  # of gpt
+    out: Path | None = None  # JSON
 
 
-def gpt(args: argparse.Namespace) -> tuple[Callable[..., Any], PyTree, PyTree]:
+def gpt(args: Settings) -> tuple[Callable[..., Any], PyTree, PyTree]:
     """Loss, parameters and a batch of the transformer."""
     sizes = {name: getattr(args, name) for name in ("layers", "width", "heads", "context")}
     config = Config(**sizes, kv_heads=args.heads, dtype=args.dtype, vocabulary=args.vocabulary)
@@ -95,7 +88,7 @@ def gpt(args: argparse.Namespace) -> tuple[Callable[..., Any], PyTree, PyTree]:
     return loss, init(jax.random.key(0)), (x, y)
 
 
-def autoencoder(args: argparse.Namespace) -> tuple[Callable[..., Any], PyTree, PyTree]:
+def autoencoder(args: Settings) -> tuple[Callable[..., Any], PyTree, PyTree]:
     """Loss, parameters and a batch of the autoencoder."""
     half = [784, 1000, 500, 250, 30]
     widths = list(itertools.pairwise([*half, *half[-2::-1]]))
@@ -168,7 +161,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program."""
-    args = parser().parse_args(argv)
+    args = options.read(Settings, argv, __doc__)
     content: dict[str, Any] = {"program": "cost", "environment": report.environment()}
     content["settings"] = {k: v for k, v in vars(args).items() if k != "out"}
     for network in args.network:

@@ -3,17 +3,26 @@
 Trains one narrow, deep tanh network from one initialisation with each optimizer, every one at the
 best of its own learning rates, and then compares the two Fisher matrices of the network that K-FAC
 trained. Writes metrics.json and training.png. Nothing is downloaded.
+
+K-FAC gets a fifth of the steps. The clock runs inside steps only: compilation, data, evaluation and
+progress bars are excluded, for every optimizer alike. Losses are measured on all training images
+after every step.
+
+examples:
+  python scripts/demo.py
+  python scripts/demo.py --seed 3 --out runs/demo-seed-3
+  python scripts/demo.py --batch-size 500
+  python scripts/demo.py --quick --steps 5
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -45,70 +54,21 @@ FISHER_NOTE = """\
 The empirical Fisher is made of the gradients of the labels given. Once the network fits them, these
 gradients vanish, and the empirical Fisher with them, long before the curvature of the loss does."""
 
-EPILOG = """\
-K-FAC gets a fifth of the steps. The clock runs inside steps only: compilation, data, evaluation and
-progress bars are excluded, for every optimizer alike. Losses are measured on all training images
-after every step.
 
-examples:
-  python scripts/demo.py
-  python scripts/demo.py --seed 3 --out runs/demo-seed-3
-  python scripts/demo.py --batch-size 500
-  python scripts/demo.py --quick --steps 5
-"""
-
-
-def parser() -> argparse.ArgumentParser:
+@dataclasses.dataclass(frozen=True)
+class Settings:
     """The command line."""
-    result = argparse.ArgumentParser(
-        prog="demo.py",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=options.HelpFormatter,
-        allow_abbrev=False,
-    )
-    add = result.add_argument
-    add(
-        "--steps",
-        type=options.positive_int,
-        default=1000,
-        metavar="N",
-        help=f"of Adam and SGD; K-FAC gets one for every {TARGET} (default: 1000)",
-    )
-    add(
-        "--batch-size",
-        type=options.batch_size,
-        default=data.TRAIN_IMAGES,
-        metavar="N",
-        help=f"default: {data.TRAIN_IMAGES}, the full batch",
-    )
-    add(
-        "--framework",
-        choices=problems.FRAMEWORKS,
-        default="linen",
-        help="what the model is written in (default: linen)",
-    )
-    add(
-        "--seed",
-        type=options.seed,
-        default=0,
-        metavar="N",
-        help="data split, initialisation, batches and sampled targets (default: 0)",
-    )
-    add(
-        "--quick",
-        action="store_true",
-        help="one learning rate each instead of five: to see that everything runs",
-    )
-    add(
-        "--out",
-        type=options.out_folder,
-        default=Path("runs/demo"),
-        metavar="FOLDER",
-        help="default: runs/demo",
-    )
-    add("--quiet", action="store_true", help="no progress bars")
-    return result
+
+    steps: options.PositiveInt = 1000  # of Adam and SGD; K-FAC gets one for every 5
+    batch_size: options.BatchSize = data.TRAIN_IMAGES  # all of them are the full batch
+    framework: Literal[*problems.FRAMEWORKS] = "linen"  # what the model is written in
+    seed: options.Seed = 0  # data split, initialisation, batches and sampled targets
+    quick: bool = False  # one learning rate each instead of five: to see that everything runs
+    out: options.OutFolder = Path("runs/demo")  # for metrics.json and training.png
+    quiet: bool = False  # no progress bars
+
+    def __post_init__(self) -> None:
+        options.check_framework(self.framework)
 
 
 def plan_for(name: str, plan: loop.Plan) -> loop.Plan:
@@ -269,9 +229,7 @@ def _run_metrics(run: loop.Run, done: search.Search) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program."""
-    command = parser()
-    args = command.parse_args(argv)
-    options.check_framework(command, args.framework)
+    args = options.read(Settings, argv, __doc__)
     began = time.perf_counter()
 
     digits = data.load(args.seed)

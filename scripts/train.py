@@ -5,25 +5,7 @@ One plain-JAX loop serves Flax linen, Flax NNX and Haiku; nothing is downloaded.
 metrics.jsonl and a TensorBoard event for each measurement. With --compare-every, true and empirical
 Fisher are compared on the way: their figures are among the measurements, comparison.png draws them
 over the steps, and comparison.html is a report on the trained network.
-"""
 
-from __future__ import annotations
-
-import argparse
-import contextlib
-import dataclasses
-import itertools
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import jax
-
-import curvature
-from digits import data, folder, loop, optimizers, options, plots, problems, report, watch
-
-EPILOG = """\
 models (64 inputs, 10 classes):
   mlp        64-64-64-10, ReLU
   deep       64-20-20-20-20-20-10, tanh: narrow and deep, hard for first-order methods
@@ -41,187 +23,109 @@ examples:
   python scripts/train.py --optimizer adam --compare-every 20 --checkpoint-every 100
 """
 
-# K-FAC options are None unless given, so that giving one to Adam or SGD can be refused.
-KFAC_OPTIONS = (
-    "damping",
-    "initial_damping",
-    "halve_damping_every",
-    "fisher",
-    "samples",
-    "decay",
-    "statistics_every",
-    "refresh_every",
-    "adaptive",
-)
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+import curvature
+from digits import data, folder, loop, optimizers, options, plots, problems, report, watch
+
 TRANSFORMER = "transformer"
-ADAPTIVE_DAMPING = curvature.LevenbergMarquardt().initial
-DEFAULTS = {field.name: field.default for field in dataclasses.fields(optimizers.Settings)}
 
 
-def parser() -> argparse.ArgumentParser:
+@dataclasses.dataclass(frozen=True)
+class Kfac:
+    """Refused with another optimizer."""
+
+    # None unless given, so that giving one to Adam or SGD can be refused.
+
+    damping: options.PositiveFloat | None = None  # added to the curvature; 0.03 unless given
+    # where damping starts, to fall towards --damping
+    initial_damping: options.PositiveFloat | None = None
+    # steps in which the difference of the two is halved; 10 unless given
+    halve_damping_every: options.PositiveInt | None = None
+    # targets drawn from the model, as unless given, all of its targets in closed form, or the
+    # data's own labels
+    fisher: Literal[*optimizers.FISHERS] | None = None
+    # draws an example, for --fisher sampled; 1 unless given
+    samples: options.PositiveInt | None = None
+    # of the running average of the curvature, in [0, 1); 0.95 unless given
+    decay: options.Fraction | None = None
+    # steps between curvature estimates; 1 unless given
+    statistics_every: options.PositiveInt | None = None
+    refresh_every: options.PositiveInt | None = None  # steps between inversions; 1 unless given
+    # learning rate and momentum chosen for every step by the quadratic model, and damping adapted
+    # from --damping, which is 1 then unless given
+    adaptive: bool = False
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What the command line has of these."""
+        return {k: v for k, v in vars(self).items() if v is not None and v is not False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
     """The command line."""
-    result = argparse.ArgumentParser(
-        prog="train.py",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=options.HelpFormatter,
-        allow_abbrev=False,
-    )
-    _add_problem(result.add_argument_group("problem"))
-    _add_training(result.add_argument_group("training"))
-    _add_kfac(result.add_argument_group("K-FAC (refused with another optimizer)"))
-    _add_output(result.add_argument_group("output"))
-    return result
+
+    framework: Literal[*problems.FRAMEWORKS] = "linen"  # what the model is written in
+    model: Literal[*problems.ARCHITECTURES, TRANSFORMER] = "mlp"  # see above
+    optimizer: Literal[*optimizers.OPTIMIZERS] = "kfac"  # sgd has momentum
+    steps: options.PositiveInt = 200  # of training
+    batch_size: options.BatchSize = 250  # images; 1500 is the full batch
+    # 0.03 for kfac, 0.003 for adam, 0.1 for sgd unless given
+    learning_rate: options.PositiveFloat | None = None
+    momentum: options.Fraction = 0.9  # in [0, 1); Adam's first decay rate
+    seed: options.Seed = 0  # data split, initialisation, batches, dropout and sampled targets
+    out: options.OutFolder = Path("runs/train")  # for everything that is written
+    record_every: options.PositiveInt = 1  # steps between measurements on the training set
+    # steps between checkpoints, of which the last is kept
+    checkpoint_every: options.PositiveInt | None = None
+    # go on from the checkpoint in --out, as if never stopped, or start without one; --steps may be
+    # larger than before, other settings must be the same
+    resume: bool = False
+    # steps between comparisons of true and empirical Fisher on 500 training images, about a second
+    # each, and a report at the end
+    compare_every: options.PositiveInt | None = None
+    quiet: bool = False  # no progress bar and no layer table
+    kfac: Kfac = Kfac()
+
+    def __post_init__(self) -> None:
+        given = [flag(name) for name in self.kfac.given]
+        if given and self.optimizer != "kfac":
+            names = ", ".join(given)
+            raise ValueError(f"--optimizer {self.optimizer} has no {names}: only kfac does")
+        if self.kfac.samples and self.kfac.fisher not in (None, "sampled"):
+            raise ValueError(f"--samples needs --fisher sampled, not --fisher {self.kfac.fisher}")
+        if self.kfac.halve_damping_every and not self.kfac.initial_damping:
+            raise ValueError("--halve-damping-every needs --initial-damping to start from")
+        rates = {"learning_rate": self.learning_rate, "initial_damping": self.kfac.initial_damping}
+        fixed = " and ".join(flag(name) for name, value in rates.items() if value)
+        if self.kfac.adaptive and fixed:
+            raise ValueError(f"--adaptive chooses what {fixed} would fix: leave that out")
+        options.check_framework(self.framework)
+
+    @property
+    def recipe(self) -> optimizers.Settings:
+        """The optimizer that these describe."""
+        given = self.kfac.given
+        if self.kfac.adaptive:
+            given.setdefault("damping", curvature.LevenbergMarquardt().initial)
+        rate = self.learning_rate or optimizers.DEFAULT_LEARNING_RATE[self.optimizer]
+        return optimizers.Settings(self.optimizer, rate, self.momentum, **given)
 
 
-def _add_problem(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--framework",
-        choices=problems.FRAMEWORKS,
-        default="linen",
-        help="what the model is written in (default: linen)",
-    )
-    group.add_argument(
-        "--model",
-        choices=(*problems.ARCHITECTURES, TRANSFORMER),
-        default="mlp",
-        help="see below (default: mlp)",
-    )
-
-
-def _add_training(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--optimizer", choices=optimizers.OPTIMIZERS, default="kfac", help="default: kfac"
-    )
-    group.add_argument(
-        "--steps", type=options.positive_int, default=200, metavar="N", help="default: 200"
-    )
-    group.add_argument(
-        "--batch-size",
-        type=options.batch_size,
-        default=250,
-        metavar="N",
-        help=f"{data.TRAIN_IMAGES} is the full batch (default: 250)",
-    )
-    rates = ", ".join(
-        f"{rate:g} for {name}" for name, rate in optimizers.DEFAULT_LEARNING_RATE.items()
-    )
-    group.add_argument(
-        "--learning-rate",
-        type=options.positive_float,
-        metavar="X",
-        help=f"default: {rates}",
-    )
-    group.add_argument(
-        "--momentum",
-        type=options.fraction,
-        default=0.9,
-        metavar="X",
-        help="in [0, 1); Adam's first decay rate (default: 0.9)",
-    )
-    group.add_argument(
-        "--seed",
-        type=options.seed,
-        default=0,
-        metavar="N",
-        help="data split, initialisation, batches, dropout and sampled targets (default: 0)",
-    )
-
-
-def _add_kfac(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--damping",
-        type=options.positive_float,
-        metavar="X",
-        help=f"added to the curvature (default: {DEFAULTS['damping']:g})",
-    )
-    group.add_argument(
-        "--initial-damping",
-        type=options.positive_float,
-        metavar="X",
-        help="where damping starts, to fall towards --damping (default: constant)",
-    )
-    group.add_argument(
-        "--halve-damping-every",
-        type=options.positive_int,
-        metavar="N",
-        help="steps in which the difference of the two is halved "
-        f"(default: {DEFAULTS['halve_damping_every']})",
-    )
-    group.add_argument(
-        "--fisher",
-        choices=optimizers.FISHERS,
-        help="targets drawn from the model, all of the model's targets in closed form, or the "
-        f"data's own labels (default: {DEFAULTS['fisher']})",
-    )
-    group.add_argument(
-        "--samples",
-        type=options.positive_int,
-        metavar="N",
-        help=f"draws an example, for --fisher sampled (default: {DEFAULTS['samples']})",
-    )
-    group.add_argument(
-        "--decay",
-        type=options.fraction,
-        metavar="X",
-        help=f"of the running average of the curvature, in [0, 1) (default: {DEFAULTS['decay']:g})",
-    )
-    group.add_argument(
-        "--statistics-every",
-        type=options.positive_int,
-        metavar="N",
-        help=f"steps between curvature estimates (default: {DEFAULTS['statistics_every']})",
-    )
-    group.add_argument(
-        "--refresh-every",
-        type=options.positive_int,
-        metavar="N",
-        help=f"steps between inversions (default: {DEFAULTS['refresh_every']})",
-    )
-    group.add_argument(
-        "--adaptive",
-        action="store_true",
-        default=None,
-        help="learning rate and momentum chosen for every step by the quadratic model, and damping "
-        f"adapted from --damping (default then: {ADAPTIVE_DAMPING:g})",
-    )
-
-
-def _add_output(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--out",
-        type=options.out_folder,
-        default=Path("runs/train"),
-        metavar="FOLDER",
-        help="default: runs/train",
-    )
-    group.add_argument(
-        "--record-every",
-        type=options.positive_int,
-        default=1,
-        metavar="N",
-        help="steps between measurements on the whole training set (default: 1)",
-    )
-    group.add_argument(
-        "--checkpoint-every",
-        type=options.positive_int,
-        metavar="N",
-        help="steps between checkpoints, of which the last is kept (default: none)",
-    )
-    group.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the checkpoint in --out, as if never stopped, or start without one; "
-        "--steps may be larger than before, other settings must be the same",
-    )
-    group.add_argument(
-        "--compare-every",
-        type=options.positive_int,
-        metavar="N",
-        help=f"steps between comparisons of true and empirical Fisher on {watch.IMAGES} training "
-        "images, about a second each, and a report at the end (default: none)",
-    )
-    group.add_argument("--quiet", action="store_true", help="no progress bar and no layer table")
+def flag(name: str) -> str:
+    """How a setting is called on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def asks_for_transformer(argv: Sequence[str]) -> bool:
@@ -230,36 +134,7 @@ def asks_for_transformer(argv: Sequence[str]) -> bool:
     return f"--model={TRANSFORMER}" in argv or ("--model", TRANSFORMER) in pairs
 
 
-def settings_from(
-    command: argparse.ArgumentParser, args: argparse.Namespace
-) -> optimizers.Settings:
-    """The optimizer that the options describe; stops on options that contradict each other."""
-    given = {name: getattr(args, name) for name in KFAC_OPTIONS if getattr(args, name) is not None}
-    if given and args.optimizer != "kfac":
-        names = ", ".join("--" + name.replace("_", "-") for name in given)
-        command.error(f"--optimizer {args.optimizer} has no {names}: only kfac does")
-    if "samples" in given and given.get("fisher", "sampled") != "sampled":
-        command.error(f"--samples needs --fisher sampled, not --fisher {given['fisher']}")
-    if "halve_damping_every" in given and "initial_damping" not in given:
-        command.error("--halve-damping-every needs --initial-damping to start from")
-    if args.adaptive:
-        fixed = [
-            "--" + name.replace("_", "-")
-            for name in ("learning_rate", "initial_damping")
-            if getattr(args, name) is not None
-        ]
-        if fixed:
-            command.error(
-                f"--adaptive chooses what {' and '.join(fixed)} would fix: leave that out"
-            )
-        given.setdefault("damping", ADAPTIVE_DAMPING)
-    rate = args.learning_rate or optimizers.DEFAULT_LEARNING_RATE[args.optimizer]
-    return optimizers.Settings(args.optimizer, rate, args.momentum, **given)
-
-
-def run_folder(
-    command: argparse.ArgumentParser, args: argparse.Namespace, settings: optimizers.Settings
-) -> folder.RunFolder:
+def run_folder(args: Settings, settings: optimizers.Settings) -> folder.RunFolder:
     """Opens --out, and says where the run begins if it is resumed."""
     fixed = ("framework", "model", "optimizer", "seed", "batch_size", "record_every")
     same = {name: getattr(args, name) for name in fixed} | settings.describe()
@@ -269,7 +144,7 @@ def run_folder(
     try:
         place = folder.RunFolder(args.out, same, args.steps, args.checkpoint_every, args.resume)
     except ValueError as error:
-        command.error(str(error))
+        options.stop(error)
     if args.resume:
         found = f"resumed after step {place.step}" if place.step else "no checkpoint, a new run"
         print(f"{args.out}: {found}", flush=True)
@@ -306,11 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from transformer import command as transformer
 
         return transformer.main(argv)
-    command = parser()
-    args = command.parse_args(argv)
-    settings = settings_from(command, args)
-    options.check_framework(command, args.framework)
-    place = run_folder(command, args, settings)
+    args = options.read(Settings, argv, __doc__)
+    settings = args.recipe
+    place = run_folder(args, settings)
 
     digits = data.load(args.seed)
     problem = problems.make(args.framework, args.model)

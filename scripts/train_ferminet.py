@@ -5,17 +5,22 @@ Networks, energies, Metropolis steps and gradients are those of a checkout of Fe
 hand-written tags of its train.py. Ours takes those tags for the identity: the log-amplitude is
 registered, and given FermiNet's gradient. All start from the same parameters and walkers, without
 pretraining. Prints, and writes as JSON, how far energies end above the reference.
+
+examples:
+  python scripts/train_ferminet.py --checkout ../ferminet --kfac-jax ../kfac-jax
+  python scripts/train_ferminet.py --checkout ../ferminet --kfac-jax ../kfac-jax \\
+      --system lithium_hydride --network psiformer --seeds 3
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +36,6 @@ from curvature import text
 from digits import options, report
 
 PyTree = Any
-EPILOG = """\
-examples:
-  python scripts/train_ferminet.py --checkout ../ferminet --kfac-jax ../kfac-jax
-  python scripts/train_ferminet.py --checkout ../ferminet --kfac-jax ../kfac-jax \\
-      --system lithium_hydride --network psiformer --seeds 3
-"""
 BURN_IN, MEASURED, WIDTH = 30, 200, 0.3  # calls of ten Metropolis steps, and how wide these are
 
 
@@ -82,25 +81,19 @@ class Problem(NamedTuple):
     walk: Callable[[PyTree, Any, Array, float], tuple[Any, Array]]
 
 
-def parser() -> argparse.ArgumentParser:
+@dataclasses.dataclass(frozen=True)
+class Settings:
     """The command line."""
-    result = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=options.HelpFormatter
-    )
-    add = result.add_argument
-    add("--checkout", type=Path, metavar="PATH", help="of FermiNet; without it nothing is run")
-    add("--kfac-jax", type=Path, metavar="PATH", help="checkout, which FermiNet needs")
-    add("--system", choices=tuple(SYSTEMS), default="helium", help="default: helium")
-    add("--network", choices=tuple(SIZES), default="ferminet", help="default: ferminet")
-    add("--row", nargs="+", choices=ROWS, default=ROWS, help="default: all")
-    for name, default, what in (
-        ("iterations", 600, "of training"),
-        ("walkers", 256, "in a batch"),
-        ("seeds", 3, "of parameters and walks"),
-    ):
-        options.add_number(result, name, default, what)
-    add("--out", type=Path, metavar="FILE", help="JSON (default: none)")
-    return result
+
+    checkout: Path | None = None  # of FermiNet; without it nothing is run
+    kfac_jax: Path | None = None  # checkout, which FermiNet needs
+    system: Literal[*SYSTEMS] = "helium"  # of atoms
+    network: Literal[*SIZES] = "ferminet"  # its kind
+    row: tuple[Literal[*ROWS], ...] = ROWS  # optimizers
+    iterations: options.PositiveInt = 600  # of training
+    walkers: options.PositiveInt = 256  # in a batch
+    seeds: options.PositiveInt = 3  # of parameters and walks
+    out: Path | None = None  # JSON
 
 
 def trouble(checkout: Path | None, kfac_jax: Path | None) -> str | None:
@@ -279,7 +272,7 @@ def table(runs: dict[str, list[dict[str, Any]]], reference: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program."""
-    args = parser().parse_args(argv)
+    args = options.read(Settings, argv, __doc__)
     if why := trouble(args.checkout, args.kfac_jax):
         print(f"Skipped: {why}")
         return 0

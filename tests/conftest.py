@@ -111,6 +111,12 @@ def optimised():
 
 
 @pytest.fixture
+def wide(monkeypatch):
+    """What the scripts say of a wrong command line stays in one line."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+
+@pytest.fixture
 def standard_promotion():
     """Standard dtype promotion, for third-party code that cannot stand the strict one."""
     with jax.numpy_dtype_promotion("standard"):

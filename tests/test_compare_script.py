@@ -14,7 +14,7 @@ from comparing import examples
 from curvature.comparison import history
 from digits import watch
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "wide")
 
 MODEL = """
     import jax, jax.numpy as jnp, curvature
@@ -145,7 +145,7 @@ def test_errors_of_ones_own_code_keep_their_traceback(folder):
         ([], "expected one model, found nothing"),
         (["nets:model", "--example", "curves"], "found nets:model and curves"),
         (["nets:model", "--train-steps", "3"], "--train-steps needs --example"),
-        (["--example", "mlp"], "invalid choice: 'mlp'"),
+        (["--example", "mlp"], "invalid choice 'mlp' for argument '--example'"),
         (["nets:model", "--kinds", "fischer"], "'fischer' is not one of fisher, empirical"),
         (["nets:model", "--kinds", "fisher:0"], "'0' is not a number of samples"),
         (["nets:model", "--kinds", "empirical:2"], "draws no samples"),

@@ -10,7 +10,7 @@ import demo
 import train
 from digits import data, loop, options, problems
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "wide")
 
 
 def run_train(folder, *arguments):
@@ -100,18 +100,18 @@ def test_a_diverged_run_says_so_in_status_json_and_text(tmp_path, capsys):
     [
         (["--steps", "0"], "0 is not at least 1"),
         (["--steps", "many"], "'many' is not a whole number"),
-        (["--batch-size", "1501"], "more than the 1500 training images"),
+        (["--batch-size", "1501"], "1501 is not between 1 and 1500, all training images"),
         (["--learning-rate", "-1"], "-1 is not a finite number above 0"),
         (["--learning-rate", "nan"], "nan is not a finite number above 0"),
         (["--momentum", "1"], "1 is not in [0, 1)"),
         (["--seed", "-1"], "-1 is not between 0"),
-        (["--framework", "torch"], "invalid choice: 'torch'"),
+        (["--framework", "torch"], "invalid choice 'torch' for argument '--framework'"),
         (["--optimizer", "adam", "--damping", "1"], "--optimizer adam has no --damping"),
         (["--fisher", "exact", "--samples", "2"], "--samples needs --fisher sampled"),
         (["--halve-damping-every", "2"], "needs --initial-damping"),
         (["--optimizer", "sgd", "--adaptive"], "--optimizer sgd has no --adaptive"),
         (["--adaptive", "--learning-rate", "1"], "--adaptive chooses what --learning-rate"),
-        (["--step", "3"], "unrecognized arguments"),
+        (["--step", "3"], "Unrecognized options: --step"),
     ],
 )
 def test_bad_options_stop_at_once(capsys, arguments, message):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,18 +16,18 @@ def kind(text: str) -> Any:
     """`fisher`, `fisher:4`, `empirical`, `gauss-newton`, `gauss-newton:4`."""
     name, colon, number = text.partition(":")
     if name not in NAMES:
-        raise argparse.ArgumentTypeError(
+        raise ValueError(
             f"{text!r} is not one of {', '.join(NAMES)} (fisher and gauss-newton also with a "
             "number of samples, as in fisher:4)"
         )
     if name == "empirical":
         if colon:
-            raise argparse.ArgumentTypeError(f"{text!r}: the empirical Fisher draws no samples")
+            raise ValueError(f"{text!r}: the empirical Fisher draws no samples")
         return curvature.EmpiricalFisher()
     count = None
     if colon:
         if not number.isdecimal() or int(number) < 1:
-            raise argparse.ArgumentTypeError(
+            raise ValueError(
                 f"{text!r}: {number!r} is not a number of samples, a whole number from 1 on"
             )
         count = int(number)

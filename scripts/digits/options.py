@@ -1,94 +1,128 @@
-"""Option types shared by the command lines: each rejects a bad value with a sentence."""
+"""Command lines: tyro fills a dataclass of settings, whose types reject a bad value in a sentence.
+
+The comment beside or above a field is its help, and a `ValueError` of `__post_init__` ends the
+program with exit status 2, as every wrong command line does.
+"""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import importlib.util
+import math
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, NoReturn, TypeVar, get_args
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from digits.data import TRAIN_IMAGES
 
 MODULES = {"linen": "flax", "nnx": "flax", "haiku": "haiku"}
 PACKAGES = {"linen": "flax", "nnx": "flax", "haiku": "dm-haiku"}
+RULES = ConstructorRegistry()
+T = TypeVar("T")
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the layout of the description and of the examples."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=96)
-
-
-def positive_int(text: str) -> int:
-    """At least 1."""
-    value = _number(text, int, "a whole number")
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(value)
-
-
-def add_number(group: argparse._ActionsContainer, name: str, default: int, what: str) -> None:
-    """An option that is at least 1; its help ends with its default."""
-    group.add_argument(
-        f"--{name}",
-        type=positive_int,
-        default=default,
-        metavar="N",
-        help=f"{what} (default: {default})",
+def read(settings: type[T], argv: Sequence[str] | None, about: str, prog: str = "") -> T:
+    """The settings that a command line gives."""
+    return tyro.cli(
+        settings,
+        prog=prog or Path(sys.argv[0]).name,
+        description=about,
+        args=argv,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+        registry=RULES,
     )
 
 
-def seed(text: str) -> int:
-    """At least 0, and small enough for every generator that is seeded with it."""
-    value = _number(text, int, "a whole number")
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**31 - 1")
-    return int(value)
+def stop(why: object) -> NoReturn:
+    """Ends the program as a wrong command line does, where what is wrong is found out later."""
+    print(f"{Path(sys.argv[0]).name}: error: {why}", file=sys.stderr)
+    sys.exit(2)
 
 
-def positive_float(text: str) -> float:
-    """Greater than 0 and finite."""
-    value = _number(text, float, "a number")
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
-    return value
+@RULES.primitive_rule
+def _optional(found: PrimitiveTypeInfo) -> Any:
+    """`X | None` is read as X is, so that what is said of a wrong value is not about unions."""
+    inner = [kind for kind in get_args(found.type) if kind is not NoneType]
+    if NoneType not in get_args(found.type) or len(inner) > 1:
+        return None
+    spec = RULES.get_primitive_spec(PrimitiveTypeInfo.make(inner[0], found.markers))
+    return dataclasses.replace(spec, str_from_instance=lambda _: ["none"])
 
 
-def fraction(text: str) -> float:
-    """At least 0 and less than 1."""
-    value = _number(text, float, "a number")
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
-    return value
+@RULES.primitive_rule
+def _several(found: PrimitiveTypeInfo) -> Any:
+    """A tuple has at least one value, and what is said of a wrong one is what its type says."""
+    if found.type_origin is not tuple:
+        return None
+    one = RULES.get_primitive_spec(PrimitiveTypeInfo.make(get_args(found.type)[0], found.markers))
+
+    def read(words: list[str]) -> tuple[Any, ...]:
+        if not words:
+            raise ValueError("expected at least one value")
+        return tuple(one.instance_from_str([word]) for word in words)
+
+    return dataclasses.replace(
+        one,
+        nargs="*",
+        metavar=f"{one.metavar} [...]",
+        instance_from_str=read,
+        str_from_instance=list,
+    )
 
 
-def batch_size(text: str) -> int:
-    """At most the whole training set."""
-    value = positive_int(text)
-    if value > TRAIN_IMAGES:
-        raise argparse.ArgumentTypeError(
-            f"{text} is more than the {TRAIN_IMAGES} training images (which make one full batch)"
-        )
-    return value
+def word(read: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSpec[Any]:
+    """What is read from one word; `read` raises a `ValueError` about a wrong one."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
-def out_folder(text: str) -> Path:
-    """A folder, there or still to be made."""
+def _number(
+    kind: type[int] | type[float], fits: Callable[[Any], bool], must: str
+) -> PrimitiveConstructorSpec[Any]:
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{text!r} is not {what}") from None
+        if not fits(value):
+            raise ValueError(f"{text} is not {must}")
+        return value
+
+    return word(read, "N" if kind is int else "X")
+
+
+def _folder(text: str) -> Path:
     path = Path(text)
     if path.exists() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a file, not a folder")
+        raise ValueError(f"{text} is a file, not a folder")
     return path
 
 
-def check_framework(parser: argparse.ArgumentParser, framework: str) -> None:
+PositiveInt = Annotated[int, _number(int, lambda n: n >= 1, "at least 1")]
+Seed = Annotated[int, _number(int, lambda n: 0 <= n < 2**31, "between 0 and 2**31 - 1")]
+_IMAGES = f"between 1 and {TRAIN_IMAGES}, all training images (which make one full batch)"
+BatchSize = Annotated[int, _number(int, lambda n: 1 <= n <= TRAIN_IMAGES, _IMAGES)]
+PositiveFloat = Annotated[
+    float, _number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
+]
+Fraction = Annotated[float, _number(float, lambda x: 0 <= x < 1, "in [0, 1)")]
+OutFolder = Annotated[Path, word(_folder, "FOLDER")]
+"""There, or still to be made."""
+
+
+def check_framework(framework: str) -> None:
     """Stops before any work if the framework is not installed."""
     if importlib.util.find_spec(MODULES[framework]) is None:
         package = PACKAGES[framework]
-        parser.error(f"--framework {framework} needs {package}: pip install {package}")
-
-
-def _number(text: str, kind: type[int] | type[float], what: str) -> float:
-    try:
-        return kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+        raise ValueError(f"--framework {framework} needs {package}: pip install {package}")

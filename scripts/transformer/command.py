@@ -4,27 +4,7 @@ Rotary positions, grouped-query attention, gated layers, a tied embedding; block
 traced once. From 0.1 M to over 100 M parameters, on one device, a mesh, or several processes, by
 flags alone. Writes metrics.json and training.png, and while it trains metrics.jsonl, TensorBoard
 events and checkpoints.
-"""
 
-from __future__ import annotations
-
-import argparse
-import contextlib
-import dataclasses
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import jax
-
-from digits import options, report
-from digits.folder import RunFolder
-from transformer import place, plots, recipes
-from transformer.config import DTYPES, Config
-from transformer.run import Plan, Result, Trainer, count
-
-EPILOG = """\
 examples:
   python scripts/train.py --model transformer                      0.1 M parameters, a minute
   python scripts/train.py --model transformer --framework nnx --layers 4 --width 128 --context 64
@@ -36,122 +16,25 @@ examples:
   python scripts/train.py --model transformer --coordinator localhost:1234 --processes 2 \\
       --process 0                                   and the same with --process 1 beside it
 """
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+
+from digits import options, report
+from digits.folder import RunFolder
+from transformer import place, plots, recipes
+from transformer.config import DTYPES, Config
+from transformer.run import Plan, Result, Trainer, count
+
 MODELS = ("linen", "nnx")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    result = argparse.ArgumentParser(
-        prog="train.py --model transformer",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=options.HelpFormatter,
-        allow_abbrev=False,
-    )
-    _add_network(result.add_argument_group("network"))
-    _add_training(result.add_argument_group("training"))
-    _add_place(result.add_argument_group("devices"))
-    _add_output(result.add_argument_group("output"))
-    return result
-
-
-def _add_network(group: argparse._ArgumentGroup) -> None:
-    usual = Config()
-    group.add_argument("--model", choices=("transformer",), default="transformer")
-    group.add_argument("--framework", choices=MODELS, default="linen", help="default: linen")
-    for name, what in (
-        ("layers", "blocks"),
-        ("width", "of the residual stream"),
-        ("heads", "of queries"),
-        ("kv-heads", "of keys and values"),
-        ("context", "positions of a window"),
-    ):
-        options.add_number(group, name, getattr(usual, name.replace("-", "_")), what)
-    group.add_argument(
-        "--dtype", choices=tuple(DTYPES), default=usual.dtype, help="of the computation"
-    )
-    group.add_argument(
-        "--no-remat",
-        dest="remat",
-        action="store_false",
-        help="keep activations for the backward pass instead of computing them again",
-    )
-
-
-def _add_training(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--optimizer", choices=recipes.OPTIMIZERS, default="eigen_adam", help="default: eigen_adam"
-    )
-    for name, default, what in (
-        ("steps", 600, "of training"),
-        ("batch-size", 16, "windows, over all devices"),
-        ("statistics-every", 5, "steps between statistics"),
-        ("refresh-every", 5, "steps in which every basis is renewed once"),
-    ):
-        options.add_number(group, name, default, what)
-    group.add_argument(
-        "--statistics-batch",
-        type=options.positive_float,
-        metavar="X",
-        help="the share of a batch that statistics are taken of (default: all of it)",
-    )
-    group.add_argument(
-        "--gather",
-        choices=("inverses", "updates"),
-        default="inverses",
-        help="on a mesh: every device keeps all bases, or its share of them (default: inverses)",
-    )
-    group.add_argument(
-        "--learning-rate",
-        type=options.positive_float,
-        metavar="X",
-        help=f"at its highest (default: {recipes.RATE['eigen_adam']:g}, and "
-        f"{recipes.RATE['adamw']:g} for adamw, times {recipes.WIDTH} / width for wider networks)",
-    )
-    group.add_argument(
-        "--weight-decay", type=options.fraction, default=0.0, metavar="X", help="default: 0"
-    )
-    group.add_argument("--seed", type=options.seed, default=0, metavar="N", help="default: 0")
-
-
-def _add_place(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--mesh",
-        type=_mesh,
-        metavar="AXIS=N,...",
-        help="data, fsdp and model, whose product is the number of devices (default: all data)",
-    )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes")
-    group.add_argument("--processes", type=options.positive_int, metavar="N", help="how many")
-    group.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
-
-
-def _add_output(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--out",
-        type=options.out_folder,
-        default=Path("runs/transformer"),
-        metavar="FOLDER",
-        help="default: runs/transformer",
-    )
-    group.add_argument(
-        "--record-every",
-        type=options.positive_int,
-        default=20,
-        metavar="N",
-        help="steps between measurements on what is held out (default: 20)",
-    )
-    group.add_argument(
-        "--checkpoint-every", type=options.positive_int, metavar="N", help="default: none"
-    )
-    group.add_argument(
-        "--stop-after",
-        type=options.positive_int,
-        metavar="N",
-        help="stop there, where time is limited, and go on another time with --resume",
-    )
-    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    group.add_argument("--quiet", action="store_true", help="no progress bar and no layer table")
 
 
 def _mesh(text: str) -> dict[str, int]:
@@ -159,9 +42,61 @@ def _mesh(text: str) -> dict[str, int]:
     for part in text.split(","):
         name, _, size = part.partition("=")
         if name not in place.AXES or name in sizes:
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(place.AXES)}")
-        sizes[name] = options.positive_int(size)
+            raise ValueError(f"{name!r} is not one of {', '.join(place.AXES)}")
+        if not size.isdecimal() or int(size) < 1:
+            raise ValueError(f"{part} has no number of devices, such as {name}=2")
+        sizes[name] = int(size)
     return sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """On one process, unless there is a coordinator."""
+
+    # data, fsdp and model, whose product is the number of devices; all data unless given
+    mesh: Annotated[dict[str, int], options.word(_mesh, "AXIS=N,...")] | None = None
+    coordinator: str | None = None  # HOST:PORT of several processes
+    processes: options.PositiveInt | None = None  # how many
+    process: int | None = None  # which of them this is, from 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The command line."""
+
+    model: Literal["transformer"] = "transformer"  # other models have options of their own
+    framework: Literal[*MODELS] = "linen"  # what the model is written in
+    layers: options.PositiveInt = 2  # blocks
+    width: options.PositiveInt = 64  # of the residual stream
+    heads: options.PositiveInt = 4  # of queries
+    kv_heads: options.PositiveInt = 2  # of keys and values
+    context: options.PositiveInt = 48  # positions of a window
+    dtype: Literal[*DTYPES] = "float32"  # of the computation
+    no_remat: bool = False  # keep activations for the backward pass, not computing them again
+    optimizer: Literal[*recipes.OPTIMIZERS] = "eigen_adam"  # with warm-up and cosine decay
+    steps: options.PositiveInt = 600  # of training
+    batch_size: options.PositiveInt = 16  # windows, over all devices
+    statistics_every: options.PositiveInt = 5  # steps between statistics
+    # the share of a batch that statistics are taken of; all of it unless given
+    statistics_batch: options.PositiveFloat | None = None
+    refresh_every: options.PositiveInt = 5  # steps in which every basis is renewed once
+    # on a mesh: every device keeps all bases, or its share of them
+    gather: Literal["inverses", "updates"] = "inverses"
+    # at its highest; unless given 0.01, and 0.003 for adamw, times 128 / width for wider networks
+    learning_rate: options.PositiveFloat | None = None
+    weight_decay: options.Fraction = 0.0  # decoupled
+    seed: options.Seed = 0  # of the start and of batches
+    out: options.OutFolder = Path("runs/transformer")  # for everything that is written
+    record_every: options.PositiveInt = 20  # steps between measurements on what is held out
+    checkpoint_every: options.PositiveInt | None = None  # steps
+    # stop there, where time is limited, and go on another time with --resume
+    stop_after: options.PositiveInt | None = None
+    resume: bool = False  # go on from the checkpoint in --out
+    quiet: bool = False  # no progress bar and no layer table
+    devices: Devices = Devices()
+
+    def __post_init__(self) -> None:
+        options.check_framework(self.framework)
 
 
 def build(framework: str, config: Config) -> Any:
@@ -177,10 +112,9 @@ def build(framework: str, config: Config) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; the exit status is 1 if the training diverged."""
-    command = parser()
-    args = command.parse_args(argv)
-    options.check_framework(command, args.framework)
-    place.connect(args.coordinator, args.processes, args.process)
+    args = options.read(Settings, argv, __doc__, "train.py --model transformer")
+    devices = args.devices
+    place.connect(devices.coordinator, devices.processes, devices.process)
     rate = args.learning_rate or recipes.default_rate(args.optimizer, args.width)
     recipe = recipes.Recipe(
         args.optimizer,
@@ -196,8 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.steps, args.batch_size, args.seed, args.record_every, not args.quiet, args.stop_after
     )
     try:
-        config = Config(**{name: getattr(args, name) for name in fields})
-        mesh = place.mesh(args.mesh)
+        config = Config(**{name: getattr(args, name) for name in fields}, remat=not args.no_remat)
+        mesh = place.mesh(devices.mesh)
         trainer = Trainer(*build(args.framework, config), config.context, plan, recipe, mesh)
         settings = {"framework": args.framework, "seed": args.seed, "batch_size": args.batch_size}
         settings |= dataclasses.asdict(config) | dataclasses.asdict(recipe)
@@ -211,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             writes=place.is_first(),
         )
     except ValueError as error:
-        command.error(str(error))
+        options.stop(error)
     if place.is_first() and not args.quiet:
         print(trainer.registry, flush=True)
     with contextlib.closing(folder):
@@ -221,9 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if result.stopped else 0
 
 
-def _report(
-    args: argparse.Namespace, trainer: Trainer, result: Result, settings: dict[str, Any]
-) -> None:
+def _report(args: Settings, trainer: Trainer, result: Result, settings: dict[str, Any]) -> None:
     size = count(trainer.params)
     content = {
         "program": "train, transformer",
