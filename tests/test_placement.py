@@ -121,6 +121,42 @@ def test_every_device_has_its_share_of_the_state(make):
 
 
 @pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("make", [curvature.kfac, curvature.eigen_adam])
+def test_statistics_of_every_step_gather_divided_parameters_no_second_time(make):
+    """They are in the same pass as the gradient; Adam's program gathers each parameter once."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    over = NamedSharding(mesh, P("data"))
+    shapes = {"w": (8, 12), "v": (12, 20), "u": (20, 16)}
+    params = {k: jax.random.normal(KEY, shape) for k, shape in shapes.items()}
+    params = jax.device_put(params, over)
+
+    def loss(p, x):
+        return curvature.losses.l2_loss(jnp.tanh(jnp.tanh(x @ p["w"]) @ p["v"]) @ p["u"]).mean()
+
+    x = jax.device_put(jnp.ones((16, 8)), over)
+    registry = curvature.register(loss, params, x)
+
+    def gathered(tx, **extra):
+        def step(params, state, x):
+            grads = jax.grad(loss)(params, x)
+            return tx.update(grads, state, params, **extra)
+
+        places = curvature.state_shardings(tx, params)
+        out = jax.tree.map(lambda p: p.sharding, params), places
+        state = jax.eval_shape(tx.init, params)
+        text = jax.jit(step, out_shardings=out).lower(params, state, x).compile().as_text()
+        lines = [
+            line.split("all-gather(")[0] for line in text.splitlines() if "all-gather(" in line
+        ]
+        return {k: sum(f"[{a},{b}]" in line for line in lines) for k, (a, b) in shapes.items()}
+
+    tx = make(registry, 0.1, statistics_every=1, refresh_over=over, gather="updates")
+    found = gathered(tx, loss_args=(x,), key=KEY)
+    assert found == gathered(optax.adamw(1e-3))
+    assert max(found.values()) == 1
+
+
+@pytest.mark.usefixtures("standard_promotion")
 def test_gathering_updates_needs_devices():
     loss, params, batch, _ = problem()
     registry = curvature.register(loss, params, *batch)

@@ -24,6 +24,7 @@ from curvature.statistics.factors import Statistics, factors_of
 from curvature.statistics.kinds import Draw, Fisher, Kind
 from curvature.statistics.passes import sum_passes
 from curvature.statistics.row_mask import alive_rows
+from curvature.statistics.same_inputs import same_inputs
 from curvature.statistics.share import check_share, examples_of, ratios, sums
 from curvature.trace import Layer, Registry, check_registry
 from curvature.trace.analysis import Analysis
@@ -338,6 +339,13 @@ class Estimator:
             for name, layer in layers.items()
             if layer.structured
         }
+        shared = {
+            name: owner
+            for name, owner in same_inputs(analysis, layers).items()
+            if jax.typeof(tokens[name]["input"]) == jax.typeof(tokens[owner]["input"])
+        }
+        for name in shared:
+            del tokens[name]["input"]
         generic = [name for name, layer in layers.items() if not layer.structured]
         corrected = [name for name, layer in layers.items() if layer.block == "ekfac"]
         first, second = tokens, {}
@@ -358,6 +366,8 @@ class Estimator:
             return {name: stats.combined(x, passes, averaged) for name, x in summed.items()}
 
         found = sweep(first, generic, bases or {})
+        for name, owner in shared.items():
+            found[name]["input"] = found[owner]["input"]
         if bases is None:
             bases = {
                 name: automatic(functools.partial(_bases, layers[name]), found[name])

@@ -98,9 +98,11 @@ def of_rows(layer: Layer, rows: Rows, token: Statistics, *, flipped: bool) -> St
         second = rows.output_moment(form(cotangent), rows.input_norms())
         total = norms.sum(axis=(-2, -1))
     else:
-        first = rows.input_moment(form(data), rows.alive)
         second = rows.output_moment(form(cotangent))
         total = rows.count()
+        if data not in token:  # that of another layer is this one's, too
+            return {cotangent: second, f"rows{suffix}": total}
+        first = rows.input_moment(form(data), rows.alive)
     return {data: first, cotangent: second, f"rows{suffix}": total}
 
 
