@@ -58,14 +58,17 @@ def by_function(items):
 
 def mark_slow(config, items):
     """A line that names no test is an error, not forgotten."""
-    listed = {line for line in SLOW.read_text().splitlines() if line and line[0] != "#"}
+    lines = {line for line in SLOW.read_text().splitlines() if line and line[0] != "#"}
+    quick = {line[1:] for line in lines if line[0] == "!"}
+    listed = {line for line in lines if line[0] != "!"}
     cases, named = by_function(items), {i.nodeid.removeprefix("tests/"): [i] for i in items}
     found = named | {name: of[1:] or of for name, of in cases.items()}
     for name in listed & found.keys():
         for item in found[name]:
-            item.add_marker(pytest.mark.slow)
+            if item.nodeid.removeprefix("tests/") not in quick:
+                item.add_marker(pytest.mark.slow)
     files = {name.partition("::")[0] for name in cases}
-    missing = sorted(x for x in listed - found.keys() if x.partition("::")[0] in files)
+    missing = sorted(x for x in (listed | quick) - found.keys() if x.partition("::")[0] in files)
     if missing and not any("::" in argument for argument in config.args):
         raise pytest.UsageError(f"tests/slow.txt lists tests that are not there: {missing}")
 

@@ -356,3 +356,31 @@ def test_the_exact_matrix_of_flat_logits_is_that_of_shaped_ones():
     for name, block in shaped.items():
         for a, b in zip(jax.tree.leaves(flat[name]), jax.tree.leaves(block), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-9)
+
+
+def test_the_batch_is_found_beside_model_state_of_many_sizes():
+    """Running means of four widths, two arrays of each, are more common than inputs and labels."""
+    widths = (3, 5, 6, 7)
+    params = {f"w{a}": normal(a, a, b) for a, b in zip((D, *widths), widths, strict=False)}
+    params |= {"head": normal(8, 7, 2), "token": normal(9, 1, 1, D)}
+    state = {f"{name}{n}": jnp.zeros(n) for n in widths for name in ("mean", "var")}
+
+    def loss(p, state, x, y):
+        h = jnp.concatenate([jnp.broadcast_to(p["token"], (len(x), 1, D)), x], axis=1)
+        new = {}
+        for a, n in zip((D, *widths), widths, strict=False):
+            h = jnp.tanh(h @ p[f"w{a}"])
+            for name, now in (("mean", h.mean((0, 1))), ("var", h.var((0, 1)))):
+                new[f"{name}{n}"] = 0.9 * state[f"{name}{n}"] + 0.1 * now
+        z = h.mean(1) @ p["head"]
+        return curvature.losses.softmax_cross_entropy_with_integer_labels(z, y).mean(), new
+
+    args = (normal(10, N, T, D), jnp.arange(N) % 2)
+    registry = curvature.register(loss, params, state, *args, has_aux=True)
+    assert registry.batch_found
+    kind = curvature.EmpiricalFisher()
+    found = curvature.Estimator(registry, kind).statistics(params, state, *args)["token"]["values"]
+    each = jax.vmap(
+        lambda x, y: jax.grad(loss, has_aux=True)(params, state, x[None], y[None])[0]["token"]
+    )(*args)
+    np.testing.assert_allclose(found, np.sum(each**2, axis=0).ravel() / N, rtol=1e-6)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import half
+from cases import half, normal
 from jax.sharding import NamedSharding, PartitionSpec
 from meshes import CASES, MODES, entered, make_mesh, put
 
@@ -343,6 +343,28 @@ def test_a_part_of_the_loss_may_be_automatic(mode):
     _, params, args, _ = CASES["mlp"](None)
     vector = jax.tree.map(lambda x: x / 2 + 1, params)
     close(found, run(all_of_it, params, args), 1e-7)
+
+
+def test_a_weight_spelled_anew_meets_the_data_in_an_automatic_part():
+    """With parameters of few bits that are cast there, as attention sinks are."""
+    mesh = make_mesh("explicit, set")
+
+    def loss_fn(p, x, y, attend):
+        z = attend(x @ (p["w"] * p["g"]), p["sinks"])
+        return curvature.losses.l2_loss(z, y).mean()
+
+    def attend(z, sinks):
+        return z / (1 + jnp.exp(sinks.astype(z.dtype) - z))
+
+    params = {"w": normal(0, 3, 4), "g": normal(1, 4), "sinks": jnp.ones(4, jnp.bfloat16)}
+    args = normal(2, 8, 3), normal(3, 8, 4)
+    expected = statistics(lambda *a: loss_fn(*a, attend), params, args, ("kronecker",), EMPIRICAL)
+    with entered("explicit, set", mesh):
+        partly = jax.sharding.auto_axes(attend, out_sharding=PartitionSpec("data", None))
+        params, args = put(mesh, (params, args), (PartitionSpec(), PartitionSpec("data")))
+        found = statistics(lambda *a: loss_fn(*a, partly), params, args, ("kronecker",), EMPIRICAL)
+    assert set(found) == set(expected)
+    close(found, expected, 1e-7)
 
 
 # Steps and shapes ---------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from curvature.trace.layouts import Batch, Examples
 PyTree = Any
 Outputs = list[tuple[int, ...]]
 _MOST_BATCHES = 4
+_MOST_SIZES = 12  # that are tried along an axis: each is a trace, most of which fail early
 
 
 def more_examples(
@@ -42,6 +43,7 @@ def more_examples(
     the function ten times. So is a `larger` number of examples, for which it may be traced already.
     """
     outputs = _outputs(jaxpr)
+    rows = {shape[0] for shape in outputs if shape}
 
     def traced(grown: tuple[PyTree, ...]) -> _jax.Jaxpr | None:
         try:
@@ -61,7 +63,7 @@ def more_examples(
     for axis, doubled in [(0, False), (0, True), *others, (None, False)]:
         if axis and not leading_grows:
             continue
-        for grown, batch in _grown(args, axis, doubled):
+        for grown, batch in _grown(args, axis, doubled, rows):
             signature = _signature(grown)
             if signature in tried:
                 continue
@@ -230,12 +232,17 @@ def _signature(args: tuple[PyTree, ...]) -> tuple[Any, ...]:
 
 
 def _grown(
-    args: tuple[PyTree, ...], axis: int | None, doubled: bool
+    args: tuple[PyTree, ...], axis: int | None, doubled: bool, rows: Collection[int]
 ) -> Iterator[tuple[tuple[PyTree, ...], Examples]]:
-    """Arguments larger along an axis (None: every one of that size), and the batch's size."""
+    """Arguments larger along an axis (None: every one of that size), and the batch's size.
+
+    Sizes that predictions have as `rows` come first, then the commonest, for one may be that of many
+    arrays of model state. One example is the last thing to believe.
+    """
     arrays = [leaf for leaf in jax.tree.leaves(args) if getattr(leaf, "ndim", 0) > (axis or 0)]
-    sizes = [n for n, _ in collections.Counter(x.shape[axis or 0] for x in arrays).most_common(3)]
-    for size in sorted(sizes, key=lambda n: n == 1):  # one example is the last thing to believe
+    counted = collections.Counter(x.shape[axis or 0] for x in arrays)
+    common = [size for size, _ in counted.most_common()]
+    for size in sorted(common, key=lambda n: (n == 1, n not in rows))[:_MOST_SIZES]:
         growth = max(size, 1) if doubled else 1
 
         def grow(leaf: Any, size: int = size, growth: int = growth) -> Any:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvature import _jax
+from curvature.meshes import here
 from curvature.trace import loops, products, rules, weights
 from curvature.trace.constants import known
 from curvature.trace.environment import Known
@@ -106,10 +107,17 @@ def _evaluate(
 
     for equation in jaxpr.equations:
         with _jax.sourced(equation), _jax.context(equation):
-            operands = [read(v) for v in equation.invars]
+            operands = [_here(read(v)) for v in equation.invars]
             outs = _equation(equation, operands, found, given)
         env.update(zip(equation.outvars, outs, strict=True))
     return [read(v) for v in jaxpr.outvars]
+
+
+def _here(value: _Value) -> _Value:
+    """A value whose weight's factors have the types of the mesh that is set (`auto_axes`)."""
+    if value.weight is None or jax.sharding.get_abstract_mesh().empty:
+        return value
+    return dataclasses.replace(value, weight=value.weight.mapped(here))
 
 
 def _equation(
