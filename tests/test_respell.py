@@ -5,6 +5,8 @@ diagonal blocks are held to brute force over per-example gradients in float64, K
 those of the other spelling, and through it to tests/test_statistics.py.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -369,6 +371,29 @@ def test_norms_are_held_constant_and_the_table_says_so(name):
         np.testing.assert_allclose(values, expected, rtol=1e-9, atol=1e-12)
     normed = "norm" in name or "standard" in name
     assert ("held constant" in str(registry)) == normed
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_gain_for_each_position_of_a_kernel(stopped):
+    """Two kernels, entry by entry: the larger is a layer, which has been given its gain."""
+    shapes = {"w": (2, 2, 2, 3), "g": (2, 2, 1, 1)}
+
+    def model(p, x, hold=lambda norm: norm):
+        w = p["w"] / hold(jnp.sqrt((p["w"] ** 2).sum((2, 3), keepdims=True)))
+        gain = jax.lax.stop_gradient(p["g"]) if stopped else p["g"]
+        return convolved(x, w * gain)
+
+    loss_fn, _, params, data = problem(model, shapes, 18)
+    _, losses, *_ = problem(functools.partial(model, hold=jax.lax.stop_gradient), shapes, 18)
+    registry = curvature.register(loss_fn, params, *data).override("w", block="diagonal")
+    kinds = {layer.name: layer.kind for layer in registry.layers}
+    assert kinds == {"w": "conv", "g": "generic", "v": "dense"}
+    estimator = curvature.Estimator(registry, curvature.EmpiricalFisher())
+    found = estimator(params, *data, key=jax.random.key(0))
+    one = jax.grad(lambda p, x, y: losses(p, x[None], y[None])[0])
+    each = jax.vmap(one, in_axes=(None, 0, 0))(params, *data)["w"]
+    values = found.diagonal()["w"]
+    np.testing.assert_allclose(values, (each**2).mean(0), rtol=1e-9, atol=1e-12)
 
 
 # Where the weights are --------------------------------------------------------------------------

@@ -236,8 +236,8 @@ def _grown(
 ) -> Iterator[tuple[tuple[PyTree, ...], Examples]]:
     """Arguments larger along an axis (None: every one of that size), and the batch's size.
 
-    Sizes that predictions have as `rows` come first, then the commonest, for one may be that of many
-    arrays of model state. One example is the last thing to believe.
+    Sizes that predictions have as `rows` come first, then the commonest, which may be that of model
+    state. One example is the last thing to believe.
     """
     arrays = [leaf for leaf in jax.tree.leaves(args) if getattr(leaf, "ndim", 0) > (axis or 0)]
     counted = collections.Counter(x.shape[axis or 0] for x in arrays)

@@ -7,6 +7,7 @@ weight's factors do not meet the data in turn.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,9 +55,20 @@ def _by_product_rule(x: _Labelled, term: Term, out: Sequence[Label]) -> list[Ter
     trained = [f for f in term.factors if f.sources]
     if len(trained) < 2 or _order(x.labels, term, out) is not None:
         return [term]
+    return _by_turns(term, trained)
+
+
+def _one_kernel(term: Term, outputs: set[Label]) -> list[Term]:
+    """A term in terms with one trained kernel each."""
+    trained = [f for f in term.factors if f.sources and not set(f.labels) <= outputs]
+    return [merged(term)] if len(trained) < 2 else _by_turns(term, trained)
+
+
+def _by_turns(term: Term, trained: Sequence[Factor]) -> list[Term]:
+    """A term as a sum of terms in which one of some factors is not held constant, and one more."""
 
     def fixed(kept: Factor | None) -> Term:
-        factors = (f if f is kept or not f.sources else f.constant() for f in term.factors)
+        factors = (f.constant() if f in trained and f is not kept else f for f in term.factors)
         return merged(dataclasses.replace(term, factors=tuple(factors)))
 
     rest = fixed(None)
@@ -183,18 +195,21 @@ def _times(x: jax.Array, number: complex) -> jax.Array:
 
 
 def convolution(equation: _jax.Equation, x: jax.Array, weight: Weight) -> jax.Array | None:
-    """A convolution whose kernel has gains for outputs, or is a sum of kernels."""
+    """A convolution whose kernel has gains for outputs, or is a sum of kernels.
+
+    Kernels that meet entry by entry (a gain for each position) do so by the product rule.
+    """
     numbers = equation.params["dimension_numbers"]
     outputs = set(weight.axes[numbers.rhs_spec[0]])
-    flat = [label for axis in weight.axes for label in axis]
+    flat = tuple(label for axis in weight.axes for label in axis)
+    if not all(term.labels <= set(flat) for term in weight.terms):
+        return None
     total = None
-    for term in weight.terms:
+    for term in [t for one in weight.terms for t in _one_kernel(one, outputs)]:
         kernels = [f for f in term.factors if not set(f.labels) <= outputs]
         gains = [f for f in term.factors if f not in kernels]
-        if len(kernels) > 1 or not term.labels <= set(flat):
-            return None
-        kernel = kernels[0] if kernels else Factor(jnp.ones((), x.dtype), ())
-        array = _Labelled(kernel.array, kernel.labels).ordered(flat).reshape(weight.shape)
+        kernel = math.prod((_wide(f, flat) for f in kernels), start=jnp.ones((), x.dtype))
+        array = jnp.broadcast_to(kernel, [x.size for x in flat]).reshape(weight.shape)
         (y,) = _jax.unplaced(equation, [x, array.astype(x.dtype)])
         axis, labels = numbers.out_spec[1], weight.axes[numbers.rhs_spec[0]]
         for gain in gains:
