@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import curvature
-from curvature.statistics import estimator as where
+from curvature.statistics import same_inputs as where
 
 KEY = jax.random.key(0)
 
@@ -133,6 +133,20 @@ def test_what_depends_on_more_than_the_input_is_not_shared(monkeypatch, loss, pa
     found, alone, shared = both(monkeypatch, loss, params, X, block)
     assert shared == {}
     jax.tree.map(np.testing.assert_array_equal, found, alone)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("first", [True, False])
+def test_a_layer_that_no_gradient_reaches_owns_nothing(monkeypatch, first):
+    """The rule that would make the factor is not asked behind `sign`."""
+
+    def loss(p, x):
+        gate, z = (x @ p["a"], x @ p["b"]) if first else (x @ p["a"], x @ p["b"])[::-1]
+        return curvature.losses.l2_loss(jnp.sign(gate) * z * (x @ p["c"])).mean()
+
+    found, alone, shared = both(monkeypatch, loss, square(*"abc"), X, "kronecker")
+    assert shared
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-9), found, alone)
 
 
 def test_devices_sum_one_factor_of_one_input():

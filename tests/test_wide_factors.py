@@ -4,6 +4,8 @@ The blocks of a factor are those of the whole one; whatever is done with them is
 matrices that are zero outside of them.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -255,6 +257,22 @@ def test_a_step_is_that_of_the_inverses_of_the_blocks(name):
         expected = np.linalg.solve(a, np.linalg.solve(b, joined[name].T).T)
         kept = np.vstack([found["w"], found["b"]]) if name == "w" else found[name]
         close(kept, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_inverses_of_unchanged_factors_are_fresh(name):
+    """Also of a block that is filled up, which must not look changed for ever."""
+    loss, params, args = problem()
+    registry, kind = curvature.register(loss, params, *args), curvature.Fisher(samples=None)
+    how = dataclasses.replace(METHODS[name], tolerance=0.5)
+    tx = curvature.scale_by_curvature(
+        registry, kind=kind, damping=0.01, refresh=how, max_factor_dim=3, wide_factors="blocks"
+    )
+    grads = jax.grad(loss)(params, *args)
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = tx.update(grads, state, params, loss_args=args)
+    assert float(state.stats.staleness) < 1e-3
 
 
 RECIPES = {

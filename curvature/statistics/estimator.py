@@ -24,7 +24,7 @@ from curvature.statistics.factors import Statistics, factors_of
 from curvature.statistics.kinds import Draw, Fisher, Kind
 from curvature.statistics.passes import sum_passes
 from curvature.statistics.row_mask import alive_rows
-from curvature.statistics.same_inputs import same_inputs
+from curvature.statistics.same_inputs import shared
 from curvature.statistics.share import check_share, examples_of, ratios, sums
 from curvature.trace import Layer, Registry, check_registry
 from curvature.trace.analysis import Analysis
@@ -339,13 +339,6 @@ class Estimator:
             for name, layer in layers.items()
             if layer.structured
         }
-        shared = {
-            name: owner
-            for name, owner in same_inputs(analysis, layers).items()
-            if jax.typeof(tokens[name]["input"]) == jax.typeof(tokens[owner]["input"])
-        }
-        for name in shared:
-            del tokens[name]["input"]
         generic = [name for name, layer in layers.items() if not layer.structured]
         corrected = [name for name, layer in layers.items() if layer.block == "ekfac"]
         first, second = tokens, {}
@@ -356,24 +349,28 @@ class Estimator:
             first = tokens | early
 
         def sweep(
-            tokens: dict[str, Statistics], generic: list[str], bases: dict[str, Statistics]
+            tokens: dict[str, Statistics],
+            generic: list[str],
+            bases: dict[str, Statistics],
+            met: set[str],
         ) -> dict[str, Statistics]:
             one = functools.partial(
-                self._pass, analysis, params, args, alive, weights, tokens, generic, bases
+                self._pass, analysis, params, args, alive, weights, tokens, generic, bases, met
             )
             summed = self._together(sum_passes(one, draws, passes), analysis)
             averaged = self.kind.averaged
             return {name: stats.combined(x, passes, averaged) for name, x in summed.items()}
 
-        found = sweep(first, generic, bases or {})
-        for name, owner in shared.items():
-            found[name]["input"] = found[owner]["input"]
+        known = bases or {}
+        found = shared(
+            functools.partial(sweep, generic=generic, bases=known), first, analysis, layers
+        )
         if bases is None:
             bases = {
                 name: automatic(functools.partial(_bases, layers[name]), found[name])
                 for name in corrected
             }
-            values = sweep(second, [], bases) if corrected else {}
+            values = sweep(second, [], bases, set()) if corrected else {}
             for name in corrected:
                 clean = functools.partial(_known, layers[name])
                 found[name] |= automatic(clean, found[name] | values[name] | bases[name])
@@ -389,6 +386,7 @@ class Estimator:
         tokens: dict[str, Statistics],
         generic: list[str],
         bases: dict[str, Statistics],
+        met: set[str],
         draws: tuple[Draw, ...],
     ) -> dict[str, Statistics]:
         """One backward pass: the raw statistics of the layers with tokens and the generic ones."""
@@ -414,6 +412,7 @@ class Estimator:
                 ground=ground,
                 precision=self.precision,
                 weights=weights,
+                met=met,
             )
             outs, _ = evaluate(analysis.program, [*inputs, *jax.tree.leaves(args)], sweep)
             value: jax.Array = outs[0]

@@ -61,6 +61,8 @@ class Sweep:
       weights: for each loss, what the weights of its units are multiplied by; none for 1.
       weighing: whether `weights` holds tokens instead, whose gradient is the sum of the sizes of
         those weights (see `share.py`), and no statistics are taken.
+      met: filled, while the backward pass is traced, with the names of the contractions that it
+        comes to; it does not where no gradient passes, as behind `sign`.
     """
 
     layers: Mapping[str, Layer]
@@ -75,6 +77,7 @@ class Sweep:
     precision: Precision = HIGHEST
     weights: Mapping[int, jax.Array] = dataclasses.field(default_factory=dict)
     weighing: bool = False
+    met: set[str] = dataclasses.field(default_factory=set)
 
     def here(self) -> Sweep:
         """The same with the types of the mesh that is set."""
@@ -317,6 +320,7 @@ def _contraction(
         dx = None  # for indices, and for whole numbers, which have no gradient
         if not isinstance(layout, Lookup) and jnp.issubdtype(x.dtype, jnp.inexact):
             (dx,) = jax.linear_transpose(lambda y: apply(y, w), x)(g)
+        sweep.met.add(layer.name)
         return dx, None, _statistics(layer, use, x, g, token, known, sweep.precision), None
 
     tapped.defvjp(forward, backward)

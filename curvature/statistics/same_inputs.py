@@ -7,10 +7,14 @@ devices it is summed once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from curvature import _jax
+from curvature.statistics.factors import Statistics
 from curvature.trace import Layer
 from curvature.trace.analysis import Analysis
 from curvature.trace.layouts import Contraction, Dense
@@ -18,6 +22,45 @@ from curvature.trace.program import Program, Step
 
 # Blocks whose input factor is a sum over rows of the input and of nothing else.
 _BLOCKS = ("kronecker", "ekfac", "foof")
+
+
+def shared(
+    sweep: Callable[..., dict[str, Statistics]],
+    tokens: Mapping[str, Statistics],
+    analysis: Analysis,
+    layers: Mapping[str, Layer],
+) -> dict[str, Statistics]:
+    """The statistics of a sweep in which layers with the same input have one token for its factor.
+
+    Args:
+      sweep: from `tokens`, and a set `met` that it fills with the names of the contractions which
+        the backward pass came to, to statistics by layer.
+      tokens: zeros of their shape.
+      analysis: the trace.
+      layers: its layers with a block, by name.
+    """
+    owners = dict(layers)
+    while True:
+        pairs = {
+            name: owner
+            for name, owner in same_inputs(analysis, owners).items()
+            if jax.typeof(tokens[name]["input"]) == jax.typeof(tokens[owner]["input"])
+        }
+        met: set[str] = set()
+        asked = {
+            name: {k: x for k, x in token.items() if not (name in pairs and k == "input")}
+            for name, token in tokens.items()
+        }
+        found = sweep(asked, met=met)
+        unmet = set(pairs.values()) - met
+        if not unmet:
+            break
+        # No gradient passes from there (`sign`): its rule was never asked. Once more, without.
+        owners = {name: layer for name, layer in owners.items() if name not in unmet}
+    for name, owner in pairs.items():
+        factor = found[owner]["input"]
+        found[name]["input"] = factor if name in met else jnp.zeros_like(factor)
+    return found
 
 
 def same_inputs(analysis: Analysis, layers: Mapping[str, Layer]) -> dict[str, str]:

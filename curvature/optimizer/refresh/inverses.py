@@ -3,7 +3,7 @@
 What is kept of a layer, by name:
 
 - Kronecker blocks under `Cholesky` and `NewtonSchulz`: `input` and `output`, the inverses of the
-  damped factors;
+  damped factors, and of what fills up blocks along a diagonal, so that one can be told to be fresh;
 - under `Eigh` and `QR`: `input_basis` and `output_basis`, and `values`, the inverses of the damped
   eigenvalues;
 - `ekfac` blocks: `values`, the inverses of the damped corrections. Their bases are among the
@@ -35,7 +35,7 @@ from curvature.optimizer.refresh.cond import chosen, finite_copies, when
 from curvature.optimizer.refresh.methods import QR, Eigh, Method
 from curvature.optimizer.refresh.plain import plain
 from curvature.optimizer.refresh.schedule import SIDES, Clock, Unit, Window, dealt, in_turn, units
-from curvature.sides import emptied, is_diagonal, joined, told_apart
+from curvature.sides import is_diagonal, joined, told_apart
 from curvature.statistics.eigenbasis import BASES, carried_over, identity, products
 from curvature.statistics.factors import Statistics, factors_of
 from curvature.statistics.stacks import Arrays, Stacks, copies_of, in_full, unweighted
@@ -289,12 +289,10 @@ class Inverses:
                     damped = damped_side(factor, shifts[side], size, 1)
                     jobs[key] = Job(damped, kept[side], eigen=False)
         batched, staleness = solved(jobs, self.method, now.first, self.over, apart=self.apart)
-        for (i, side), (x, *vectors) in batched.items():
-            size = _size(units[i].layer, side)
-            if vectors:  # x are eigenvalues
-                batched[i, side] = (joined(x, size) if x.ndim == 3 else x, *vectors)
-            else:
-                batched[i, side] = (emptied(x, size, 1),)
+        for (i, side), (values, *vectors) in batched.items():
+            if vectors and values.ndim == 3:
+                values = joined(values, _size(units[i].layer, side))
+                batched[i, side] = (values, *vectors)
         return solutions | batched, staleness
 
     def _inverted(
