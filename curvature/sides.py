@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from curvature.linalg import diagonal, diagonal_matrices, eigh
 from curvature.precision import Precision, product
@@ -42,8 +43,10 @@ class Limit(NamedTuple):
         return (count, width, width)
 
 
-def check_wide(wide: str) -> None:
-    """Raises where `wide_factors` is none of its values."""
+def check_limit(widest: object, wide: str) -> None:
+    """Raises where `max_factor_dim` is no width, or `wide_factors` none of its values."""
+    if not isinstance(widest, (int, np.integer)) or isinstance(widest, bool) or widest < 1:
+        raise ValueError(f"max_factor_dim is {widest!r}, expected a whole number, at least 1.")
     if wide not in get_args(WideFactors):
         raise ValueError(f"wide_factors is {wide!r}, expected 'diagonal' or 'blocks'.")
 
@@ -153,15 +156,15 @@ def told_apart(factor: jax.Array, size: int, stack_ndim: int) -> jax.Array:
     """A factor whose last block has what fills it up as its largest eigenvalues, of its own.
 
     So an eigenvector is one of the factor or of what is filled up, not of both, the latter come
-    last, and there is an inverse where the factor has one. A multiple of the Frobenius norm is
-    enough. Other forms are as they are.
+    last, and there is an inverse where the factor has one. A multiple of the largest sum of a row
+    is enough. Other forms are as they are.
     """
     filled = _filled(factor, size, stack_ndim)
     if filled is None:
         return factor
-    norm = jnp.sqrt(jnp.sum(jax.lax.stop_gradient(factor) ** 2, axis=(-2, -1)))
-    norm = jnp.where(norm > 0, 1.5 * norm, 1)[..., None]
-    return factor + diagonal_matrices(jnp.where(filled, norm, 0))
+    bound = jnp.max(jnp.sum(jnp.abs(jax.lax.stop_gradient(factor)), axis=-1), axis=-1)
+    bound = jnp.where(bound > 0, 1.5 * bound, 1)[..., None]
+    return factor + diagonal_matrices(jnp.where(filled, bound, 0))
 
 
 def emptied(factor: jax.Array, size: int, stack_ndim: int) -> jax.Array:

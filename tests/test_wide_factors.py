@@ -106,6 +106,15 @@ def test_an_eigenbasis_is_one_of_the_side_also_where_it_is_singular(rank):
     close(q * values @ q.T, matrix)
 
 
+def test_entries_may_be_as_large_as_their_squares_may_not():
+    matrix, form = factor(0, 7)
+    block = Kronecker(
+        jnp.asarray(1e20 * in_form(matrix, form), jnp.float32), jnp.eye(2, dtype=jnp.float32)
+    )
+    block = dataclasses.replace(block, sizes=(7, 2))
+    assert jnp.all(jnp.isfinite(block.damped_inverse(1e-3) @ jnp.ones((7, 2), jnp.float32)))
+
+
 def test_what_fills_a_block_up_is_emptied():
     matrix, form = factor(0, 7)
     kept = jnp.asarray(in_form(matrix, form))
@@ -332,3 +341,7 @@ def test_memory_and_messages():
             make(registry, 0.1, wide_factors="block")
     with pytest.raises(ValueError, match="expected 'diagonal' or 'blocks'"):
         curvature.Estimator(registry, wide_factors="full")
+    for widest in (0, -1, 2.5, None, True):
+        for make in (curvature.kfac, curvature.eigen_adam):
+            with pytest.raises(ValueError, match=r"max_factor_dim is .*, expected a whole number"):
+                make(registry, 0.1, max_factor_dim=widest)

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from curvature.block_diagonal import BlockDiagonal, block_of
 from curvature.meshes import automatic, on_mesh
 from curvature.precision import FAST, Precision, accumulator, check_precision
-from curvature.sides import Limit, WideFactors, check_wide
+from curvature.sides import Limit, WideFactors, check_limit
 from curvature.statistics import devices
 from curvature.statistics import layer as stats
 from curvature.statistics.devices import Axes
@@ -81,7 +81,7 @@ class Estimator:
             raise TypeError(
                 f"kind is {self.kind!r}, expected Fisher(), EmpiricalFisher() or GaussNewton()."
             )
-        check_wide(self.wide_factors)
+        check_limit(self.max_factor_dim, self.wide_factors)
         devices.axes_of(self.axis_name)
 
     @property
