@@ -43,12 +43,16 @@ class Limit(NamedTuple):
         return (count, width, width)
 
 
-def check_limit(widest: object, wide: str) -> None:
+def check_limit(widest: int, wide: str) -> None:
     """Raises where `max_factor_dim` is no width, or `wide_factors` none of its values."""
-    if not isinstance(widest, (int, np.integer)) or isinstance(widest, bool) or widest < 1:
-        raise ValueError(f"max_factor_dim is {widest!r}, expected a whole number, at least 1.")
     if wide not in get_args(WideFactors):
         raise ValueError(f"wide_factors is {wide!r}, expected 'diagonal' or 'blocks'.")
+    least = 1 if wide == "blocks" else 0  # without a width every factor may be a diagonal
+    whole = isinstance(widest, (int, np.integer)) and not isinstance(widest, bool)
+    if not whole or widest < least:
+        raise ValueError(
+            f"max_factor_dim is {widest!r}, expected a whole number, at least {least}."
+        )
 
 
 def is_diagonal(factor: jax.Array, stack_ndim: int) -> bool:
