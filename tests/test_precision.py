@@ -156,12 +156,14 @@ def of_block(block: str, *, centred: bool = False) -> set[tuple[str, int]]:
     loss = functools.partial(loss_fn, centred=centred)
     registry = curvature.register(loss, PARAMS, *BATCH)
     registry = registry.with_blocks(lambda x: block_for(x, block))
-    estimator = curvature.Estimator(registry)
-    narrow = curvature.Estimator(registry, max_factor_dim=3)
+    estimators = [curvature.Estimator(registry), curvature.Estimator(registry, max_factor_dim=3)]
+    if block in ("kronecker", "ekfac"):
+        blocks = curvature.Estimator(registry, max_factor_dim=3, wide_factors="blocks")
+        estimators.append(blocks)
 
     def everything(p: Any, key: jax.Array) -> Any:
         out = []
-        for one in (estimator, narrow):
+        for one in estimators:
             op = one(p, *BATCH, key=key)
             inverse = op.damped_inverse(0.1)
             out += [op @ p, op.solve(p, 0.1), op.power(p, -0.5, 0.1), op.trace(), inverse @ p]
