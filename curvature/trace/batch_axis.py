@@ -15,7 +15,7 @@ from curvature.trace.layouts import Batch, Examples
 PyTree = Any
 Outputs = list[tuple[int, ...]]
 _MOST_BATCHES = 4
-_MOST_SIZES = 12  # that are tried along an axis: each is a trace, most of which fail early
+_MOST_SIZES = 4  # that are tried along an axis: each takes some traces
 
 
 def more_examples(
