@@ -384,3 +384,51 @@ def test_the_batch_is_found_beside_model_state_of_many_sizes():
         lambda x, y: jax.grad(loss, has_aux=True)(params, state, x[None], y[None])[0]["token"]
     )(*args)
     np.testing.assert_allclose(found, np.sum(each**2, axis=0).ravel() / N, rtol=1e-6)
+
+
+def test_gains_and_offsets_of_nodes_that_have_no_batch_axis():
+    """Graphs in one array of nodes: each draw squares the sum of gradients with signs in front."""
+    params = {"w": PARAMS["w"], "gain": PARAMS["gain"], "shift": PARAMS["b"], "t": jnp.ones(())}
+    nodes, sizes = normal(6, 5, D), jnp.array([2, 3])
+
+    def per_graph(p, nodes, sizes):
+        h = jnp.tanh(nodes @ p["w"]) * jnp.exp(p["gain"]) + p["shift"]
+        graph = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=len(nodes))
+        z = jax.ops.segment_sum(jnp.sin(p["t"] * h), graph, len(sizes))
+        return curvature.losses.squared_error(z, jnp.zeros_like(z)).sum(-1)
+
+    registry = curvature.register(lambda *a: per_graph(*a).sum(), params, nodes, sizes)
+    assert registry.coverage == 1 and registry.batch_found
+    kinds = {layer.name: layer.kind for layer in registry.layers}
+    assert kinds == {"w": "dense", "gain": "scale", "shift": "shift", "t": "scale"}
+    assert all(layer.unbatched for layer in registry.layers)
+    estimator = curvature.Estimator(registry, curvature.EmpiricalFisher())
+    draw = jax.jit(lambda key: estimator.statistics(params, nodes, sizes, key=key))
+    drawn = [draw(key) for key in jax.random.split(jax.random.key(0), 8)]
+    of_graphs = jax.jacobian(per_graph)(params, nodes, sizes)
+    for name in ("gain", "shift", "t"):
+        one, two = of_graphs[name]
+        squares = jnp.stack([(one + two) ** 2, (one - two) ** 2])
+        found = jnp.stack([d[name]["values"] for d in drawn])
+        which = jnp.isclose(found[:, None], squares, rtol=1e-10).reshape(8, 2, -1).all(-1)
+        assert which.any(0).all() and which.any(1).all()
+
+
+def test_sums_over_single_entries_only_move_a_parameter():
+    """As the gradient of a sum leaves them."""
+
+    def loss_fn(p, x):
+        potential = lambda x: (x**2 * jax.nn.softplus(p["gain"])[None]).sum()  # noqa: E731
+        y = jax.vmap(jax.grad(potential))(x[:, None])
+        return losses(curvature.losses, y[:, 0]).mean()
+
+    def by_hand(p, x):
+        return losses(curvature.losses, 2 * x * jax.nn.softplus(p["gain"])).mean()
+
+    params, x = {"gain": PARAMS["gain"]}, X[:, 0]
+    found = []
+    for f in (loss_fn, by_hand):
+        registry = curvature.register(f, params, x)
+        assert registry.coverage == 1, str(registry)
+        found.append(curvature.Estimator(registry, EXACT).statistics(params, x)["gain"]["values"])
+    np.testing.assert_allclose(*found, rtol=1e-12)

@@ -153,7 +153,10 @@ def of_elementwise(
       precision: of products.
     """
     g = g if slope is None else g * slope
-    keep = (layout.example_axis, *layout.axes)
+    first, axes = layout.example_axis, layout.axes
+    if first is None:  # one example
+        g, first, axes = g[None], 0, tuple(a + 1 for a in axes)
+    keep = (first, *axes)
     g = jnp.sum(g, axis=tuple(a for a in range(g.ndim) if a not in keep), keepdims=True)
     rest = [a for a in range(g.ndim) if a not in keep]
     gradients = g.transpose((*keep, *rest)).reshape([g.shape[a] for a in keep]) * layout.scale

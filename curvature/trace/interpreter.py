@@ -392,6 +392,7 @@ class Finder:
         use = rules.broadcast(step.equation, position, value, env)
         if use is None:
             return False
+        self.computed |= use.unbatched
         self._add(use, step.equation)
         step.broadcasts.append((position, use))
         return True

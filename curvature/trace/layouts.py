@@ -126,8 +126,8 @@ class Elementwise:
     Attributes:
       shape: the shape to which it is broadcast.
       axes: for each axis of the parameter view, its axis in `shape`.
-      example_axis: the batch axis in `shape`, examples first.
-      examples: number of examples.
+      example_axis: the batch axis in `shape`, examples first; None where there is none.
+      examples: number of examples; 1 where there is no batch axis.
       curved: whether the operand is an elementwise function of the parameter, whose derivative
         the evaluator brings along.
       scale: the constant the parameter is multiplied by.
@@ -135,7 +135,7 @@ class Elementwise:
 
     shape: Shape
     axes: Shape
-    example_axis: int
+    example_axis: int | None
     examples: int
     curved: bool = False
     scale: float = 1.0

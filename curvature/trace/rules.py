@@ -65,6 +65,8 @@ def _moved(equation: _jax.Equation, view: View, batched: bool) -> list[Value] | 
         return [view] if floating else None
     if name == "squeeze" or (name == "reshape" and params.get("dimensions") is None):
         return [view.reshape(shape)]
+    if name == "reduce_sum" and math.prod(shape) == math.prod(view.inner):  # of single entries
+        return [view.reshape(shape)]
     if name == "transpose":
         return [view.transpose(tuple(params["permutation"]))]
     if name == "slice":
@@ -328,10 +330,11 @@ def _is_bias(shape: Shape, product: Product, bias: View | Wide) -> bool:
 def broadcast(
     equation: _jax.Equation, position: int, value: View | Wide, env: Environment
 ) -> Use | None:
-    """The use of an operand that is a parameter broadcast against the batch, if it is.
+    """The use of an operand that is a parameter broadcast against the data, if it is.
 
     It may be so before the equation (`broadcast_in_dim` to the batch) or by an elementwise equation
-    itself, which stretches axes of size one.
+    itself, which stretches axes of size one. Data without a batch axis (nodes of graphs in one
+    array) counts where the parameter is repeated along it: the use is then unbatched.
     """
     variable, out = equation.invars[position], equation.outvars[0]
     view = value if isinstance(value, View) else value.view
@@ -346,13 +349,14 @@ def broadcast(
         shape, batch = tuple(out.aval.shape), env.batch(out)
     kept = [i for i, n in enumerate(view.inner) if n != 1]
     axes = tuple(axes[i] for i in kept)
-    if batch is None or batch.axis in axes:
+    repeated = env.varies(out) and math.prod(view.inner) < math.prod(shape)
+    if batch.axis in axes if batch is not None else not repeated:
         return None
-    examples = batch.examples(shape[batch.axis])
-    layout = Elementwise(shape, axes, batch.axis, examples, view.curved, view.scale)
+    axis, examples = (batch.axis, batch.examples(shape[batch.axis])) if batch else (None, 1)
+    layout = Elementwise(shape, axes, axis, examples, view.curved, view.scale)
     kind = "scale" if equation.primitive.name in ("mul", "div") else "shift"
     view = view.reshape(tuple(view.inner[i] for i in kept))
-    return Use(view, layout, kind, equation.primitive.name)
+    return Use(view, layout, kind, equation.primitive.name, unbatched=batch is None)
 
 
 def carried_along(
