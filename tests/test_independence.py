@@ -207,6 +207,7 @@ ORDER = {
         "averaging",
         "shampoo",
         "preconditioner",
+        "scale_by_curvature",
         "eigenbasis",
         "descent",
         "kfac",

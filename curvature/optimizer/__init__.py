@@ -7,9 +7,10 @@ from curvature.optimizer.eigen_adam import eigen_adam
 from curvature.optimizer.eigenbasis import EigenbasisState, EigenbasisStats, in_eigenbasis
 from curvature.optimizer.kfac import ekfac, foof, kfac
 from curvature.optimizer.placement import state_memory, state_shardings
-from curvature.optimizer.preconditioner import CurvatureState, CurvatureStats, scale_by_curvature
+from curvature.optimizer.preconditioner import CurvatureState, CurvatureStats
 from curvature.optimizer.progress import check_progress
 from curvature.optimizer.refresh import QR, Cholesky, Eigh, NewtonSchulz
+from curvature.optimizer.scale_by_curvature import scale_by_curvature
 from curvature.optimizer.shampoo import Shampoo
 
 __all__ = [

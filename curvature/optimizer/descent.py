@@ -184,9 +184,8 @@ class Descent:
             problem.damping,
             extra,
         )
-        descent = jax.tree.map(jnp.negative, direction)
         taken = (self.by_quadratic_model if self.by_model else self.at_rate)(
-            problem, descent, squared, state
+            problem, direction, squared, state
         )
         norm = jnp.sqrt(quadratic.dot(taken.step, taken.step, lam.dtype))
         good = gathered.sound & jnp.isfinite(norm)
@@ -209,7 +208,7 @@ class Descent:
             rejected=state.latest.rejected + rejected.astype(jnp.int32),
             unchanged=unchanged,
         )
-        before = masked(~rejected, taken.step)
+        before = masked(~rejected, taken.step) if self.adapts else taken.step
         kept = KFACState(
             settled(good, curvature, state.curvature, rejected),
             *jax.tree.map(
@@ -275,7 +274,7 @@ class Descent:
         return after, ratio, predicted, rejected, unchanged
 
     def at_rate(
-        self, problem: Problem, descent: PyTree, squared: jax.Array, state: KFACState
+        self, problem: Problem, direction: PyTree, squared: jax.Array, state: KFACState
     ) -> _Step:
         """The step of a given learning rate and momentum."""
         lam, count = problem.lam, state.curvature.step
@@ -284,14 +283,14 @@ class Descent:
         if self.kl_clip is not None:
             bound, predictions = at(self.kl_clip, count, lam), state.curvature.predictions
             clip = shortening(bound, rate**2 * squared, predictions)
-        step = combined((rate * clip, beta), (descent, state.previous))
+        step = combined((-rate * clip, beta), (direction, state.previous))
         return _Step(step, rate * clip, beta, clip, jnp.zeros_like(lam))
 
     def by_quadratic_model(
-        self, problem: Problem, descent: PyTree, squared: jax.Array, state: KFACState
+        self, problem: Problem, direction: PyTree, squared: jax.Array, state: KFACState
     ) -> _Step:
         """The step of the rate and momentum that the quadratic model likes best."""
-        lam = problem.lam
+        lam, descent = problem.lam, jax.tree.map(jnp.negative, direction)
         directions = [descent] if is_zero(self.momentum) else [descent, state.previous]
         found = problem.model(directions)
         best = found.minimiser()

@@ -25,9 +25,7 @@ from curvature.optimizer.decay import Mask, decaying
 from curvature.optimizer.descent import Descent
 from curvature.optimizer.objective import Objective
 from curvature.optimizer.options import Options
-from curvature.optimizer.preconditioner import (
-    Preconditioner,
-)
+from curvature.optimizer.preconditioner import Preconditioner
 from curvature.optimizer.refresh import Cholesky, Method
 from curvature.precision import FAST, Precision
 from curvature.sides import WideFactors

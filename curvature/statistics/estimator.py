@@ -19,13 +19,14 @@ from curvature.statistics import devices
 from curvature.statistics import layer as stats
 from curvature.statistics.devices import Axes
 from curvature.statistics.eigenbasis import BASES, of_factors, rebased, without_noise
-from curvature.statistics.evaluate import Sweep, evaluate
+from curvature.statistics.evaluate import evaluate
 from curvature.statistics.factors import Statistics, factors_of
 from curvature.statistics.kinds import Draw, Fisher, Kind
 from curvature.statistics.passes import sum_passes
 from curvature.statistics.row_mask import alive_rows
 from curvature.statistics.same_inputs import shared
 from curvature.statistics.share import check_share, examples_of, ratios, sums
+from curvature.statistics.sweep import Sweep
 from curvature.trace import Layer, Registry, check_registry
 from curvature.trace.analysis import Analysis
 from curvature.trace.layers import EXCLUDED

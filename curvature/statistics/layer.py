@@ -220,5 +220,7 @@ def of_generic(layer: Layer, gradient: jax.Array) -> Statistics:
 
 def combined(summed: Statistics, passes: int, averaged: bool) -> Statistics:
     """A block's statistics from their sums over passes: of samples the mean, of columns the sum."""
-    share = 1 / passes if averaged else 1.0
+    if passes == 1 or not averaged:
+        return summed
+    share = 1 / passes
     return {name: x * share for name, x in summed.items()}

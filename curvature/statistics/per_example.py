@@ -14,9 +14,10 @@ import jax
 
 from curvature.precision import accumulator
 from curvature.statistics import layer as stats
-from curvature.statistics.evaluate import Sweep, evaluate
+from curvature.statistics.evaluate import evaluate
 from curvature.statistics.factors import Statistics
 from curvature.statistics.kinds import Draw, Kind
+from curvature.statistics.sweep import Sweep
 from curvature.trace.analysis import Analysis
 
 PyTree = Any

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from curvature.losses import OutputLoss, Targets
 from curvature.statistics import devices
 from curvature.statistics.devices import Axes
-from curvature.statistics.evaluate import Sweep, evaluate
+from curvature.statistics.evaluate import evaluate
 from curvature.statistics.kinds import Draw
 from curvature.statistics.rows import output_rows
+from curvature.statistics.sweep import Sweep
 from curvature.trace import Layer, LossTag
 from curvature.trace.analysis import Analysis
 from curvature.trace.layouts import Contraction

@@ -19,8 +19,9 @@ import numpy as np
 from curvature.meshes import automatic
 from curvature.statistics import devices
 from curvature.statistics.devices import Axes
-from curvature.statistics.evaluate import Sweep, evaluate
+from curvature.statistics.evaluate import evaluate
 from curvature.statistics.kinds import Kind
+from curvature.statistics.sweep import Sweep
 from curvature.trace import Registry
 from curvature.trace.analysis import Analysis
 from curvature.trace.batch_axis import numbers_of_examples
