@@ -157,6 +157,31 @@ def test_statistics_of_every_step_gather_divided_parameters_no_second_time(make)
 
 
 @pytest.mark.usefixtures("standard_promotion")
+def test_factors_that_devices_cannot_divide_equally_move_no_more_than_whole():
+    """Filled up they are dealt without a word between devices; only results are gathered."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    places = NamedSharding(mesh, P("data"))
+    params = {f"w{i}": jnp.ones(shape) for i, shape in enumerate([(8, 16), (16, 8)] * 3)}
+
+    def loss(p, x):
+        for w in p.values():
+            x = jnp.tanh(x @ w)
+        return curvature.losses.l2_loss(x).mean()
+
+    params, x = jax.device_put((params, jnp.ones((16, 8))), places)
+    tx = curvature.kfac(curvature.register(loss, params, x), 0.1, refresh_over=places)
+    out = curvature.state_shardings(tx, params)
+    state = jax.jit(tx.init, out_shardings=out)(params)
+
+    def step(params, state, x):
+        return tx.update(jax.grad(loss)(params, x), state, params, loss_args=(x,), key=KEY)
+
+    text = jax.jit(step, out_shardings=(places, out)).lower(params, state, x).compile().as_text()
+    assert "cholesky" in text
+    assert "all-to-all" not in text and "collective-permute" not in text
+
+
+@pytest.mark.usefixtures("standard_promotion")
 def test_gathering_updates_needs_devices():
     loss, params, batch, _ = problem()
     registry = curvature.register(loss, params, *batch)

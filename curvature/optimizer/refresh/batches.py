@@ -87,7 +87,7 @@ def solved(
 
 
 def _dealt(solve: Solve, over: NamedSharding, count: int, *, apart: bool) -> Solve:
-    """`solve` with its batch dealt to devices, filled up with identities."""
+    """`solve` with its batch dealt to devices, filled up with the last matrix."""
     missing, lead = -count % devices(over), PartitionSpec(*over.spec[:1])
     mesh = over.mesh if jax.sharding.get_abstract_mesh().empty else None
     placed = functools.partial(divided if apart else whole, over=over)
@@ -96,9 +96,8 @@ def _dealt(solve: Solve, over: NamedSharding, count: int, *, apart: bool) -> Sol
     )
 
     def filled(x: jax.Array) -> jax.Array:
-        identity = jnp.eye(x.shape[-1], dtype=x.dtype)
-        more = jnp.broadcast_to(identity, (missing, *identity.shape))
-        return jnp.concatenate([x, more]) if missing else x
+        # A gather, of which each device makes its share: a part of a concatenation is many slices.
+        return x[jnp.minimum(jnp.arange(count + missing), count - 1)] if missing else x
 
     def batched(factors: jax.Array, previous: jax.Array, first: jax.Array) -> Any:
         results = each(*map(filled, placed((factors, previous))), first)
