@@ -109,6 +109,34 @@ def test_what_is_summed_over_examples_is_unbiased(check_vma):
         assert np.any(error > 0)
 
 
+def test_gains_of_divided_nodes_are_squared_once_they_are_summed_over_devices():
+    """Two graphs in nodes without a batch axis: a draw is the square of one sum or difference."""
+    params = {"gain": PARAMS["gain"][:3], "t": jnp.asarray(0.8)}
+    pooling, devices = normal(8, 8, 2), Mesh(np.array(jax.devices()), ("data",))
+
+    def parts(p, nodes, pooling):
+        h = jnp.sin(nodes * jnp.exp(p["gain"]) * p["t"])
+        return jax.lax.psum(jnp.einsum("nd,ng->gd", h, pooling), "data")
+
+    def per_graph(p, nodes, pooling):
+        specs = (P(), P("data"), P("data"))
+        z = jax.shard_map(parts, mesh=devices, in_specs=specs, out_specs=P())(p, nodes, pooling)
+        return curvature.losses.squared_error(z, jnp.full_like(z, 0.3)).sum(-1)
+
+    registry = curvature.register(lambda *a: per_graph(*a).sum(), params, X, pooling)
+    assert {layer.kind for layer in registry.layers} == {"scale"}
+    estimator = curvature.Estimator(registry, curvature.EmpiricalFisher())
+    draw = jax.jit(lambda key: estimator.statistics(params, X, pooling, key=key))
+    drawn = [draw(key) for key in jax.random.split(jax.random.key(0), 8)]
+    each = jax.jacobian(per_graph)(params, X, pooling)
+    for name in params:
+        one, two = each[name]
+        squares = jnp.stack([(one + two) ** 2, (one - two) ** 2])
+        found = jnp.stack([d[name]["values"] for d in drawn])
+        which = jnp.isclose(found[:, None], squares, rtol=1e-8).reshape(8, 2, -1).all(-1)
+        assert which.any(0).all() and which.any(1).all()
+
+
 def test_samples_of_different_devices_differ():
     """Equal examples on both devices: equal samples would double the variance of the mean."""
     x, y = (jnp.concatenate([a[:1]] * 2) for a in (X, Y))
