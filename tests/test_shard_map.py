@@ -1,5 +1,7 @@
 """A loss inside `shard_map`: the layers are found, the statistics are those of the whole batch."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,6 +137,60 @@ def test_gains_of_divided_nodes_are_squared_once_they_are_summed_over_devices():
         found = jnp.stack([d[name]["values"] for d in drawn])
         which = jnp.isclose(found[:, None], squares, rtol=1e-8).reshape(8, 2, -1).all(-1)
         assert which.any(0).all() and which.any(1).all()
+
+
+def positions(examples):
+    """Pooled positions, divided over devices, and examples over other ones where they are named."""
+    params = {name: PARAMS[name] for name in ("w", "b", "gain", "head")}
+    params["shift"] = normal(10, 4)
+    devices = mesh()
+
+    def pooled(p, x):
+        h = jnp.tanh(x @ p["w"] + p["b"]) * p["gain"] + p["shift"] * x[..., :1]
+        return h.sum(1)
+
+    def divided(p, x):
+        parts = lambda p, x: jax.lax.psum(pooled(p, x), "data")  # noqa: E731
+        specs = (P(), P(examples, "data"))
+        return jax.shard_map(parts, mesh=devices, in_specs=specs, out_specs=P(examples))(p, x)
+
+    def per_example(net):
+        def losses(p, x):
+            z = net(p, x) @ p["head"]
+            return curvature.losses.squared_error(z, jnp.zeros_like(z)).sum(-1)
+
+        return losses
+
+    return per_example(pooled), per_example(divided), params, normal(9, 4, 6, 3)
+
+
+@pytest.mark.parametrize("block", ["diagonal", "kronecker", "kronecker_reduce", "ekfac"])
+def test_positions_of_an_example_divided_over_devices(block):
+    """Sequence parallelism: an example's gradient is the sum of what devices have of it."""
+    *both, params, x = positions(None)
+
+    def operator(losses):
+        registry = curvature.register(lambda *a: losses(*a).mean(), params, x).with_blocks(block)
+        return jax.jit(curvature.Estimator(registry, curvature.EmpiricalFisher()))(params, x)
+
+    expected, found = map(operator, both)
+    for name, one in expected.blocks.items():
+        np.testing.assert_allclose(found.blocks[name].to_dense(), one.to_dense(), rtol=1e-9)
+
+
+def test_positions_and_examples_divided_over_devices():
+    """A draw is the square of the sum over examples, with a sign for each."""
+    losses, divided, params, x = positions("model")
+    registry = curvature.register(lambda *a: divided(*a).sum(), params, x)
+    estimator = curvature.Estimator(registry, curvature.EmpiricalFisher())
+    draw = jax.jit(lambda key: estimator.statistics(params, x, key=key))
+    signs = jnp.array([[1.0, *s] for s in itertools.product((1, -1), repeat=3)])
+    each = jax.jacobian(losses)(params, x)
+    for key in jax.random.split(jax.random.key(0), 4):
+        found = draw(key)
+        for name in ("gain", "shift"):
+            sums = jnp.square(signs @ each[name])
+            assert jnp.isclose(found[name]["values"], sums, rtol=1e-9).all(-1).any()
 
 
 def test_samples_of_different_devices_differ():

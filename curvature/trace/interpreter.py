@@ -38,7 +38,9 @@ class Finder:
         self._scans = 0  # number of scans met: each is known by its number in the walk
         self._branches = 0  # number of conds around the current equation
         self._meshes: dict[int, tuple[str, ...]] = {}  # the mesh axes of stacks of parts
-        self._shards = 0  # number of shard_maps around the current equation
+        # The mesh axes over which the shard_maps around the current equation divide examples; None
+        # for one in which nothing has any.
+        self._devices: list[frozenset[str] | None] = []
         self._callers: list[str] = []  # locations of the calls around the current equation
 
     def walk(
@@ -163,7 +165,8 @@ class Finder:
             # A carry may vary from the second step on.
             varies = [v or (i in carried and any(varies)) for i, v in enumerate(varies)]
             self._loops.append((step.scan, equation.params["length"]))
-        self._shards += call.kind == "shard_map"
+        if call.kind == "shard_map":
+            self._devices.append(_dividing(equation, env))
         self._branches += call.kind == "cond"
         self._callers.append(self._where(equation))
         twins = _jax.call_of(twin) if twin is not None else None
@@ -178,7 +181,8 @@ class Finder:
             self.walk(b, t, inputs, out_live) for b, t in zip(call.bodies, bodies, strict=True)
         ]
         self._callers.pop()
-        self._shards -= call.kind == "shard_map"
+        if call.kind == "shard_map":
+            self._devices.pop()
         self._branches -= call.kind == "cond"
         step.bodies = tuple(program for program, _, _ in walked)
         env.put_first(
@@ -401,7 +405,10 @@ class Finder:
         use.reason = f"{use.reason} at {self._where(equation)}"
         use.loops = tuple(scan for scan, _ in self._loops)
         use.lead = tuple(length for _, length in self._loops)
-        use.local = self._shards > 0
+        use.local = any(axes is None or axes for axes in self._devices)
+        apart = frozenset().union(*(axes or () for axes in self._devices))
+        own = [name for copies in use.view.stack for name in self._meshes.get(copies, ())]
+        use.parts = bool(_jax.varying_over(equation.outvars[0].aval) - apart - set(own))
         use.index = len(self.uses)
         self.uses.append(use)
 
@@ -426,6 +433,16 @@ def _batches(
             n, more = (v.aval.shape[batch.axis] // batch.each for v in (mine, other))
             local[outer.aval.shape[batch.axis] // batch.each] = Examples(n, max(more - n, 1))
     return tuple(local.get(b.number, b) for b in env.batches)
+
+
+def _dividing(equation: _jax.Equation, env: Environment) -> frozenset[str] | None:
+    """The mesh axes over which a `shard_map` divides examples; None where no operand has any."""
+    found: set[str] = set()
+    batches = [env.batch(v) for v in equation.invars]
+    for batch, divided in zip(batches, _jax.sharded_operands(equation), strict=True):
+        if batch is not None:
+            found.update(name for axis, names, _ in divided if axis == batch.axis for name in names)
+    return frozenset(found) if any(b is not None for b in batches) else None
 
 
 def _curved(value: Value) -> bool:

@@ -172,9 +172,9 @@ def build(
     kinds = [u.kind for u in group]
     order = ("embedding", "conv", "dense", "scale", "shift")
     outer = [s for u in group for s in u.loops if s not in u.view.stack]
-    # What does not see the data is squared when it is summed over devices, too.
-    blind = any(u.unbatched and u.local for u in group)
-    shared = len(group) > 1 or bool(outer) or blind
+    # Gradients of what does not see the data, and parts of those of one example, are on devices.
+    divided = any(u.parts or (u.unbatched and u.local) for u in group)
+    shared = len(group) > 1 or bool(outer) or divided
     batches = sorted({u.layout.examples for u in group if u.layout is not None}, reverse=True)
     # The gradients of a shared layer are summed over uses and then over devices, which have other
     # examples: there they cannot be told apart.

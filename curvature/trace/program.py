@@ -36,7 +36,8 @@ class Use:
       manual: whether the user tagged it by hand: then other uses of the parameter do not matter.
       layer: the name of the layer the use was assigned to.
       lead: lengths of the scans around the use, outermost first.
-      local: whether it is inside a `shard_map`: other devices have other examples.
+      local: whether it is inside a `shard_map` where other devices may have other examples.
+      parts: whether devices around have other parts of the same examples, such as positions.
       unbatched: whether its output has no batch axis: it sees cotangents summed over examples.
       meeting: where its examples meet on the way to a tagged loss (see `mixing`); empty if nowhere.
       index: its place among all uses.
@@ -56,6 +57,7 @@ class Use:
     layer: str | None = None
     lead: Shape = ()
     local: bool = False
+    parts: bool = False
     unbatched: bool = False
     meeting: str = ""
     index: int = -1
