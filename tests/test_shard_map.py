@@ -193,6 +193,35 @@ def test_positions_and_examples_divided_over_devices():
             assert jnp.isclose(found[name]["values"], sums, rtol=1e-9).all(-1).any()
 
 
+@pytest.mark.parametrize("fixed", [True, False])
+def test_devices_that_take_their_examples_from_the_whole_batch(fixed):
+    """Not by the mesh, but by their index: examples of different devices are not added up."""
+    devices, params = Mesh(np.array(jax.devices()[:2]), ("data",)), {"gain": PARAMS["gain"][:3]}
+    x = normal(9, 4, 5, 3)
+
+    def losses(p, x):
+        z = jnp.sin(x * p["gain"]).sum(1)
+        return curvature.losses.squared_error(z, jnp.zeros_like(z)).sum(-1)
+
+    def part(p, x):
+        number = 2 if fixed else x.shape[0] // 2
+        mine = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("data") * number, number)
+        return jax.lax.psum(losses(p, mine).sum(), "data")
+
+    loss_fn = jax.shard_map(part, mesh=devices, in_specs=(P(), P()), out_specs=P())
+    estimator = curvature.Estimator(
+        curvature.register(loss_fn, params, x), curvature.EmpiricalFisher()
+    )
+    draw = jax.jit(lambda key: estimator.statistics(params, x, key=key)["gain"]["values"])
+    signs = jnp.array([[1.0, *s] for s in itertools.product((1, -1), repeat=3)])
+    each = jax.jacobian(losses)(params, x)["gain"]
+    sums = jnp.square(signs @ each)
+    drawn = jnp.stack([draw(key) for key in jax.random.split(jax.random.key(0), 8)])
+    signed = jnp.isclose(drawn[:, None], sums, rtol=1e-9).all(-1).any(1)
+    exact = jnp.isclose(drawn, jnp.square(each).sum(0), rtol=1e-9).all(-1)
+    assert (signed | exact).all()
+
+
 def test_samples_of_different_devices_differ():
     """Equal examples on both devices: equal samples would double the variance of the mean."""
     x, y = (jnp.concatenate([a[:1]] * 2) for a in (X, Y))

@@ -166,6 +166,11 @@ class Environment:
             return Batch(0, shape[0] // self.examples, first)
         return Batch(0) if shape and shape[0] > 1 else None
 
+    @property
+    def guesses(self) -> bool:
+        """Whether batch axes are guessed from sizes, for want of a twin."""
+        return self._twins is None
+
     def first(self, variable: Any) -> bool:
         """Whether a batch axis that is more than examples (flattened positions) has them first."""
         return not isinstance(variable, Literal) and variable in self._first

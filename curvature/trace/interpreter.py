@@ -38,9 +38,9 @@ class Finder:
         self._scans = 0  # number of scans met: each is known by its number in the walk
         self._branches = 0  # number of conds around the current equation
         self._meshes: dict[int, tuple[str, ...]] = {}  # the mesh axes of stacks of parts
-        # The mesh axes over which the shard_maps around the current equation divide examples; None
-        # for one in which nothing has any.
-        self._devices: list[frozenset[str] | None] = []
+        # Of the shard_maps around the current equation the mesh axes over which they divide
+        # examples, and whether devices may have different ones.
+        self._devices: list[tuple[frozenset[str], bool]] = []
         self._callers: list[str] = []  # locations of the calls around the current equation
 
     def walk(
@@ -405,8 +405,8 @@ class Finder:
         use.reason = f"{use.reason} at {self._where(equation)}"
         use.loops = tuple(scan for scan, _ in self._loops)
         use.lead = tuple(length for _, length in self._loops)
-        use.local = any(axes is None or axes for axes in self._devices)
-        apart = frozenset().union(*(axes or () for axes in self._devices))
+        use.local = any(differ for _, differ in self._devices)
+        apart = frozenset().union(*(axes for axes, _ in self._devices))
         own = [name for copies in use.view.stack for name in self._meshes.get(copies, ())]
         use.parts = bool(_jax.varying_over(equation.outvars[0].aval) - apart - set(own))
         use.index = len(self.uses)
@@ -435,14 +435,15 @@ def _batches(
     return tuple(local.get(b.number, b) for b in env.batches)
 
 
-def _dividing(equation: _jax.Equation, env: Environment) -> frozenset[str] | None:
-    """The mesh axes over which a `shard_map` divides examples; None where no operand has any."""
+def _dividing(equation: _jax.Equation, env: Environment) -> tuple[frozenset[str], bool]:
+    """The mesh axes over which a `shard_map` divides examples, and whether devices' may differ."""
     found: set[str] = set()
     batches = [env.batch(v) for v in equation.invars]
     for batch, divided in zip(batches, _jax.sharded_operands(equation), strict=True):
         if batch is not None:
             found.update(name for axis, names, _ in divided if axis == batch.axis for name in names)
-    return frozenset(found) if any(b is not None for b in batches) else None
+    known = not env.guesses and any(b is not None for b in batches)
+    return frozenset(found), bool(found) or not known
 
 
 def _curved(value: Value) -> bool:
