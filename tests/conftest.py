@@ -4,6 +4,7 @@ Curvature is compared with brute force in float64, and strict promotion stops a 
 dtypes by accident at the line that does it.
 """
 
+import functools
 import gc
 import itertools
 import os
@@ -21,12 +22,17 @@ if jaxlib.version.__version_info__[:2] <= (0, 10):
 
 import jax
 import pytest
+from jax._src.interpreters import mlir
 from threadpoolctl import threadpool_limits
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 4)  # for meshes; elsewhere the first one is used
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_disable_most_optimizations", True)
+
+# Thousands of small programs are lowered here. To set up a context for each was a quarter of the
+# tests' time; one does for all.
+mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 
 SLOW = pathlib.Path(__file__).with_name("slow.txt")
@@ -111,6 +117,20 @@ def optimised():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def compilations():
+    """A list that grows by one with each program that is compiled."""
+    found = []
+
+    def count(name, *_, **__):
+        if name == "/jax/core/compile/backend_compile_duration":
+            found.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(count)
 
 
 @pytest.fixture

@@ -171,6 +171,16 @@ def test_jit_changes_nothing_and_compiles_once(name):
 
 
 @each
+def test_without_jit_later_steps_compile_nothing(name, compilations):
+    tx, _, _ = optimizer(name)
+    step, now = stepper(tx), (PARAMS, tx.init(PARAMS))
+    for _ in range(3):
+        compilations.clear()
+        now = jax.block_until_ready(step(*now, BATCH, KEY))
+    assert not compilations
+
+
+@each
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_state_is_arrays_of_a_constant_form_and_updates_have_the_parameters_dtype(name, dtype):
     params, data = parameters(dtype), batch(dtype=dtype)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import normal
 from jax.flatten_util import ravel_pytree
 
 import curvature
@@ -22,10 +23,6 @@ from curvature import metrics, operators
 
 N = 5
 SOFTMAX = "softmax_cross_entropy_with_integer_labels"
-
-
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 @dataclasses.dataclass(frozen=True)

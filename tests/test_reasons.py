@@ -9,7 +9,7 @@ import curvature
 
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape) / 2
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / 2)
 
 
 X, Y, W, V = normal(0, 8, 6), normal(1, 8, 3), normal(2, 6, 4), normal(3, 4, 3)

@@ -10,17 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import normal
 
 import curvature
 from curvature.statistics.stacks import Stacks, stacks
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-KEYS = jax.random.split(jax.random.key(0), 12)
 EXACT = curvature.GaussNewton()
-
-
-def normal(i, *shape):
-    return jax.random.normal(KEYS[i], shape)
 
 
 # Three unrolled layers of one shape, two more of it in a loop, one of it with a bias, one that is

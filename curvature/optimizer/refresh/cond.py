@@ -12,14 +12,25 @@ import jax.numpy as jnp
 T = TypeVar("T")
 
 
+def cond(
+    pred: jax.Array | bool, true: Callable[..., T], false: Callable[..., T], *operands: Any
+) -> T:
+    """`jax.lax.cond`; by Python where it is known which branch is taken.
+
+    That is so outside of `jit`, where `jax.lax.cond` would compile new closures in every call.
+    """
+    if isinstance(pred, jax.core.Tracer):
+        taken: T = jax.lax.cond(pred, true, false, *operands)
+        return taken
+    return true(*operands) if pred else false(*operands)
+
+
 def when(due: jax.Array | bool, act: Callable[[T], T], value: T) -> T:
     """`act(value)` if it is due, else the value; the value is what may change, and no more.
 
     A conditional copies what it returns.
     """
-    if isinstance(due, bool):
-        return act(value) if due else value
-    return jax.lax.cond(due, act, lambda value: value, value)
+    return cond(due, act, lambda value: value, value)
 
 
 def finite(tree: Any) -> jax.Array:

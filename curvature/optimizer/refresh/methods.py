@@ -26,6 +26,7 @@ from curvature.linalg import (
     eigh,
     orthonormal,
 )
+from curvature.optimizer.refresh.cond import cond
 from curvature.precision import HIGHEST
 
 
@@ -90,7 +91,7 @@ class NewtonSchulz:
                 x = x + jnp.matmul(x, left, precision=HIGHEST)
             near = _norm(left) < 0.5  # then |I - M X| is below 0.25 now; false for NaN
             x = (x + x.mT) / 2
-            return jax.lax.cond(
+            return cond(
                 jnp.all(near),
                 lambda: x,
                 lambda: jnp.where(near[:, None, None], x, cholesky_inverse(matrices)),
@@ -167,7 +168,7 @@ class QR:
             return jnp.sum(vectors * again, axis=-2), vectors
 
         def renewed() -> tuple[jax.Array, jax.Array]:
-            return jax.lax.cond(first, lambda: eigh(factors), tracked)
+            return cond(first, lambda: eigh(factors), tracked)
 
         values, vectors = _by_need(self.tolerance, stale, renewed, (kept, previous))
         return values, vectors, stale
@@ -180,7 +181,7 @@ def _by_need(tolerance: float, stale: jax.Array, renew: Callable[[], Any], kept:
     """`renew()` if one of the batch is too stale."""
     if tolerance == 0:
         return renew()
-    return jax.lax.cond(jnp.all(stale <= tolerance), lambda: kept, renew)
+    return cond(jnp.all(stale <= tolerance), lambda: kept, renew)
 
 
 def _residual(matrices: jax.Array, x: jax.Array) -> jax.Array:
