@@ -29,9 +29,11 @@ def loss_fn(p, x, y):
 
 
 REGISTRY = curvature.register(loss_fn, PARAMS, X, Y)
-GRADS = jax.grad(loss_fn)(PARAMS, X, Y)
+gradient = jax.jit(jax.grad(loss_fn))
+GRADS = gradient(PARAMS, X, Y)
 
 
+@jax.jit
 def gauss_newton(params):
     """The dense J'HJ of the mean loss."""
     flat, unravel = ravel_pytree(params)
@@ -55,7 +57,8 @@ def flat(tree):
 
 def model(steps, damping=0.3):
     lam = jnp.asarray(damping)
-    return quadratic.along(loss_fn, False, PARAMS, (X, Y), GRADS, steps, lam)
+    along = lambda steps: quadratic.along(loss_fn, False, PARAMS, (X, Y), GRADS, steps, lam)  # noqa: E731
+    return jax.jit(along)(steps)
 
 
 def test_the_quadratic_model_is_that_of_dense_matrices():
@@ -162,7 +165,7 @@ def test_the_damping_follows_the_measured_reduction_ratio(rate):
     before, damping = PARAMS, 0.5
     for t, (params, updates, state) in enumerate(history, 1):
         if t % 3 == 0:
-            v, g = flat(updates), flat(jax.grad(loss_fn)(before, X, Y))
+            v, g = flat(updates), flat(gradient(before, X, Y))
             matrix = gauss_newton(before) + damping * np.eye(35)
             ratio = (loss_fn(params, X, Y) - loss_fn(before, X, Y)) / (g @ v + v @ matrix @ v / 2)
             np.testing.assert_allclose(state.stats.reduction_ratio, ratio, rtol=1e-8)

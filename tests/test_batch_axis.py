@@ -93,7 +93,7 @@ LAST = {
 def used(model, x):
     """The parameters that a model depends on."""
     z = lambda p: model(p, x).sum()  # noqa: E731
-    return {k: PARAMS[k] for k, g in jax.grad(z)(PARAMS).items() if np.any(g)}
+    return {k: PARAMS[k] for k, g in jax.jit(jax.grad(z))(PARAMS).items() if np.any(g)}
 
 
 def losses(module, z):
@@ -110,11 +110,16 @@ def registered(model, params, x):
 
 def exact(model, params, x):
     """The diagonal of J' H J."""
-    z = model(PARAMS, x)
-    total = lambda flat: losses(optax.losses, flat.reshape(z.shape)).mean()  # noqa: E731
-    hessian = jax.hessian(total)(z.ravel())
-    jacobian = jax.jacrev(lambda p: model({**PARAMS, **p}, x).ravel())(params)
-    return jax.tree.map(lambda j: jnp.einsum("i...,ij,j...->...", j, hessian, j), jacobian)
+
+    @jax.jit
+    def diagonal(params, x):
+        z = model(PARAMS, x)
+        total = lambda flat: losses(optax.losses, flat.reshape(z.shape)).mean()  # noqa: E731
+        hessian = jax.hessian(total)(z.ravel())
+        jacobian = jax.jacrev(lambda p: model({**PARAMS, **p}, x).ravel())(params)
+        return jax.tree.map(lambda j: jnp.einsum("i...,ij,j...->...", j, hessian, j), jacobian)
+
+    return diagonal(params, x)
 
 
 def check(model, x, params=None):
@@ -379,10 +384,10 @@ def test_the_batch_is_found_beside_model_state_of_many_sizes():
     registry = curvature.register(loss, params, state, *args, has_aux=True)
     assert registry.batch_found
     kind = curvature.EmpiricalFisher()
-    found = curvature.Estimator(registry, kind).statistics(params, state, *args)["token"]["values"]
-    each = jax.vmap(
-        lambda x, y: jax.grad(loss, has_aux=True)(params, state, x[None], y[None])[0]["token"]
-    )(*args)
+    statistics = jax.jit(curvature.Estimator(registry, kind).statistics)
+    found = statistics(params, state, *args)["token"]["values"]
+    one = lambda x, y: jax.grad(loss, has_aux=True)(params, state, x[None], y[None])[0]  # noqa: E731
+    each = jax.jit(jax.vmap(one))(*args)["token"]
     np.testing.assert_allclose(found, np.sum(each**2, axis=0).ravel() / N, rtol=1e-6)
 
 
@@ -405,7 +410,7 @@ def test_gains_and_offsets_of_nodes_that_have_no_batch_axis():
     estimator = curvature.Estimator(registry, curvature.EmpiricalFisher())
     draw = jax.jit(lambda key: estimator.statistics(params, nodes, sizes, key=key))
     drawn = [draw(key) for key in jax.random.split(jax.random.key(0), 8)]
-    of_graphs = jax.jacobian(per_graph)(params, nodes, sizes)
+    of_graphs = jax.jit(jax.jacobian(per_graph))(params, nodes, sizes)
     for name in ("gain", "shift", "t"):
         one, two = of_graphs[name]
         squares = jnp.stack([(one + two) ** 2, (one - two) ** 2])
@@ -430,5 +435,6 @@ def test_sums_over_single_entries_only_move_a_parameter():
     for f in (loss_fn, by_hand):
         registry = curvature.register(f, params, x)
         assert registry.coverage == 1, str(registry)
-        found.append(curvature.Estimator(registry, EXACT).statistics(params, x)["gain"]["values"])
+        statistics = jax.jit(curvature.Estimator(registry, EXACT).statistics)
+        found.append(statistics(params, x)["gain"]["values"])
     np.testing.assert_allclose(*found, rtol=1e-12)

@@ -312,7 +312,7 @@ def test_identity_blocks_of_generic_parameters_have_the_diagonals_trace():
     registry = curvature.register(loss_fn, params, x)
     assert {layer.kind for layer in registry.layers} == {"generic"}
     one, each = (
-        curvature.Estimator(registry.with_blocks(block), EXACT)(params, x, key=key)
+        jax.jit(curvature.Estimator(registry.with_blocks(block), EXACT))(params, x, key=key)
         for block in ("identity", "diagonal")
     )
     for name, block in one.blocks.items():
@@ -417,7 +417,8 @@ def test_rebased_corrections_are_the_operators_diagonal_in_the_new_basis():
     estimator = curvature.Estimator(registry.with_blocks("ekfac"), EXACT)
     zeros = estimator.zeros()
     found = jax.jit(estimator.statistics)(params, tokens, bases=zeros)
-    moved, fresh = estimator.rebased(found), estimator.rebased(found, restart=True)
+    rebased = jax.jit(estimator.rebased, static_argnames="restart")
+    moved, fresh = rebased(found), rebased(found, restart=True)
     for name in ("head", "kernel", "table"):
         old, new = (estimator.operator(s).blocks[name] for s in (found, moved))
         bases = [np.asarray(q) for q in (new.input_basis, new.output_basis)]
@@ -427,7 +428,7 @@ def test_rebased_corrections_are_the_operators_diagonal_in_the_new_basis():
         kronecker = curvature.Kronecker(a / rows, b)
         restarted = estimator.operator(fresh).blocks[name]
         close(restarted.to_dense() * kronecker.trace() / old.trace(), kronecker.to_dense(), 1e-11)
-    again = estimator.rebased(moved)
+    again = rebased(moved)
     close(again["stack"]["values"], moved["stack"]["values"], 1e-11)
 
 
@@ -572,11 +573,11 @@ def test_ekfac_of_fewer_examples_than_dimensions_has_a_pseudo_inverse():
         return curvature.losses.l2_loss(jnp.tanh(x @ p["w"]) @ p["v"], jnp.ones((3, 2))).mean()
 
     registry = curvature.register(loss_fn, params, x).with_blocks("ekfac")
-    op = curvature.Estimator(registry, curvature.GaussNewton())(params, x)
-    grads = jax.grad(loss_fn)(params, x)
-    solved = op.solve(grads)
+    op = jax.jit(curvature.Estimator(registry, curvature.GaussNewton()))(params, x)
+    solve = jax.jit(lambda op, v: op.solve(v))
+    solved = solve(op, jax.jit(jax.grad(loss_fn))(params, x))
     largest = max(float(jnp.abs(s).max()) for s in jax.tree.leaves(solved))
     assert largest < 1e5
     # It is in the range of the operator: applied again, the gradient's part in it comes back.
-    again = op.solve(op @ solved)
+    again = solve(op, op @ solved)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), again, solved)

@@ -508,7 +508,7 @@ def test_operator_damped_inverse_is_that_of_its_blocks():
         return np.kron(left, np.linalg.inv(b + np.sqrt(0.1) / pi * np.eye(len(b))))
 
     v = np.random.default_rng(7).normal(size=90)
-    result = op.damped_inverse(0.1) @ unflatten(v)
+    result = jax.jit(lambda op, v: op.damped_inverse(0.1) @ v)(op, unflatten(v))
     close(jnp.asarray(flatten(result)), placed(inverse) @ v)
 
 

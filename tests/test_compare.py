@@ -154,7 +154,7 @@ def test_structured_approximations_are_compared_with_the_exact_block(name):
     found = compare(REGISTRY, PARAMS, [(X, Y)], **options)
     registry = REGISTRY.with_blocks(name)
     for kind, matrix in zip("FE", dense()[:2], strict=True):
-        op = curvature.Estimator(registry, KINDS[kind])(PARAMS, X, Y)
+        op = jax.jit(curvature.Estimator(registry, KINDS[kind]))(PARAMS, X, Y)
         for block in found.blocks[1:]:
             index = blocks()[block.name]
             exact = matrix[np.ix_(index, index)]

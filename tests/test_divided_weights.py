@@ -27,7 +27,7 @@ def operator(loss_fn, params, block, x=X, y=Y):
 def matrix(op, params, name):
     zero = jax.tree.map(jnp.zeros_like, params)
     eye = jnp.eye(params[name].size).reshape(-1, *params[name].shape)
-    return jax.vmap(lambda e: (op @ (zero | {name: e}))[name].ravel())(eye)
+    return jax.jit(jax.vmap(lambda e: (op @ (zero | {name: e}))[name].ravel()))(eye)
 
 
 def check_same(one, other, params, block, x=X, y=Y):

@@ -38,8 +38,8 @@ def distance(a, b):
 def test_a_kfac_of_a_deep_linear_net_is_the_block_diagonal_gauss_newton(kind):
     params, x, y = deep_linear()
     registry = curvature.register(mean_squared, params, x, y)
-    operator = curvature.Estimator(registry, kind)(params, x, y)
-    jacobians = jax.jacrev(lambda p: chain(p, x).reshape(-1))(params)
+    operator = jax.jit(curvature.Estimator(registry, kind))(params, x, y)
+    jacobians = jax.jit(jax.jacrev(lambda p: chain(p, x).reshape(-1)))(params)
     for layer, jacobian in zip(registry.layers, jacobians, strict=True):
         j = jacobian.reshape(x.shape[0] * 3, -1)
         assert distance(operator.blocks[layer.name].to_dense(), j.T @ j / x.shape[0]) < 1e-14
@@ -48,12 +48,12 @@ def test_a_kfac_of_a_deep_linear_net_is_the_block_diagonal_gauss_newton(kind):
 def test_a_control_kfac_is_not_the_empirical_fisher():
     params, x, y = deep_linear()
     registry = curvature.register(mean_squared, params, x, y)
-    operator = curvature.Estimator(registry, curvature.EmpiricalFisher())(params, x, y)
+    operator = jax.jit(curvature.Estimator(registry, curvature.EmpiricalFisher()))(params, x, y)
 
     def one(params, x, y):
         return optax.losses.l2_loss(chain(params, x[None])[0], y).sum()
 
-    scores = jax.vmap(jax.grad(one), in_axes=(None, 0, 0))(params, x, y)
+    scores = jax.jit(jax.vmap(jax.grad(one), in_axes=(None, 0, 0)))(params, x, y)
     for layer, score in zip(registry.layers, scores, strict=True):
         s = score.reshape(x.shape[0], -1)
         far = distance(operator.blocks[layer.name].to_dense(), s.T @ s / x.shape[0])
@@ -123,12 +123,14 @@ def test_b_expand_and_reduce_are_exact_each_in_its_own_setting(setting):
 
     registry = curvature.register(loss_fn, params, x)
     expand, reduce = (
-        curvature.Estimator(registry.with_blocks(block), curvature.GaussNewton())(params, x)
+        jax.jit(curvature.Estimator(registry.with_blocks(block), curvature.GaussNewton()))(
+            params, x
+        )
         for block in ("kronecker", "kronecker_reduce")
     )
     right, wrong = (expand, reduce) if setting == "expand" else (reduce, expand)
     z = network(params)
-    jacobians = jax.jacrev(lambda p: network(p).reshape(-1))(params)
+    jacobians = jax.jit(jax.jacrev(lambda p: network(p).reshape(-1)))(params)
     for layer, jacobian in zip(registry.layers, jacobians, strict=True):
         j = jacobian.reshape(z.size, -1)
         exact = j.T @ j / (z.size // 3)
@@ -229,8 +231,8 @@ def test_f_ekfac_is_never_farther_than_kfac_from_the_block(net):
 def test_f_without_sharing_ekfac_of_a_deep_linear_net_is_exact():
     params, x, y = deep_linear()
     registry = curvature.register(mean_squared, params, x, y).with_blocks("ekfac")
-    operator = curvature.Estimator(registry, curvature.GaussNewton())(params, x, y)
-    jacobians = jax.jacrev(lambda p: chain(p, x).reshape(-1))(params)
+    operator = jax.jit(curvature.Estimator(registry, curvature.GaussNewton()))(params, x, y)
+    jacobians = jax.jit(jax.jacrev(lambda p: chain(p, x).reshape(-1)))(params)
     for layer, jacobian in zip(registry.layers, jacobians, strict=True):
         j = jacobian.reshape(x.shape[0] * 3, -1)
         assert distance(operator.blocks[layer.name].to_dense(), j.T @ j / x.shape[0]) < 1e-13
@@ -372,7 +374,7 @@ def test_h_one_natural_gradient_step_lands_on_the_optimum_and_no_empirical_one_d
     gradient = jax.grad(loss_fn)(params, x, y)
 
     def distance_after_a_step(kind):
-        operator = curvature.Estimator(registry, kind)(params, x, y)
+        operator = jax.jit(curvature.Estimator(registry, kind))(params, x, y)
         after = jax.tree.map(jnp.subtract, params, operator.solve(gradient, damping=0.0))
         landed = np.array([after["w"].item(), after["b"].item()])
         return np.linalg.norm(landed - optimum) / np.linalg.norm(np.array(start) - optimum)

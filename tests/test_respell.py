@@ -230,9 +230,8 @@ def matrix(op, params, name):
 def check_exact(model, shapes, features=3):
     """Dense and diagonal blocks against per-example gradients."""
     loss_fn, losses, params, data = problem(model, shapes, features)
-    each = jax.vmap(jax.grad(lambda p, x, y: losses(p, x[None], y[None])[0]), in_axes=(None, 0, 0))(
-        params, *data
-    )
+    one = jax.grad(lambda p, x, y: losses(p, x[None], y[None])[0])
+    each = jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))(params, *data)
     registry, dense = operator(loss_fn, params, data, "dense")
     assert registry.coverage == 1
     assert {layer.kind for layer in registry.layers} <= {
@@ -389,9 +388,9 @@ def test_a_gain_for_each_position_of_a_kernel(stopped):
     kinds = {layer.name: layer.kind for layer in registry.layers}
     assert kinds == {"w": "conv", "g": "generic", "v": "dense"}
     estimator = curvature.Estimator(registry, curvature.EmpiricalFisher())
-    found = estimator(params, *data, key=jax.random.key(0))
+    found = jax.jit(estimator)(params, *data, key=jax.random.key(0))
     one = jax.grad(lambda p, x, y: losses(p, x[None], y[None])[0])
-    each = jax.vmap(one, in_axes=(None, 0, 0))(params, *data)["w"]
+    each = jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))(params, *data)["w"]
     values = found.diagonal()["w"]
     np.testing.assert_allclose(values, (each**2).mean(0), rtol=1e-9, atol=1e-12)
 

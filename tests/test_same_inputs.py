@@ -73,11 +73,17 @@ def both(monkeypatch, loss, params, x, block):
     """Statistics as they are, those of every layer on its own, and who shares with whom."""
     registry = curvature.register(loss, params, x).with_blocks(block)
     estimator, shared = curvature.Estimator(registry), {}
+
+    @jax.jit
+    def statistics(params):
+        return estimator.statistics(params, x, key=KEY)
+
     find = where.same_inputs
     monkeypatch.setattr(where, "same_inputs", lambda *a: shared.update(find(*a)) or find(*a))
-    found = estimator.statistics(params, x, key=KEY)
+    found = statistics(params)
+    statistics.clear_cache()
     monkeypatch.setattr(where, "same_inputs", lambda *_: {})
-    return found, estimator.statistics(params, x, key=KEY), shared
+    return found, statistics(params), shared
 
 
 @pytest.mark.usefixtures("standard_promotion")

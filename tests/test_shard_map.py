@@ -103,7 +103,7 @@ def test_what_is_summed_over_examples_is_unbiased(check_vma):
 
     keys = jax.random.split(jax.random.key(0), 400)
     draws = jax.jit(lambda keys: jax.lax.map(draw, keys))(keys)
-    jacobian = jax.jacrev(lambda p: net(p, X).ravel())(PARAMS)
+    jacobian = jax.jit(jax.jacrev(lambda p: net(p, X).ravel()))(PARAMS)
     for name, values in draws.items():
         exact = jnp.square(jacobian[name]).sum(0) / 16
         error = values.std(0) / np.sqrt(len(keys))
@@ -130,7 +130,7 @@ def test_gains_of_divided_nodes_are_squared_once_they_are_summed_over_devices():
     estimator = curvature.Estimator(registry, curvature.EmpiricalFisher())
     draw = jax.jit(lambda key: estimator.statistics(params, X, pooling, key=key))
     drawn = [draw(key) for key in jax.random.split(jax.random.key(0), 8)]
-    each = jax.jacobian(per_graph)(params, X, pooling)
+    each = jax.jit(jax.jacobian(per_graph))(params, X, pooling)
     for name in params:
         one, two = each[name]
         squares = jnp.stack([(one + two) ** 2, (one - two) ** 2])
@@ -185,7 +185,7 @@ def test_positions_and_examples_divided_over_devices():
     estimator = curvature.Estimator(registry, curvature.EmpiricalFisher())
     draw = jax.jit(lambda key: estimator.statistics(params, x, key=key))
     signs = jnp.array([[1.0, *s] for s in itertools.product((1, -1), repeat=3)])
-    each = jax.jacobian(losses)(params, x)
+    each = jax.jit(jax.jacobian(losses))(params, x)
     for key in jax.random.split(jax.random.key(0), 4):
         found = draw(key)
         for name in ("gain", "shift"):
@@ -214,7 +214,7 @@ def test_devices_that_take_their_examples_from_the_whole_batch(fixed):
     )
     draw = jax.jit(lambda key: estimator.statistics(params, x, key=key)["gain"]["values"])
     signs = jnp.array([[1.0, *s] for s in itertools.product((1, -1), repeat=3)])
-    each = jax.jacobian(losses)(params, x)["gain"]
+    each = jax.jit(jax.jacobian(losses))(params, x)["gain"]
     sums = jnp.square(signs @ each)
     drawn = jnp.stack([draw(key) for key in jax.random.split(jax.random.key(0), 8)])
     signed = jnp.isclose(drawn[:, None], sums, rtol=1e-9).all(-1).any(1)

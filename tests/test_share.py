@@ -63,7 +63,7 @@ LOSSES = {
 def test_of_a_batch_of_copies_one_of_each_is_enough(loss, block):
     registry = curvature.register(LOSSES[loss], PARAMS, *MANY).with_blocks(block)
     estimator = curvature.Estimator(registry, curvature.GaussNewton())
-    whole = estimator(PARAMS, *MANY)
+    whole = jax.jit(estimator)(PARAMS, *MANY)
     part = estimator.operator(
         jax.jit(lambda p, args: estimator.statistics(p, *args, share=1 / TIMES))(PARAMS, MANY)
     )

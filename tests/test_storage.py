@@ -42,7 +42,7 @@ def trained(make, steps, **options):
         updates, state = tx.update(grads, state, params, loss_args=args, key=key)
         return optax.apply_updates(params, updates), state, updates
 
-    state, first = tx.init(params), None
+    state, first = jax.jit(tx.init)(params), None
     for i in range(steps):
         params, state, updates = step(params, state, jax.random.key(i))
         first = updates if first is None else first
@@ -100,7 +100,7 @@ def test_what_is_applied_is_the_rounded_inverse():
     how = {"damping": 0.1, "decay": 0.0, "storage_dtype": jnp.bfloat16}
     tx = curvature.scale_by_curvature(registry, curvature.GaussNewton(), **how)
     gradient = jax.grad(squares)(params, x, y)
-    update, _ = tx.update(gradient, tx.init(params), params, loss_args=(x, y))
+    update, _ = jax.jit(tx.update)(gradient, tx.init(params), params, loss_args=(x, y))
     a, b = np.asarray(x, np.float64).T @ np.asarray(x, np.float64) / 32, np.eye(2)
     pi = np.sqrt((np.trace(a) / 4) / (np.trace(b) / 2))
     inverses = [

@@ -77,21 +77,31 @@ def test_forms():
 def test_a_side_is_the_matrix_that_it_stands_for(size, stack):
     matrix, form = factor(0, size, stack)
     kept, depth = jnp.asarray(in_form(matrix, form)), len(stack)
-    close(sides.full(kept, size, depth), matrix)
-    close(sides.entries(kept, size, depth), np.diagonal(matrix, axis1=-2, axis2=-1))
-    v = np.asarray(normal(1, *stack, size, 4))
-    how = "...ij,...jk->...ik"
-    close(sides.left(how, kept, v, depth, "highest"), matrix @ v)
-    close(sides.left("...ji,...jk->...ik", kept, v, depth, "highest"), matrix.swapaxes(-1, -2) @ v)
-    turned = v.swapaxes(-1, -2)
-    close(sides.right(how, turned, kept, depth, "highest"), turned @ matrix)
-    rows = np.asarray(normal(2, *stack, 3, 4, size))
-    found = sides.right("...nti,...ij->...ntj", rows, kept, depth, "highest", rows=2)
-    close(found, np.einsum("...nti,...ij->...ntj", rows, matrix))
-    close(
-        sides.full(sides.unit(kept, depth), size, depth),
-        np.broadcast_to(np.eye(size), matrix.shape),
-    )
+    v, rows = np.asarray(normal(1, *stack, size, 4)), np.asarray(normal(2, *stack, 3, 4, size))
+    turned, how = v.swapaxes(-1, -2), "...ij,...jk->...ik"
+
+    @jax.jit
+    def found(kept):
+        return {
+            "full": sides.full(kept, size, depth),
+            "entries": sides.entries(kept, size, depth),
+            "left": sides.left(how, kept, v, depth, "highest"),
+            "transposed": sides.left("...ji,...jk->...ik", kept, v, depth, "highest"),
+            "right": sides.right(how, turned, kept, depth, "highest"),
+            "rows": sides.right("...nti,...ij->...ntj", rows, kept, depth, "highest", rows=2),
+            "unit": sides.full(sides.unit(kept, depth), size, depth),
+        }
+
+    expected = {
+        "full": matrix,
+        "entries": np.diagonal(matrix, axis1=-2, axis2=-1),
+        "left": matrix @ v,
+        "transposed": matrix.swapaxes(-1, -2) @ v,
+        "right": turned @ matrix,
+        "rows": np.einsum("...nti,...ij->...ntj", rows, matrix),
+        "unit": np.broadcast_to(np.eye(size), matrix.shape),
+    }
+    jax.tree.map(close, found(kept), expected)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 7])
@@ -133,17 +143,29 @@ def test_a_block_is_the_product_of_its_matrices(shape):
     block = Kronecker(*kept, sizes=shape)
     whole = Kronecker(jnp.asarray(a), jnp.asarray(b))
     v = normal(2, *shape)
-    close(block.to_dense(), np.kron(a, b))
-    close(block @ v, a @ v @ b)
-    close(block.trace(), np.trace(a) * np.trace(b))
-    close(block.diagonal(), np.outer(np.diag(a), np.diag(b)))
-    close(jnp.sort(block.eigenvalues().ravel()), jnp.sort(whole.eigenvalues().ravel()))
-    close(block.solve(v, 0.1), whole.solve(v, 0.1))
-    close(block.power(v, -0.5, 0.1), whole.power(v, -0.5, 0.1))
-    close(block.logdet(0.1), whole.logdet(0.1))
-    inverse, expected = block.damped_inverse(0.1), whole.damped_inverse(0.1)
-    close(inverse @ v, expected @ v)
-    close(inverse.trace(), expected.trace())  # nothing is left where a block is filled up
+
+    @jax.jit
+    def algebra(block):
+        inverse = block.damped_inverse(0.1)
+        return {
+            "product": block @ v,
+            "dense": block.to_dense(),
+            "trace": block.trace(),
+            "diagonal": block.diagonal(),
+            "eigenvalues": jnp.sort(block.eigenvalues().ravel()),
+            "solve": block.solve(v, 0.1),
+            "power": block.power(v, -0.5, 0.1),
+            "logdet": block.logdet(0.1),
+            "inverse": inverse @ v,
+            "trace of the inverse": inverse.trace(),  # nothing is left where a block is filled up
+        }
+
+    found = algebra(block)
+    close(found["dense"], np.kron(a, b))
+    close(found["product"], a @ v @ b)
+    close(found["trace"], np.trace(a) * np.trace(b))
+    close(found["diagonal"], np.outer(np.diag(a), np.diag(b)))
+    jax.tree.map(lambda x, y: close(x, np.asarray(y)), found, algebra(whole))
 
 
 # Statistics --------------------------------------------------------------------------------------
@@ -167,8 +189,8 @@ def test_blocks_are_those_of_the_whole_factors(block):
     loss, params, args = problem()
     registry = curvature.register(loss, params, *args).with_blocks(block)
     kind = curvature.Fisher(samples=None)
-    whole = curvature.Estimator(registry, kind)(params, *args)
-    found = curvature.Estimator(registry, kind, 3, wide_factors="blocks")(params, *args)
+    whole = jax.jit(curvature.Estimator(registry, kind))(params, *args)
+    found = jax.jit(curvature.Estimator(registry, kind, 3, wide_factors="blocks"))(params, *args)
     for name, x in whole.blocks.items():
         for side in ("input", "output"):
             expected, kept = np.asarray(getattr(x, side)), getattr(found.blocks[name], side)
@@ -191,8 +213,13 @@ def test_convolutions_tied_and_scanned_layers():
         return curvature.losses.l2_loss(jnp.tanh(h @ p["t"].T).mean((1, 2))).mean()
 
     registry, kind = curvature.register(loss, params, x), curvature.GaussNewton()
-    whole = curvature.Estimator(registry, kind).statistics(params, x)
-    found = curvature.Estimator(registry, kind, 3, wide_factors="blocks").statistics(params, x)
+    whole, found = (
+        jax.jit(estimator.statistics)(params, x)
+        for estimator in (
+            curvature.Estimator(registry, kind),
+            curvature.Estimator(registry, kind, 3, wide_factors="blocks"),
+        )
+    )
     assert {"c", "t", "s"} == set(whole)
     assert "input_flipped" in whole["t"]
     for name, arrays in whole.items():
@@ -212,12 +239,12 @@ def test_corrections_are_second_moments_in_the_basis_of_the_blocks(positions):
     registry = curvature.register(loss, params, x).with_blocks("ekfac")
     kind = curvature.EmpiricalFisher()
     estimator = curvature.Estimator(registry, kind, 3, wide_factors="blocks")
-    block = estimator(params, x).blocks["w"]
+    block = jax.jit(estimator)(params, x).blocks["w"]
     qa, qb = (
         np.asarray(sides.full(basis, size, 0))
         for basis, size in zip((block.input_basis, block.output_basis), (7, 5), strict=True)
     )
-    each = np.asarray(jax.vmap(lambda x: jax.grad(loss)(params, x[None])["w"])(x))
+    each = np.asarray(jax.jit(jax.vmap(lambda x: jax.grad(loss)(params, x[None])["w"]))(x))
     close(block.values, np.sum((qa.T @ each @ qb) ** 2, axis=0))
     dense = np.kron(qa, qb)
     close(block.to_dense(), dense * np.asarray(block.values).ravel() @ dense.T)
@@ -230,7 +257,7 @@ def update(make, steps=1, registry=None, **options):
     loss, params, args = problem()
     registry = registry or curvature.register(loss, params, *args)
     tx = make(registry, max_factor_dim=3, wide_factors="blocks", **options)
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
     step = jax.jit(
         lambda s, p, key: tx.update(jax.grad(loss)(p, *args), s, p, loss_args=args, key=key)
     )
@@ -256,8 +283,8 @@ def test_a_step_is_that_of_the_inverses_of_the_blocks(name):
     found, _, _ = update(
         make, kind=kind, damping=0.01, relative_damping=False, refresh=METHODS[name], decay=0.0
     )
-    operator = curvature.Estimator(registry, kind)(params, *args)
-    grads = jax.tree.map(np.asarray, jax.grad(loss)(params, *args))
+    operator = jax.jit(curvature.Estimator(registry, kind))(params, *args)
+    grads = jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(params, *args))
     joined = {"w": np.vstack([grads["w"], grads["b"]]), "v": grads["v"], "u": grads["u"]}
     for name, block in operator.blocks.items():
         a, b = (masked(np.asarray(x), LIMIT.form(len(x))) for x in (block.input, block.output))
@@ -277,10 +304,10 @@ def test_inverses_of_unchanged_factors_are_fresh(name):
     tx = curvature.scale_by_curvature(
         registry, kind=kind, damping=0.01, refresh=how, max_factor_dim=3, wide_factors="blocks"
     )
-    grads = jax.grad(loss)(params, *args)
-    state = tx.init(params)
+    grads, state = jax.jit(jax.grad(loss))(params, *args), jax.jit(tx.init)(params)
+    update = jax.jit(lambda state: tx.update(grads, state, params, loss_args=args)[1])
     for _ in range(3):
-        _, state = tx.update(grads, state, params, loss_args=args)
+        state = update(state)
     assert float(state.stats.staleness) < 1e-3
 
 

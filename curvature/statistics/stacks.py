@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -80,7 +80,7 @@ class Stack(Layer):
     def gather(self, leaves: Sequence[jax.Array] | Mapping[int, jax.Array]) -> jax.Array:
         """The block coordinates of all members, from the leaves of a tree; zero beyond them."""
         joined = self._joined([layer.gather(leaves) for layer in self.members])
-        return self._filled(joined, jnp.zeros(self.shape[1:], joined.dtype))
+        return self._filled(joined, jnp.zeros_like)
 
     def scatter(self, block: jax.Array) -> dict[int, jax.Array]:
         """Leaf-shaped arrays by leaf; zero outside the members' views."""
@@ -95,14 +95,18 @@ class Stack(Layer):
         """One of the members' statistics; beyond them, those of the identity."""
         found = self._joined(arrays)
         matrix = name in BASES or self.outer or not name.startswith("values")
-        one = jnp.ones(found.shape[1:], found.dtype)
-        return self._filled(found, unit(one, 0) if matrix and found.ndim > 1 else one)
 
-    def _filled(self, array: jax.Array, one: jax.Array) -> jax.Array:
-        """An array with all copies, and others to divide over devices."""
+        def one(like: Any) -> jax.Array:
+            return unit(like, 0) if matrix and found.ndim > 1 else jnp.ones_like(like)
+
+        return self._filled(found, one)
+
+    def _filled(self, array: jax.Array, one: Callable[[Any], jax.Array]) -> jax.Array:
+        """An array with all copies, and others to divide over devices, like one of these."""
         missing = self.stack[0] - len(array)
         if missing:
-            array = jnp.concatenate([array, jnp.broadcast_to(one, (missing, *one.shape))])
+            more = one(jax.ShapeDtypeStruct(array.shape[1:], array.dtype))
+            array = jnp.concatenate([array, jnp.broadcast_to(more, (missing, *more.shape))])
         # From whole arrays: what the compiler finds between two divisions is many times dearer.
         return divided(whole(array, self.over), self.over)
 

@@ -114,21 +114,22 @@ class Inverses:
     @functools.cached_property
     def windows(self) -> tuple[Window, ...]:
         """What is renewed at each turn."""
-        zeros, eigen = self.stacks.zeros(), isinstance(self.method, Eigh | QR)
-        found = [units(layer, zeros[layer.name], eigen=eigen) for layer in self.stacks.layers]
+        shapes, eigen = jax.eval_shape(self.stacks.zeros), isinstance(self.method, Eigh | QR)
+        found = [units(layer, shapes[layer.name], eigen=eigen) for layer in self.stacks.layers]
         every = [unit for some in found for unit in some]
         return dealt(every, self.turns, devices(self.over), apart=self.apart)
 
     def zeros(self) -> Arrays:
         """Inverses of nothing."""
         found: Arrays = {}
-        statistics = self.stacks.zeros()
+        statistics = jax.eval_shape(self.stacks.zeros)
         for layer, fields in ((w.unit.layer, _fields(w.unit)) for w in self.windows):
             like = dict(statistics[layer.name])
             if layer.factored:
-                like |= identity(like, 1)
-                like["values"] = jnp.zeros(layer.shape, like["input"].dtype)
-            arrays = {field: jnp.zeros_like(like[field], self.storage) for field in fields}
+                like |= jax.eval_shape(functools.partial(identity, stack_ndim=1), like)
+                like["values"] = jax.ShapeDtypeStruct(layer.shape, like["input"].dtype)
+            shapes = ((field, like[field]) for field in fields)
+            arrays = {name: jnp.zeros(x.shape, self.storage or x.dtype) for name, x in shapes}
             found[layer.name] = found.get(layer.name, {}) | arrays
         return divided(found, self.stacks.over)
 
@@ -241,10 +242,13 @@ class Inverses:
             factors_of(unit.layer, unweighted(arrays, now.weight))
             for unit, arrays in zip(units, statistics, strict=True)
         ]
-        solutions, staleness = self._solved(units, found, old.inverse, now)
+        shifts = [
+            self._shifts(unit.layer, x, now.damping) for unit, x in zip(units, found, strict=True)
+        ]
+        solutions, staleness = self._solved(units, found, shifts, old.inverse, now.first)
         new = [
-            self._inverted(unit, i, x, solutions, now)
-            for i, (unit, x) in enumerate(zip(units, found, strict=True))
+            self._inverted(unit, i, found[i], shifts[i], solutions, now)
+            for i, unit in enumerate(units)
         ]
         good: dict[str, jax.Array] = {}  # both sides are kept where one of them fails
         for unit, (_, arrays) in zip(units, new, strict=True):
@@ -253,8 +257,8 @@ class Inverses:
         moving, inverse = [], []
         for i, (unit, (moved, arrays)) in enumerate(zip(units, new, strict=True)):
             # A first inverse that cannot be had must not freeze its layer.
-            plain = self._plain(unit.layer, found[i], now, arrays)
-            kept = _replaced(old.inverse[i], plain, now.first)
+            stand_in = plain(unit.layer, found[i], shifts[i], now.damping, arrays)
+            kept = _replaced(old.inverse[i], stand_in, now.first)
             inverse.append(_replaced(kept, arrays, good[unit.layer.name]))
             if moved:
                 moved["values"] *= now.weight.astype(moved["values"].dtype)
@@ -267,15 +271,15 @@ class Inverses:
         self,
         units: Sequence[Unit],
         found: Sequence[Statistics],
+        shifts: Sequence[Statistics],
         inverse: Sequence[Statistics],
-        now: Now,
+        first: jax.Array,
     ) -> tuple[Solved, list[jax.Array]]:
         """Every factor of some windows inverted, or its eigenvalues and eigenvectors."""
         solutions: Solved = {}
         jobs: dict[Key, Job] = {}
         for i, (unit, statistics) in enumerate(zip(units, found, strict=True)):
             kept, eigen = inverse[i] | _bases(statistics), len(unit.sides) == 2
-            shifts = {} if eigen else self._shifts(unit, statistics, now.damping)
             for side in unit.sides:
                 factor, key, size = statistics[side], (i, side), _size(unit.layer, side)
                 if eigen and is_diagonal(factor, 1):
@@ -284,11 +288,11 @@ class Inverses:
                     factor = told_apart(factor, size, 1)
                     jobs[key] = Job(factor, kept[f"{side}_basis"], eigen=True)
                 elif is_diagonal(factor, 1):
-                    solutions[key] = (safe_power(factor + shifts[side][..., None], -1.0),)
+                    solutions[key] = (safe_power(factor + shifts[i][side][..., None], -1.0),)
                 else:
-                    damped = damped_side(factor, shifts[side], size, 1)
+                    damped = damped_side(factor, shifts[i][side], size, 1)
                     jobs[key] = Job(damped, kept[side], eigen=False)
-        batched, staleness = solved(jobs, self.method, now.first, self.over, apart=self.apart)
+        batched, staleness = solved(jobs, self.method, first, self.over, apart=self.apart)
         for (i, side), (values, *vectors) in batched.items():
             if vectors and values.ndim == 3:
                 values = joined(values, _size(units[i].layer, side))
@@ -296,7 +300,13 @@ class Inverses:
         return solutions | batched, staleness
 
     def _inverted(
-        self, unit: Unit, number: int, found: Statistics, solutions: Solved, now: Now
+        self,
+        unit: Unit,
+        number: int,
+        found: Statistics,
+        shifts: Statistics,
+        solutions: Solved,
+        now: Now,
     ) -> tuple[Statistics, Statistics]:
         """A window's statistics, where they change, and its inverse."""
         layer = unit.layer
@@ -316,21 +326,14 @@ class Inverses:
             block = EigenKronecker(vectors[0], vectors[1], products(*values), 1)
         if isinstance(self.method, Eigh | QR) and not self.method.factored:
             return moved, kept | {"values": self._damped(block, now.damping)}
-        shifts = self._shifts(unit, found, now.damping)
         damping = _in_eigenbasis(values, tuple(shifts[side] for side in SIDES))
         return moved, kept | {"values": block.damped_inverse(damping).values}
 
-    def _plain(self, layer: Layer, found: Statistics, now: Now, fields: Statistics) -> Statistics:
-        """What `plain` gives for some fields of a layer's inverse."""
-        unit = Unit(layer, SIDES if layer.factored else (), 0, 0)
-        arrays = plain(layer, found, self._shifts(unit, found, now.damping), now.damping)
-        return {field: arrays[field].astype(x.dtype) for field, x in fields.items()}
-
-    def _shifts(self, unit: Unit, found: Statistics, damping: jax.Array) -> Statistics:
-        """What factored damping adds to the diagonals of a unit's factors."""
-        if not unit.sides:
+    def _shifts(self, layer: Layer, found: Statistics, damping: jax.Array) -> Statistics:
+        """What factored damping adds to the diagonals of a layer's factors, if it has any."""
+        if not layer.factored:
             return {}
-        block = _block(unit.layer, found)
+        block = _block(layer, found)
         pair = block.factored_damping(damping, relative=self.relative)
         return dict(zip(SIDES, pair, strict=True))
 

@@ -16,13 +16,17 @@ from curvature.blocks.block import safe_power
 from curvature.linalg import multiples_of_identity
 from curvature.optimizer.refresh.schedule import SIDES
 from curvature.sides import entries, unit
-from curvature.statistics.eigenbasis import identity
+from curvature.statistics.eigenbasis import BASES
 from curvature.statistics.factors import Statistics
 from curvature.trace import Layer
 
 
 def plain(
-    layer: Layer, found: Statistics, shifts: Mapping[str, jax.Array], damping: jax.Array
+    layer: Layer,
+    found: Statistics,
+    shifts: Mapping[str, jax.Array],
+    damping: jax.Array,
+    like: Statistics,
 ) -> Statistics:
     """The arrays of 1 / (mean eigenvalue + damping) times the identity.
 
@@ -31,26 +35,44 @@ def plain(
       found: its statistics.
       shifts: what factored damping adds to its factors' diagonals; empty without factors.
       damping: what is added to the curvature of a block without factors.
+      like: arrays of the layer's inverse; the result has their names and dtypes.
     """
+    made = _of_sides if layer.factored else _of_block
+    return {
+        name: made(layer, found, shifts, damping, name).astype(x.dtype) for name, x in like.items()
+    }
+
+
+def _of_block(
+    layer: Layer, found: Statistics, _: Mapping[str, jax.Array], damping: jax.Array, name: str
+) -> jax.Array:
+    curvature, values = block_of(layer, found).diagonal(), found[name]
     depth = len(layer.stack)
-    if not layer.factored:
-        curvature = block_of(layer, found).diagonal()
-        axes = tuple(range(depth, curvature.ndim))
-        values = found["values"]
-        inverse = safe_power(jnp.mean(curvature, axis=axes) + damping.astype(values.dtype), -1.0)
-        if layer.outer:
-            return {"values": multiples_of_identity(inverse, values.shape[-1])}
-        spread = inverse.reshape(inverse.shape + (1,) * (values.ndim - depth))
-        return {"values": jnp.broadcast_to(spread, values.shape)}
-    sides = {}
-    for side, size in zip(SIDES, layer.shape[-2:], strict=True):
-        mean = jnp.mean(entries(found[side], size, depth), axis=-1)
-        sides[side] = safe_power(mean + shifts[side], -1.0)
-    both = (sides["input"] * sides["output"])[..., None, None]
-    inverses = {side: _scaled(unit(found[side], depth), sides[side]) for side in SIDES}
-    return inverses | identity(found, depth) | {"values": jnp.broadcast_to(both, layer.shape)}
+    mean = jnp.mean(curvature, axis=tuple(range(depth, curvature.ndim)))
+    inverse = safe_power(mean + damping.astype(values.dtype), -1.0)
+    if layer.outer:
+        return multiples_of_identity(inverse, values.shape[-1])
+    return jnp.broadcast_to(_spread(inverse, values.ndim), values.shape)
 
 
-def _scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """Every copy of an array times a number."""
-    return x * scale.reshape(scale.shape + (1,) * (x.ndim - scale.ndim))
+def _of_sides(
+    layer: Layer, found: Statistics, shifts: Mapping[str, jax.Array], _: jax.Array, name: str
+) -> jax.Array:
+    depth = len(layer.stack)
+
+    def inverse(side: str) -> jax.Array:
+        size = layer.shape[-2:][SIDES.index(side)]
+        return safe_power(jnp.mean(entries(found[side], size, depth), axis=-1) + shifts[side], -1.0)
+
+    if name == "values":
+        both = inverse("input") * inverse("output")
+        return jnp.broadcast_to(both[..., None, None], layer.shape)
+    if name in BASES:
+        return unit(found[SIDES[BASES.index(name)]], depth)
+    one = unit(found[name], depth)
+    return one * _spread(inverse(name), one.ndim)
+
+
+def _spread(x: jax.Array, ndim: int) -> jax.Array:
+    """A number for every copy, to be multiplied with arrays of `ndim` axes."""
+    return x.reshape(x.shape + (1,) * (ndim - x.ndim))
