@@ -4,35 +4,19 @@ Curvature is compared with brute force in float64, and strict promotion stops a 
 dtypes by accident at the line that does it.
 """
 
-import functools
 import gc
 import itertools
-import os
 import pathlib
 
-import jaxlib.version
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads and XLA's wait for each other
-
-# The time of tests is compilation, and half of that was spent on setting up MLIR for each kernel of
-# a few numbers, which XLA's older emitters do not; newer releases have no older ones.
-if jaxlib.version.__version_info__[:2] <= (0, 10):
-    _quickly = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_quickly}"
-
+import compiling  # noqa: F401, before jax
 import jax
 import pytest
-from jax._src.interpreters import mlir
 from threadpoolctl import threadpool_limits
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 4)  # for meshes; elsewhere the first one is used
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_disable_most_optimizations", True)
-
-# Thousands of small programs are lowered here. To set up a context for each was a quarter of the
-# tests' time; one does for all.
-mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 
 SLOW = pathlib.Path(__file__).with_name("slow.txt")

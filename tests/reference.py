@@ -8,6 +8,7 @@ output can be taken. Nothing is shared with the library: no tokens, no custom ru
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def factors(reference, loss_of_z, params, x, biased, compiled=jax.jit):
@@ -16,14 +17,7 @@ def factors(reference, loss_of_z, params, x, biased, compiled=jax.jit):
     H is the Hessian of the total loss in the network's output, J_r the Jacobian of that output in
     row r of the layer's output.
     """
-    inputs, shapes = {}, {}
-
-    def record(name, a, y):
-        inputs.setdefault(name, []).append(a.reshape(-1, a.shape[-1]))
-        shapes.setdefault(name, []).append(y.shape)
-        return y
-
-    z = reference(params, x, record)
+    z, inputs, shapes = recorded(reference, params, x, compiled)
     if not inputs:
         return {}
 
@@ -40,13 +34,14 @@ def factors(reference, loss_of_z, params, x, biased, compiled=jax.jit):
     jacobians = compiled(jax.jacrev(perturbed))(zeros)
     hessian = compiled(jax.hessian(lambda flat: loss_of_z(flat.reshape(z.shape))))(z.reshape(-1))
     out = {}
-    for name, rows in inputs.items():
-        a = jnp.concatenate(rows)
+    for name, uses in inputs.items():
+        a = np.concatenate([a.reshape(-1, a.shape[-1]) for a in uses])
         if name in biased:
-            a = jnp.concatenate([a, jnp.ones((len(a), 1))], axis=1)
-        j = [j.reshape(z.size, -1, j.shape[-1]) for j in jacobians[name]]
-        j = jnp.concatenate(j, axis=1)
-        out[name] = (a.T @ a / len(a), jnp.einsum("irp,ij,jrq->pq", j, hessian, j))
+            a = np.concatenate([a, np.ones((len(a), 1))], axis=1)
+        j = [np.reshape(j, (z.size, -1, j.shape[-1])) for j in jacobians[name]]
+        j = np.concatenate(j, axis=1)
+        curved = np.tensordot(hessian, j, 1)
+        out[name] = (a.T @ a / len(a), np.einsum("irp,irq->pq", j, curved, optimize=True))
     return out
 
 
@@ -57,14 +52,7 @@ def rows(reference, loss_of_z, params, x, biased, compiled=jax.jit):
     (examples, outputs, rows, d_out), one cotangent for each entry c of an example's output z_n,
     scaled so that sum_c z_nc z_nc' is the Hessian of the loss, which must be diagonal.
     """
-    inputs, shapes = {}, {}
-
-    def record(name, a, y):
-        inputs.setdefault(name, []).append(a.reshape(len(a), -1, a.shape[-1]))
-        shapes.setdefault(name, []).append(y.shape)
-        return y
-
-    z = reference(params, x, record)
+    z, inputs, shapes = recorded(reference, params, x, compiled)
 
     def perturbed(taps):
         seen = {}
@@ -78,14 +66,32 @@ def rows(reference, loss_of_z, params, x, biased, compiled=jax.jit):
     zeros = {name: [jnp.zeros(s) for s in shape] for name, shape in shapes.items()}
     jacobians = compiled(jax.jacrev(perturbed))(zeros)
     curvature = compiled(jax.hessian(loss_of_z))(z).reshape(z.size, z.size)
-    roots = jnp.sqrt(jnp.diagonal(curvature)).reshape(len(z), -1)
+    roots = np.sqrt(np.diagonal(curvature)).reshape(len(z), -1)
     out = {}
-    for name, a in inputs.items():
-        a = jnp.concatenate(a, axis=1)
+    for name, uses in inputs.items():
+        a = np.concatenate([a.reshape(len(a), -1, a.shape[-1]) for a in uses], axis=1)
         if name in biased:
-            a = jnp.concatenate([a, jnp.ones((*a.shape[:2], 1))], axis=2)
+            a = np.concatenate([a, np.ones((*a.shape[:2], 1))], axis=2)
         each = range(len(z))
-        own = [jnp.stack([j[n, :, n] for n in each]) for j in jacobians[name]]
+        own = [np.stack([np.asarray(j)[n, :, n] for n in each]) for j in jacobians[name]]
         own = [j.reshape(*j.shape[:2], -1, j.shape[-1]) for j in own]
-        out[name] = (a, jnp.concatenate(own, axis=2) * roots[..., None, None])
+        out[name] = (a, np.concatenate(own, axis=2) * roots[..., None, None])
     return out
+
+
+def recorded(reference, params, x, compiled):
+    """The output, and of every use of a layer its input and the shape of its output."""
+    shapes = {}
+
+    def run(params, x):
+        inputs = {}
+
+        def record(name, a, y):
+            inputs.setdefault(name, []).append(a)
+            shapes.setdefault(name, []).append(y.shape)
+            return y
+
+        return reference(params, x, record), inputs
+
+    z, inputs = compiled(run)(params, x)
+    return z, jax.tree.map(np.asarray, inputs), shapes

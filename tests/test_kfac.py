@@ -860,7 +860,8 @@ def test_only_kinds_that_draw_need_a_key():
             params = parameters(generic=registry is with_generic)
             tx = curvature.scale_by_curvature(registry, kind)
             assert curvature.Estimator(registry, kind).needs_key == needed
-            call = functools.partial(tx.update, params, tx.init(params), params, loss_args=(BATCH,))
+            update = jax.jit(tx.update)
+            call = functools.partial(update, params, tx.init(params), params, loss_args=(BATCH,))
             if needed:
                 with pytest.raises(ValueError, match=r"needs a random key.*pass key="):
                     call()

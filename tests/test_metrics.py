@@ -160,7 +160,7 @@ def f(w):
     return jnp.tanh(X @ w["w"]) + w["b"]
 
 
-JACOBIAN = jax.jacobian(lambda flat: f(UNRAVEL(flat)).reshape(-1))(FLAT_W)
+JACOBIAN = jax.jit(jax.jacobian(lambda flat: f(UNRAVEL(flat)).reshape(-1)))(FLAT_W)
 
 
 def test_pushforward_and_pullback_are_the_jacobian_and_its_transpose():

@@ -30,7 +30,8 @@ def loss_fn(p, x, y):
 
 
 REGISTRY = curvature.register(loss_fn, PARAMS, X, Y)
-GRADS = jax.grad(loss_fn)(PARAMS, X, Y)
+gradient = jax.jit(jax.grad(loss_fn))
+GRADS = gradient(PARAMS, X, Y)
 FIRST, SECOND = "w", "v"
 
 
@@ -54,7 +55,7 @@ def run(tx, steps, params=PARAMS, args=lambda t: (X, Y), state=None, move=True):
     update = jax.jit(tx.update)
     state, history = tx.init(params) if state is None else state, []
     for t in range(steps):
-        grads = jax.grad(loss_fn)(params, *args(t))
+        grads = gradient(params, *args(t))
         updates, state = update(grads, state, params, loss_args=args(t), key=jax.random.key(t))
         params = optax.apply_updates(params, updates) if move else params
         history.append((params, updates, state))

@@ -28,7 +28,7 @@ def loss_fn(p, x, y):
 
 
 REGISTRY = curvature.register(loss_fn, PARAMS, X, Y)
-GRADS = jax.grad(loss_fn)(PARAMS, X, Y)
+GRADS = jax.jit(jax.grad(loss_fn))(PARAMS, X, Y)
 
 
 def dot(a, b):
