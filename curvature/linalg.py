@@ -31,7 +31,7 @@ def cholesky_inverse(matrices: jax.Array) -> jax.Array:
 
 def eigh(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues, ascending, and eigenvectors as columns."""
-    return _each(lambda matrix: tuple(jnp.linalg.eigh(matrix)), matrices)
+    return _each(_eigh, matrices)
 
 
 def without_rounding(
@@ -52,7 +52,7 @@ def without_rounding(
 
 def orthonormal(matrices: jax.Array) -> jax.Array:
     """The Q of a QR decomposition."""
-    return _each(lambda matrix: jnp.linalg.qr(matrix)[0], matrices)
+    return _each(_q, matrices)
 
 
 def diagonal(matrices: jax.Array) -> jax.Array:
@@ -91,6 +91,20 @@ def _inverse(matrix: jax.Array) -> jax.Array:
     return jnp.block([[first - dot(ratio.mT, corner), corner.mT], [corner, second]])
 
 
+def _eigh(matrix: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(jnp.linalg.eigh(matrix))
+
+
+def _q(matrix: jax.Array) -> jax.Array:
+    return jnp.linalg.qr(matrix)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _one_by_one(function: Callable[[jax.Array], Any], matrices: jax.Array) -> Any:
+    """In a `jit`, without which each call would compile a loop anew outside of one."""
+    return jax.lax.map(function, matrices)
+
+
 def _each(function: Callable[[jax.Array], Any], matrices: jax.Array) -> Any:
     *stack, rows, columns = matrices.shape
     flat = matrices.reshape(-1, rows, columns)
@@ -99,7 +113,7 @@ def _each(function: Callable[[jax.Array], Any], matrices: jax.Array) -> Any:
     else:
         out = jax.lax.platform_dependent(
             flat,
-            cpu=lambda flat: jax.lax.map(function, flat),
+            cpu=functools.partial(_one_by_one, function),
             default=lambda flat: jax.vmap(function)(flat),
         )
     return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), out)

@@ -318,3 +318,26 @@ def test_a_layer_more_is_little_more_of_a_program(make, most):
         operations(depth, lambda registry: make(registry, 0.1)) for depth in (4, 12)
     )
     assert (large - small - (net_large - net_small)) / 8 <= most
+
+
+@pytest.mark.parametrize("make", [curvature.kfac, curvature.eigen_adam])
+def test_without_jit_later_turns_compile_nothing(make, compilations):
+    """Neither the loop over turns, nor that over matrices of one size."""
+    params = {name: normal(i, 4, 4) for i, name in enumerate("abc")}
+
+    def deep(p, x, y):
+        for w in p.values():
+            x = jnp.tanh(x @ w)
+        return curvature.losses.l2_loss(x, y).mean()
+
+    args = (normal(8, 16, 4), normal(9, 16, 4))
+    registry = curvature.register(deep, params, *args)
+    tx = make(registry, 0.1, statistics_every=2, refresh_every=4, warmup_steps=0)
+    state, gradient = tx.init(params), jax.jit(jax.grad(deep))
+    for i in range(9):
+        if i == 5:
+            compilations.clear()
+        grads = gradient(params, *args)
+        updates, state = tx.update(grads, state, params, loss_args=args, key=jax.random.key(i))
+        params = optax.apply_updates(params, updates)
+    assert not compilations

@@ -33,6 +33,16 @@ def when(due: jax.Array | bool, act: Callable[[T], T], value: T) -> T:
     return cond(due, act, lambda value: value, value)
 
 
+def loop(first: jax.Array, last: jax.Array, body: Callable[[jax.Array, T], T], value: T) -> T:
+    """`jax.lax.fori_loop`; by Python where the bounds are known, as in `cond`."""
+    if isinstance(last, jax.core.Tracer):
+        found: T = jax.lax.fori_loop(first, last, body, value)
+        return found
+    for i in range(int(first), int(last)):
+        value = body(jnp.asarray(i, last.dtype), value)
+    return value
+
+
 def finite(tree: Any) -> jax.Array:
     """Whether all entries are finite.
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvature.optimizer.refresh.cond import when
+from curvature.optimizer.refresh.cond import loop, when
 from curvature.statistics.factors import Statistics
 from curvature.trace import Layer
 
@@ -167,7 +167,7 @@ def _loop(one: Callable[..., T], count: int) -> Callable[..., T]:
     """
 
     def few(first: jax.Array, last: jax.Array, value: T, *operands: Any) -> T:
-        return jax.lax.fori_loop(first, last, lambda turn, x: one(turn, x, *operands), value)
+        return loop(first, last, lambda turn, x: one(turn, x, *operands), value)
 
     def every(first: jax.Array, last: jax.Array, value: T, *operands: Any) -> T:
         def step(value: T, turn: jax.Array) -> tuple[T, None]:
@@ -176,13 +176,13 @@ def _loop(one: Callable[..., T], count: int) -> Callable[..., T]:
 
         return jax.lax.scan(step, value, jnp.arange(count, dtype=first.dtype))[0]
 
-    loop = jax.custom_jvp(few)
+    turns = jax.custom_jvp(few)
 
-    @loop.defjvp
+    @turns.defjvp
     def derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[T, T]:
         return jax.jvp(every, primals, tangents)
 
-    return loop
+    return turns
 
 
 def dealt(
