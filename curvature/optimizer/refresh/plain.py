@@ -37,16 +37,15 @@ def plain(
       damping: what is added to the curvature of a block without factors.
       like: arrays of the layer's inverse; the result has their names and dtypes.
     """
-    made = _of_sides if layer.factored else _of_block
-    return {
-        name: made(layer, found, shifts, damping, name).astype(x.dtype) for name, x in like.items()
-    }
+    if layer.factored:
+        made = {name: _of_sides(layer, found, shifts, name) for name in like}
+    else:
+        made = {"values": _of_block(layer, found, damping)}
+    return {name: x.astype(like[name].dtype) for name, x in made.items()}
 
 
-def _of_block(
-    layer: Layer, found: Statistics, _: Mapping[str, jax.Array], damping: jax.Array, name: str
-) -> jax.Array:
-    curvature, values = block_of(layer, found).diagonal(), found[name]
+def _of_block(layer: Layer, found: Statistics, damping: jax.Array) -> jax.Array:
+    curvature, values = block_of(layer, found).diagonal(), found["values"]
     depth = len(layer.stack)
     mean = jnp.mean(curvature, axis=tuple(range(depth, curvature.ndim)))
     inverse = safe_power(mean + damping.astype(values.dtype), -1.0)
@@ -56,7 +55,7 @@ def _of_block(
 
 
 def _of_sides(
-    layer: Layer, found: Statistics, shifts: Mapping[str, jax.Array], _: jax.Array, name: str
+    layer: Layer, found: Statistics, shifts: Mapping[str, jax.Array], name: str
 ) -> jax.Array:
     depth = len(layer.stack)
 
