@@ -81,7 +81,7 @@ def both(monkeypatch, loss, params, x, block):
     find = where.same_inputs
     monkeypatch.setattr(where, "same_inputs", lambda *a: shared.update(find(*a)) or find(*a))
     found = statistics(params)
-    statistics.clear_cache()
+    statistics.clear_cache()  # to be traced anew
     monkeypatch.setattr(where, "same_inputs", lambda *_: {})
     return found, statistics(params), shared
 
