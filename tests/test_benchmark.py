@@ -211,7 +211,8 @@ def test_a_missing_checkout_is_said(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_side_by_side_measures_ours_and_adam(tmp_path):
+def test_side_by_side_measures_ours_and_adam(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # in its processes: more is compiled
     arguments = ["--side-by-side", "--quick", "--data", "random", "--out", str(tmp_path)]
     assert benchmark.main(arguments) == 0
     found = json.loads((tmp_path / "side_by_side.json").read_text())

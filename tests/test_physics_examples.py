@@ -13,7 +13,7 @@ def png(path):
 
 
 @pytest.mark.slow
-def test_helium(tmp_path, standard_promotion):
+def test_helium(tmp_path, standard_promotion, optimised):
     """Natural gradient is near the exact energy, and before Adam is at its lowest rate."""
     arguments = ["--out", str(tmp_path), "--steps", "240", "--walkers", "400"]
     results = vmc.main(arguments)
