@@ -1,6 +1,7 @@
 """Settings that shorten compilation, of which the time of tests consists; import it before jax."""
 
 import functools
+import gc
 import os
 import pathlib
 
@@ -40,3 +41,6 @@ if "CI" not in os.environ and os.access(KEPT.parents[1], os.W_OK):
     jax.config.update("jax_compilation_cache_dir", str(KEPT))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Programs and traces are many objects that stay: to look through them for garbage was a fifteenth.
+gc.set_threshold(20_000, 20, 100)
