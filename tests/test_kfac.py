@@ -798,7 +798,14 @@ BAD_UPDATES = {
                                   r"\['c'\].*\[2, 4\].*\[4, 2\]"),
     "gradient of another structure": ({"updates": {"a": GRADS["a"]}}, ValueError,
                                       "trees like the parameters: .*'c'. is missing"),
+    "values of examples": ({"value": jnp.ones(7)}, ValueError,
+                           r"value has shape \(7,\), expected a scalar"),
 }  # fmt: skip
+BAD_PARAMS = {
+    "params of another structure": "params .*structure.*'c'. is missing",
+    "params of another shape": r"params\['c'\] is float64\[2, 4\], but float64\[4, 2\]",
+    "params of another dtype": r"params\['c'\] is bfloat16\[4, 2\], but float64\[4, 2\]",
+}
 
 
 @pytest.mark.parametrize("name", BAD_MODELS)
@@ -806,6 +813,14 @@ def test_bad_models_raise(name):
     call, exception, words = BAD_MODELS[name]
     with pytest.raises(exception, match=f"(?s){words}"):
         call()
+
+
+@pytest.mark.parametrize("name", BAD_PARAMS)
+@pytest.mark.parametrize("make", [curvature.kfac, curvature.eigen_adam])
+def test_states_of_other_parameters_are_refused(make, name, standard_promotion):
+    params = BAD_UPDATES[name][0]["params"]
+    with pytest.raises(ValueError, match=f"(?s){BAD_PARAMS[name]}"):
+        make(REGISTRY, 0.1).init(params)
 
 
 @pytest.mark.parametrize("name", BAD_SETTINGS)

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
+from curvature.trace import Registry
 from curvature.trees import difference, different_shape
 
 PyTree = Any
@@ -62,6 +63,15 @@ def check_update(params: PyTree | None, loss_args: Any) -> tuple[PyTree, ...]:
     return tuple(loss_args)
 
 
+def check_value(value: Any) -> None:
+    """Raises for what is no value of a loss; None is none."""
+    if value is not None and jnp.shape(value):
+        raise ValueError(
+            f"value has shape {jnp.shape(value)}, expected a scalar: the loss of the batch at "
+            "params, as jax.value_and_grad returns it."
+        )
+
+
 def check_state(state: PyTree, kind: type) -> None:
     """Raises for the state of another transformation."""
     if not isinstance(state, kind):
@@ -89,10 +99,13 @@ def own(state: PyTree) -> PyTree:
     return jax.tree.map(jnp.copy, state)
 
 
-def check_not_masked(params: PyTree, registered: PyTree) -> None:
-    """Raises for parameters that `optax.masked` or `optax.partition` took away."""
+def check_params(params: PyTree, registry: Registry) -> None:
+    """Raises for parameters that are not the registered ones, or were masked.
+
+    A tree without leaves is what `optax.tree_utils.tree_map_params` asks a state of.
+    """
     masked = _masked(params)
-    if masked and not _masked(registered):
+    if masked and not _masked(registry.params):
         raise ValueError(
             f"params{masked[0]} is masked (optax.masked, optax.partition), but the registered loss "
             "needs it. Wrap no mask around the preconditioner: leave parameters out of the "
@@ -100,6 +113,8 @@ def check_not_masked(params: PyTree, registered: PyTree) -> None:
             "gradients, or register the loss as a function of the masked parameters, with all "
             "parameters as another argument."
         )
+    if jax.tree.leaves(params):
+        registry.check_params(params)
 
 
 def _masked(params: PyTree) -> list[str]:

@@ -13,7 +13,14 @@ import jax.numpy as jnp
 
 from curvature.optimizer import quadratic
 from curvature.optimizer.adaptive import LevenbergMarquardt, QuadraticModel
-from curvature.optimizer.arguments import ScalarOrSchedule, at, check_state, check_update, own
+from curvature.optimizer.arguments import (
+    ScalarOrSchedule,
+    at,
+    check_state,
+    check_update,
+    check_value,
+    own,
+)
 from curvature.optimizer.averaging import Gathered
 from curvature.optimizer.objective import Objective, Problem, combined, is_zero
 from curvature.optimizer.preconditioner import (
@@ -152,6 +159,7 @@ class Descent:
         """The step of a call, zero where it only gathers, and the state after it."""
         args = check_update(params, extra.pop("loss_args", None))
         check_state(state, KFACState)
+        check_value(extra.get("value"))
         key = extra.pop("key", None)
         lam = extra.pop("damping", None if self.adapts else self.damping)
         gathered = self.preconditioner.gathered(updates, state.curvature, params, args, key)

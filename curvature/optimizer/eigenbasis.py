@@ -24,7 +24,7 @@ from curvature.optimizer.arguments import (
     Period,
     ScalarOrSchedule,
     check_configuration,
-    check_not_masked,
+    check_params,
     check_state,
     check_transformation,
     check_update,
@@ -222,7 +222,7 @@ def transformation(
         return layout.joined(inner, divided(layout.split(inner), apart))
 
     def init(params: PyTree) -> EigenbasisState:
-        check_not_masked(params, registry.params)
+        check_params(params, registry)
         if not jax.tree.leaves(params):
             # `optax.tree_utils.tree_map_params` asks for the state of a placeholder.
             params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), registry.params)

@@ -13,7 +13,7 @@ import optax
 from curvature.meshes import divided
 from curvature.optimizer.arguments import (
     check_configuration,
-    check_not_masked,
+    check_params,
     check_range,
     check_transformation,
     own,
@@ -155,7 +155,7 @@ class Preconditioner:
 
     def init(self, params: PyTree) -> CurvatureState:
         """The state before the first step."""
-        check_not_masked(params, self.estimator.registry.params)
+        check_params(params, self.estimator.registry)
         zero = jnp.zeros((), jnp.int32)
         scalar = jnp.zeros((), jnp.result_type(float))
         state = CurvatureState(

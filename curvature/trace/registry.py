@@ -152,6 +152,10 @@ class Registry:
         ]
         return dataclasses.replace(self, layers=tuple(layers))
 
+    def check_params(self, params: PyTree) -> None:
+        """Raises ValueError for parameters of another structure, shape or dtype than registered."""
+        _check_tree("params", params, self.params, exact=True)
+
     def analyse(
         self, params: PyTree, args: tuple[PyTree, ...], larger: int | None = None
     ) -> Analysis:
@@ -164,7 +168,7 @@ class Registry:
         Raises:
           ValueError: trees, dtypes, ranks or layers differ from the registered ones.
         """
-        _check_tree("params", params, self.params, exact=True)
+        self.check_params(params)
         _check_tree("loss_args", args, self.args, exact=False)
         search = self.batch_found
         with on_mesh(params, args):
