@@ -23,6 +23,8 @@ FIRST = {"README.md", *(f"docs/start/{name}.md" for name in ("jax", "linen", "nn
 
 SLOW = {"docs/physics.md", "docs/training.md"}
 """Those that compile many optimizers."""
+MESHES = {"docs/recipes/meshes.md", "docs/training.md"}
+"""Those that end with a step on a mesh."""
 
 
 def lecture():
@@ -92,6 +94,12 @@ def check(history):
     return trained
 
 
+def compiled_again(scope):
+    """The jitted functions at the end of a page that were compiled more than once."""
+    sizes = {k: x._cache_size() for k, x in scope.items() if hasattr(x, "_cache_size")}
+    return {name: size for name, size in sizes.items() if size > 1}
+
+
 def tables(text):
     """The coverage tables in a text, as words; lines of code are left out, they move."""
     found = re.findall(r"^parameter .*?in structured blocks\.$", text, re.DOTALL | re.MULTILINE)
@@ -114,7 +122,9 @@ def cases():
 
 @pytest.mark.parametrize("page", cases())
 def test_page_runs_and_what_it_trains_learns(page, capsys):
-    _, history = run(page)
+    scope, history = run(page)
+    if page.relative_to(ROOT).as_posix() in MESHES:
+        assert not compiled_again(scope)
     trained, printed = check(history), capsys.readouterr().out
     assert set(tables(page.read_text(encoding="utf-8"))) <= set(tables(printed))
     if page.relative_to(ROOT).as_posix() in FIRST:

@@ -114,7 +114,16 @@ def check_params(params: PyTree, registry: Registry) -> None:
             "parameters as another argument."
         )
     if jax.tree.leaves(params):
-        registry.check_params(params)
+        registry.check_params(_unboxed(params, registry.params))
+
+
+def _unboxed(params: PyTree, like: PyTree) -> PyTree:
+    """Parameters without a box around each: `nnx.Optimizer` makes its state of variables."""
+    found, expected = map(jax.tree_util.tree_leaves_with_path, (params, like))
+    boxed = [path[: len(name)] for (path, _), (name, _) in zip(found, expected, strict=False)]
+    if len(found) != len(expected) or boxed != [name for name, _ in expected]:
+        return params
+    return jax.tree.unflatten(jax.tree.structure(like), [leaf for _, leaf in found])
 
 
 def _masked(params: PyTree) -> list[str]:
