@@ -166,7 +166,7 @@ def in_eigenbasis(
 
     Raises:
       ValueError: at once for an argument out of range, or an inner transformation whose state
-        cannot follow a change of basis; by `update` as `scale_by_curvature`.
+        cannot follow a change of basis; by `init` and `update` as `scale_by_curvature`.
 
     >>> import jax, jax.numpy as jnp, optax, curvature
     >>> def loss_fn(params, x, y):

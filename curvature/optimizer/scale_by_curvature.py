@@ -149,8 +149,8 @@ def scale_by_curvature(
       An optax transformation with extra arguments; its state is a `CurvatureState`.
 
     Raises:
-      ValueError: at once for an argument out of range; by `update` without `params`, `loss_args`
-        or a needed `key`, with arguments that differ from what was registered, or inside
+      ValueError: at once for an argument out of range; by `init` and `update` for what differs from
+        what was registered; by `update` without `params`, `loss_args` or a needed `key`, or inside
         `shard_map` or `pmap` without `axis_name`.
     """
     options = Options.of(locals())
