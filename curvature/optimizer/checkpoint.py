@@ -112,8 +112,9 @@ def with_factors(state: PyTree, saved: dict[str, Any]) -> PyTree:
     found = jax.tree.map(jnp.shape, saved)
     if shapes != found:
         raise ValueError(
-            f"The factors have the shapes {found}, expected {shapes}: they are another model's, or "
-            "its layers had other blocks."
+            f"The factors have the shapes {found}, expected {shapes}: they are another model's, "
+            "its layers had other blocks, or they are filled up for another number of devices "
+            "(gather='updates')."
         )
     # Copies: a restored state may be donated, and the saved one used again.
     saved = jax.tree.map(jnp.copy, saved)
