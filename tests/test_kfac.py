@@ -798,8 +798,6 @@ BAD_UPDATES = {
                                   r"\['c'\].*\[2, 4\].*\[4, 2\]"),
     "gradient of another structure": ({"updates": {"a": GRADS["a"]}}, ValueError,
                                       "trees like the parameters: .*'c'. is missing"),
-    "values of examples": ({"value": jnp.ones(7)}, ValueError,
-                           r"value has shape \(7,\), expected a scalar"),
 }  # fmt: skip
 BAD_PARAMS = {
     name: (changes["params"], words)
@@ -858,6 +856,13 @@ def test_bad_updates_raise(name, recipe, transform):
     good = {"updates": GRADS, "params": PARAMS, "loss_args": (BATCH,), "key": jax.random.key(0)}
     with pytest.raises(exception, match=f"(?s){words}"):
         transform(lambda: tx.update(state=tx.init(PARAMS), **(good | changes)))
+
+
+def test_values_of_examples_are_refused():
+    tx = curvature.kfac(REGISTRY, curvature.QuadraticModel())
+    more = {"loss_args": (BATCH,), "key": jax.random.key(0), "value": jnp.ones(7)}
+    with pytest.raises(ValueError, match=r"value has shape \(7,\), expected a scalar"):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS, **more)
 
 
 def test_only_kinds_that_draw_need_a_key():
