@@ -25,7 +25,8 @@ from jax._src.interpreters import mlir
 mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 # What was compiled is kept for the next run, which then takes two thirds of the time; a first one
-# takes 6 % more. `scripts/test` removes what is old.
+# takes 6 % more. `scripts/test` removes what is old: JAX's own limit on the folder's size looks
+# through all of it for each program.
 KEPT = pathlib.Path(__file__).parents[1] / ".cache/jax"
 
 

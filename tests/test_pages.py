@@ -23,8 +23,6 @@ FIRST = {"README.md", *(f"docs/start/{name}.md" for name in ("jax", "linen", "nn
 
 SLOW = {"docs/physics.md", "docs/training.md"}
 """Those that compile many optimizers."""
-MESHES = {"docs/recipes/meshes.md", "docs/training.md"}
-"""Those that end with a step on a mesh."""
 
 
 def lecture():
@@ -94,12 +92,6 @@ def check(history):
     return trained
 
 
-def compiled_again(scope):
-    """The jitted functions at the end of a page that were compiled more than once."""
-    sizes = {k: x._cache_size() for k, x in scope.items() if hasattr(x, "_cache_size")}
-    return {name: size for name, size in sizes.items() if size > 1}
-
-
 def tables(text):
     """The coverage tables in a text, as words; lines of code are left out, they move."""
     found = re.findall(r"^parameter .*?in structured blocks\.$", text, re.DOTALL | re.MULTILINE)
@@ -122,15 +114,21 @@ def cases():
 
 @pytest.mark.parametrize("page", cases())
 def test_page_runs_and_what_it_trains_learns(page, capsys):
-    scope, history = run(page)
-    if page.relative_to(ROOT).as_posix() in MESHES:
-        assert not compiled_again(scope)
+    _, history = run(page)
     trained, printed = check(history), capsys.readouterr().out
     assert set(tables(page.read_text(encoding="utf-8"))) <= set(tables(printed))
     if page.relative_to(ROOT).as_posix() in FIRST:
         *_, last = (values[-1] for block in history for values in block.values())
         assert trained and last < CHANCE  # better than guessing
         assert tables(printed)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_the_step_on_a_mesh_compiles_once(devices, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    scope, _ = run(ROOT / "docs/recipes/meshes.md")
+    assert scope["mesh"].size == devices
+    assert scope["step"]._cache_size() == 1
 
 
 def test_there_is_a_first_page_for_every_framework():

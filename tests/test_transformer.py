@@ -125,13 +125,16 @@ def test_what_does_not_fit_is_said(tmp_path, capsys, arguments, message):
 def started(folder, *arguments, devices=1):
     """A process of its own, with so many devices."""
     script = Path(train.__file__)
-    quickly = os.environ.get("XLA_FLAGS", "")
-    flags = {"XLA_FLAGS": f"{quickly} --xla_force_host_platform_device_count={devices}"}
-    settings = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"}
-    settings["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    settings = {
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_X64": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
     return subprocess.Popen(
         [sys.executable, script, *SMALL, *SHORT, "--out", folder, *arguments],
-        env=os.environ | flags | settings,
+        env=os.environ | settings,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
