@@ -77,12 +77,12 @@ def uninterrupted(optimizer, dtype=jnp.float64):
     return training, half, *training.run(half, HALF)
 
 
-def through_disk(folder, tree, target):
+def through_disk(folder, tree, target, **options):
     """`tree` saved, and read again as `target` (shapes, dtypes, shardings) says."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "saved", tree)
         checkpointer.wait_until_finished()
-        return checkpointer.restore(folder / "saved", target)
+        return checkpointer.restore(folder / "saved", target, **options)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.slow)])
@@ -145,3 +145,49 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, optimizer, saved_on, shape, spe
     np.testing.assert_allclose(losses, expected, rtol=1e-9)
     for a, b in zip(jax.tree.leaves(end[0]), jax.tree.leaves(whole[0]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)
+
+
+def deep_loss(params, x):
+    for w in params.values():
+        x = jnp.tanh(x @ w)
+    return curvature.losses.l2_loss(x).mean()
+
+
+def deep(make, count):
+    """A start and a step of five equal layers, whose state is divided over so many devices."""
+    over = NamedSharding(Mesh(np.array(jax.devices()[:count]), ("data",)), P("data"))
+    whole = NamedSharding(over.mesh, P())
+    params = jax.device_put({f"w{i}": normal(i, 4, 4) for i in range(5)}, whole)
+    x = jax.device_put(normal(9, 12, 4), over)
+    registry = curvature.register(deep_loss, params, x)
+    # At once: which layers' turn it is depends on the number of devices.
+    tx = make(registry, 0.1, refresh_every=1, refresh_over=over, gather="updates")
+    places = jax.tree.map(lambda _: whole, params), curvature.state_shardings(tx, params)
+
+    @functools.partial(jax.jit, out_shardings=places)
+    def step(params, state, key):
+        grads = jax.grad(deep_loss)(params, x)
+        updates, state = tx.update(grads, state, params, loss_args=(x,), key=key)
+        return optax.apply_updates(params, updates), state
+
+    return (params, jax.jit(tx.init, out_shardings=places[1])(params)), step
+
+
+@pytest.mark.parametrize("devices", [(1, 4), (4, 3), (3, 4), (4, 1)], ids=str)
+@pytest.mark.parametrize("make", [curvature.kfac, curvature.ekfac, curvature.eigen_adam])
+def test_a_divided_state_goes_on_on_another_number_of_devices(tmp_path, make, devices):
+    """What fills it up there is cut off or made anew by orbax, and changes no step."""
+    starts, steps = zip(*(deep(make, count) for count in devices), strict=True)
+    shapes = [jax.tree.map(jnp.shape, start) for start in starts]
+    assert shapes[0] != shapes[1]
+    here = starts[0]
+    for i in range(HALF):
+        here = steps[0](*here, jax.random.key(i))
+    there = through_disk(tmp_path, here, starts[1], strict=False)
+    for i in range(HALF, 3 * HALF):
+        here = steps[0](*here, jax.random.key(i))
+        there = steps[1](*there, jax.random.key(i))
+    assert jax.tree.map(jnp.shape, there) == shapes[1]
+    assert steps[1]._cache_size() == 1
+    for name, w in here[0].items():
+        np.testing.assert_allclose(there[0][name], w, rtol=1e-9, atol=1e-11)

@@ -162,11 +162,12 @@ def test_a_mesh_and_processes_train_as_one_device(tmp_path):
     """Also where two processes stop at a checkpoint, and one goes on from there."""
     one, mesh, two, resumed = (tmp_path / name for name in ("one", "mesh", "two", "resumed"))
     finished(started(one))
-    finished(started(mesh, "--mesh", "data=2,fsdp=2,model=2", "--gather", "updates", devices=8))
+    apart = ("--gather", "updates")
+    finished(started(mesh, "--mesh", "data=2,fsdp=2,model=2", *apart, devices=8))
     several(two)
     checkpoints = ("--checkpoint-every", "2")
-    several(resumed, *checkpoints, "--stop-after", "2", status=1)
-    finished(started(resumed, *checkpoints, "--resume"))
+    several(resumed, *checkpoints, *apart, "--stop-after", "2", status=1)
+    finished(started(resumed, *checkpoints, *apart, "--resume"))
     expected = losses(one)
     assert len(expected) == 4
     for folder in (mesh, two, resumed):

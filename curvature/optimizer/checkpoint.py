@@ -114,7 +114,7 @@ def with_factors(state: PyTree, saved: dict[str, Any]) -> PyTree:
         raise ValueError(
             f"The factors have the shapes {found}, expected {shapes}: they are another model's, "
             "its layers had other blocks, or they are filled up for another number of devices "
-            "(gather='updates')."
+            "(gather='updates'; orbax's StandardRestore(factors(state), strict=False) fits them)."
         )
     # Copies: a restored state may be donated, and the saved one used again.
     saved = jax.tree.map(jnp.copy, saved)

@@ -117,7 +117,8 @@ class RunFolder:
         """The state of the checkpoint, or the one given where there is none."""
         if not self.step:
             return state
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(state))
+        # Not strict: what is divided over devices is filled up for as many as there are.
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(state, strict=False))
         return self._checkpoints.restore(self.step, args=args).state
 
     def append(self, row: dict[str, Any]) -> None:
