@@ -48,12 +48,18 @@ def product(subscripts: str, x: jax.Array, y: jax.Array, precision: Precision = 
     dtype = jnp.result_type(x, y)
     if narrow(dtype):
         return jnp.einsum(subscripts, x, y, preferred_element_type=accumulator(dtype))
-    full = functools.partial(jnp.einsum, subscripts, precision=HIGHEST)
     if dtype.itemsize == 8:
-        return full(x, y)
-    fast = functools.partial(jnp.einsum, subscripts, precision=precision)
-    if precision is not FAST:
-        return fast(x, y)
+        precision = HIGHEST
+    if precision is FAST:
+        return _by_platform(subscripts, x, y)
+    return jnp.einsum(subscripts, x, y, precision=precision)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _by_platform(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """A `jit`, so that all products of a shape are traced and lowered once, with both branches."""
+    full = functools.partial(jnp.einsum, subscripts, precision=HIGHEST)
+    fast = functools.partial(jnp.einsum, subscripts, precision=FAST)
     found: jax.Array = jax.lax.platform_dependent(x, y, cpu=full, default=fast)
     return found
 

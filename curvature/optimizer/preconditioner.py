@@ -286,4 +286,4 @@ def settled(
 
 def masked(good: jax.Array, tree: PyTree) -> PyTree:
     """The tree, or zeros."""
-    return jax.tree.map(lambda x: jnp.where(good, x, jnp.zeros_like(x)), tree)
+    return jax.tree.map(lambda x: jnp.where(good, x, 0), tree)

@@ -252,7 +252,8 @@ class Rows:
         """Rows a from (a part of) `x`: patches, scale, bias and basis; a lookup has none."""
         if isinstance(self.layout, Convolution):
             x = self._patches(x)
-        a = x * jnp.asarray(self.layout.scale, x.dtype)
+        scale = self.layout.scale
+        a = x if scale == 1 else x * jnp.asarray(scale, x.dtype)
         if self.bias is not None:
             ones = jnp.full((*a.shape[:-1], 1), self.bias, a.dtype)
             a = jnp.concatenate([a, ones], axis=-1)
