@@ -196,7 +196,8 @@ def operators():
 
 def power(matrix, p, damping):
     values, vectors = np.linalg.eigh(matrix)
-    values = np.where(values > 1e-11 * values.max(), values, 0) + damping
+    # Between what rounding leaves of zero, 1e-15, and the smallest products of the factors', 5e-12.
+    values = np.where(values > 1e-13 * values.max(), values, 0) + damping
     return (vectors * np.where(values > 0, np.where(values > 0, values, 1) ** p, 0)) @ vectors.T
 
 
