@@ -104,6 +104,26 @@ def test_what_is_linear_is_as_it_is_elsewhere(kind, method, nesterov):
     assert state.stats.staleness > 1e-3  # bases do change
 
 
+@pytest.mark.parametrize(
+    "make", [curvature.eigen_adam, functools.partial(curvature.kfac, refresh=curvature.QR())]
+)
+def test_staleness_is_that_of_what_was_renewed_last(make):
+    """Two layers, five turns: most renew nothing, and leave it."""
+    tx = make(SMALL_REGISTRY, 0.1, statistics_every=1, refresh_every=5, warmup_steps=0)
+    grads, found = jax.grad(small_loss_fn)(SMALL, *SMALL_DATA), []
+
+    @jax.jit
+    def after(state, key):
+        return tx.update(grads, state, SMALL, loss_args=SMALL_DATA, key=key)[1]
+
+    state = tx.init(SMALL)
+    for i in range(9):
+        state = after(state, jax.random.fold_in(KEY, i))
+        found.append(float(state.stats.staleness))
+    assert min(found[2:]) > 0
+    assert 1 < len(set(found[2:])) < len(found[2:])
+
+
 @SOURCES
 def test_in_the_coordinates_themselves_it_is_the_inner_transformation(kind):
     """With every side wider than `max_factor_dim`."""

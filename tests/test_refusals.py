@@ -12,6 +12,7 @@ from small_net import REGISTRY, all_close, batch, gradient, loss_fn, net, parame
 import curvature
 
 PARAMS, BATCH = parameters(), batch()
+EMPTY = {name: x[:0] for name, x in BATCH.items()}
 GRADS = gradient(PARAMS, BATCH)
 
 
@@ -49,6 +50,9 @@ BAD_MODELS = {
                       "no parameters.*empty"),
     "parameters are None": (lambda: curvature.register(loss_fn, None, BATCH), ValueError,
                             "no parameters.*empty"),
+    "no examples": (
+        lambda: curvature.register(loss_fn, PARAMS, EMPTY), ValueError,
+        r"l2_loss at .* has no predictions: they are float64\[0, 2\]. Leave empty batches out"),
     "loss is not a scalar": (
         lambda: curvature.register(
             lambda p, b: curvature.losses.l2_loss(net(p, b["x"]), b["y"]), PARAMS, BATCH),
@@ -125,6 +129,8 @@ BAD_UPDATES = {
     "batch of another rank": (
         {"loss_args": ({**BATCH, "x": BATCH["x"][None]},)}, ValueError,
         r"loss_args\[0\]\['x'\] is float64\[1, 7, 3\], but float64\[7, 3\]"),
+    "batch without examples": (
+        {"loss_args": (EMPTY,)}, ValueError, r"no predictions: they are float64\[0, 2\]"),
     "batch of another dtype": (
         {"loss_args": ({**BATCH, "y": BATCH["y"].astype(jnp.float32)},)}, ValueError,
         r"loss_args\[0\]\['y'\] is float32\[7, 2\], but float64\[7, 2\]"),

@@ -287,13 +287,14 @@ def transformation(
         """Renews the bases whose turn it is; all of them in the first steps."""
         early = ~state.refreshed | (state.step < options.warmup_steps)
         parts = rotation.layout.split(state.inner)
-        clock, zero = options.clock(state.step, sound, early), jnp.zeros_like(state.weight)
-        old = Moved(state.bases, parts["vector"], parts["diagonal"], jnp.asarray(False), zero)
+        clock, none = options.clock(state.step, sound, early), jnp.full_like(state.weight, -1)
+        old = Moved(state.bases, parts["vector"], parts["diagonal"], jnp.asarray(False), none)
         everything = rotation.eigenbases.refresh(
             state.statistics, state.weight, ~state.refreshed, clock, old
         )
         failed = state.stats.failed_refreshes + everything.failed.astype(jnp.int32)
-        stale = jnp.where(clock.due, everything.staleness, state.stats.staleness)
+        stale = everything.staleness
+        stale = jnp.where(stale < 0, state.stats.staleness, stale)
         moments: dict[Moment, Any] = {
             "vector": everything.vectors,
             "diagonal": everything.diagonals,

@@ -237,8 +237,8 @@ class Preconditioner:
         early = first | (state.step < self.averaging.options.warmup_steps)
         now = Now(state.weight, damping, first, restart=first & (state.step <= 0))
         clock = self.averaging.options.clock(state.step, sound, early)
-        moving, staleness = self.inverses.moving(state.statistics), jnp.zeros_like(damping)
-        old = Refreshed(moving, state.inverse, jnp.asarray(False), staleness)
+        moving, none = self.inverses.moving(state.statistics), jnp.full_like(damping, -1)
+        old = Refreshed(moving, state.inverse, jnp.asarray(False), none)
         moving, inverse, failed, staleness = self.inverses.refresh(
             state.statistics, now, clock, old
         )
@@ -246,7 +246,7 @@ class Preconditioner:
         stats = state.stats._replace(
             failed_refreshes=state.stats.failed_refreshes + failed.astype(jnp.int32),
             damping=jnp.where(clock.due, damping, state.stats.damping),
-            staleness=jnp.where(clock.due, staleness, state.stats.staleness),
+            staleness=jnp.where(staleness < 0, state.stats.staleness, staleness),
         )
         return state._replace(
             statistics=statistics,

@@ -260,6 +260,11 @@ class Finder:
         lead = tuple(length for _, length in self._loops)
         self.masked |= self._branches > 0
         z = equation.invars[0]
+        if not z.aval.size:
+            raise ValueError(
+                f"The tagged loss {loss.name} at {where} has no predictions: they are "
+                f"{z.aval.dtype}{list(z.aval.shape)}. Leave empty batches out."
+            )
         batch = env.batch(z)
         if batch is not None and batch.axis >= z.aval.ndim - loss.event_ndim:
             batch = None

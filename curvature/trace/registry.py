@@ -233,8 +233,8 @@ def register(
     Raises:
       TypeError: a parameter is not a floating-point array, or the loss is not a scalar.
       ValueError: the loss function has no tagged loss, or none that its value depends on and a
-        parameter reaches; it has side effects (other than unordered debugging output); or there are
-        no parameters.
+        parameter reaches; one of them has no predictions (an empty batch); it has side effects
+        (other than unordered debugging output); or there are no parameters.
 
     >>> import jax.numpy as jnp, curvature
     >>> def loss_fn(params, batch):

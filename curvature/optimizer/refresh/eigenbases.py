@@ -41,7 +41,7 @@ class Moved(NamedTuple):
       vectors: what is rotated with a basis.
       diagonals: what is kept of operators in a basis: their diagonals.
       failed: whether a basis was not finite, so that the previous one was kept.
-      staleness: the largest that was found, before the refresh.
+      staleness: the largest that was found, before the refresh; negative where none was.
     """
 
     bases: Arrays

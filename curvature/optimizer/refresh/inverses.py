@@ -51,7 +51,7 @@ class Refreshed(NamedTuple):
       statistics: bases of EKFAC layers, and the corrections in them.
       inverse: inverses.
       failed: whether one of them was not finite, so that the previous one was kept.
-      staleness: the largest that was found, before the refresh.
+      staleness: the largest that was found, before the refresh; negative where none was.
     """
 
     statistics: Arrays
