@@ -309,7 +309,7 @@ def operations(depth, make):
 
 @pytest.mark.parametrize(
     ("make", "most"),
-    [(curvature.kfac, 30), (curvature.ekfac, 45), (curvature.eigen_adam, 30)],
+    [(curvature.kfac, 35), (curvature.ekfac, 45), (curvature.eigen_adam, 30)],
     ids=["kfac", "ekfac", "eigen_adam"],
 )
 def test_a_layer_more_is_little_more_of_a_program(make, most):
@@ -319,7 +319,7 @@ def test_a_layer_more_is_little_more_of_a_program(make, most):
     )
     assert (large - small - (net_large - net_small)) / 8 <= most
     # Its own passes, and products that are written once for all of a shape.
-    assert (net_large - net_small) / 8 <= 16
+    assert (net_large - net_small) / 8 <= 20
 
 
 @pytest.mark.parametrize("make", [curvature.kfac, curvature.eigen_adam])
