@@ -293,8 +293,7 @@ def transformation(
             state.statistics, state.weight, ~state.refreshed, clock, old
         )
         failed = state.stats.failed_refreshes + everything.failed.astype(jnp.int32)
-        stale = everything.staleness
-        stale = jnp.where(stale < 0, state.stats.staleness, stale)
+        stale = jnp.where(everything.staleness < 0, state.stats.staleness, everything.staleness)
         moments: dict[Moment, Any] = {
             "vector": everything.vectors,
             "diagonal": everything.diagonals,
