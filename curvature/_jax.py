@@ -314,8 +314,13 @@ def backward_rule(equation: Equation, position: int) -> Jaxpr:
 
 
 def sourced(equation: Equation) -> contextlib.AbstractContextManager[Any]:
-    """Gives what is traced now the place of an equation in the user's code."""
+    """Gives what is traced now the place of an equation in the user's code, if it has one.
+
+    What is inside of a call of JAX's own functions has none, and is at the place of the call.
+    """
     info = equation.source_info
+    if not location(equation):
+        return contextlib.nullcontext()
     return source_info_util.user_context(info.traceback, name_stack=info.name_stack)
 
 

@@ -299,3 +299,59 @@ def test_data_in_a_closure_has_its_batch_in_front():
     registry = curvature.register(closed, parameters())
     assert kinds(registry) == kinds(REGISTRY)
     assert not registry.batch_found and "axes of the batch's size" in str(registry)
+
+
+# Arrays of size zero ------------------------------------------------------------------------------
+
+
+def affine(p, x):
+    return x @ p["w"] + p["b"]
+
+
+# (shapes, net): what else is used adds nothing to an affine map.
+EMPTY = {
+    "inputs": ({"e": (0, 2)}, lambda p, x: x[:, :0] @ p["e"] + affine(p, x)),
+    "outputs": (
+        {"e": (3, 0), "f": (0,)},
+        lambda p, x: affine(p, jnp.concatenate([x, x @ p["e"] + p["f"]], 1)),
+    ),
+    "a slice": ({}, lambda p, x: x[:, :0] @ p["w"][:0] + affine(p, x)),
+    "joined": ({"e": (0, 2)}, lambda p, x: x @ jnp.concatenate([p["e"], p["w"]]) + p["b"]),
+    "scale": ({"e": (0,)}, lambda p, x: affine(p, jnp.concatenate([x, x[:, :0] * p["e"]], 1))),
+    "no layers in a stack": (
+        {"e": (0, 3, 3)},
+        lambda p, x: affine(p, jax.lax.scan(lambda h, w: (h @ w, None), x, p["e"])[0]),
+    ),
+}
+
+
+def empty_problem(net, shapes):
+    params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    params |= {name: jnp.zeros(shape) for name, shape in shapes.items()}
+
+    def loss_fn(p, x, y):
+        return curvature.losses.l2_loss(net(p, x), y).mean()
+
+    return curvature.register(loss_fn, params, X, Y), params
+
+
+@pytest.mark.parametrize("case", EMPTY)
+def test_parameters_of_size_zero_do_not_count(case):
+    """Steps are those of the net without them."""
+    updates = []
+    for shapes, net in (EMPTY[case], ({}, affine)):
+        registry, params = empty_problem(net, shapes)
+        assert registry.coverage == 1
+        tx = curvature.kfac(registry, 0.1, kind=curvature.Fisher(None))
+        grads = jax.grad(registry.loss_fn)(params, X, Y)
+        step, _ = jax.jit(tx.update)(grads, tx.init(params), params, loss_args=(X, Y))
+        updates.append(step)
+    for leaf in ("w", "b"):
+        np.testing.assert_allclose(updates[0][leaf], updates[1][leaf], rtol=1e-9)
+
+
+def test_a_bias_of_an_empty_weight_is_a_shift():
+    shapes = {"e": (0, 2)}
+    registry, _ = empty_problem(lambda p, x: (x[:, :0] @ p["e"] + p["b"]) * (x @ p["w"]), shapes)
+    found = {layer.name: (layer.kind, layer.reached) for layer in registry.layers}
+    assert found == {"b": ("shift", True), "e": ("generic", False), "w": ("dense", True)}

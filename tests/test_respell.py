@@ -309,7 +309,27 @@ def held(w, name):
     return (w - stop(mean)) / stop(deviation)
 
 
+def directed(w, g, hold=lambda norm: norm):
+    """DoRA: columns of length g."""
+    return g * w / hold(jnp.linalg.norm(w, axis=0))
+
+
 NORMS = {
+    "norm of a sum (DoRA)": (
+        lambda p, x: x @ directed(p["w"] + p["a"] @ p["b"], p["g"]),
+        lambda p, x: x @ directed(p["w"] + p["a"] @ p["b"], p["g"], jax.lax.stop_gradient),
+        {"w": (3, 4), "a": (3, 2), "b": (2, 4), "g": (4,)},
+    ),
+    "norm of a sum with a frozen part": (
+        lambda p, x: x @ directed(FROZEN + p["a"] @ p["b"], p["g"]),
+        lambda p, x: x @ directed(FROZEN + p["a"] @ p["b"], p["g"], jax.lax.stop_gradient),
+        {"a": (3, 2), "b": (2, 4), "g": (4,)},
+    ),
+    "detached": (
+        lambda p, x: x @ directed(FROZEN + p["a"] @ p["b"], p["g"], jax.lax.stop_gradient),
+        lambda p, x: x @ directed(FROZEN + p["a"] @ p["b"], p["g"], jax.lax.stop_gradient),
+        {"a": (3, 2), "b": (2, 4), "g": (4,)},
+    ),
     "rows of a table, norm": (
         lambda p, x: (p["e"] / jnp.linalg.norm(p["e"], axis=1, keepdims=True))[rows_of(x)],
         lambda p, x: (

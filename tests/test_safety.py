@@ -156,6 +156,61 @@ def test_no_run_is_lost_to_them(fallback, damping, standard_promotion):
     assert float(values.max()) < 1.1 * float(values[0]) and float(values[-1]) < float(values[0])
 
 
+# Parameters without a gradient --------------------------------------------------------------------
+
+
+def partly_frozen(p, x, y):
+    """A frozen layer and mask, rows of another layer that are not read, something not used."""
+    stop = jax.lax.stop_gradient
+    h = jnp.tanh(x @ stop(p["w"]))
+    return cross_entropy(jnp.where(stop(p["mask"]) < 0, 0, h)[:, 1:] @ p["c"][1:], y).mean()
+
+
+STILL = PARAMS | {"mask": jnp.array([-jnp.inf] + 7 * [0.0]), "unused": jnp.ones(3)}
+LM, MODEL = curvature.LevenbergMarquardt(), curvature.QuadraticModel()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda r: curvature.kfac(r, 0.1, l2=0.1),
+        lambda r: curvature.kfac(r, 0.1, weight_decay=0.1),
+        lambda r: curvature.kfac(r, 0.1, l2=0.1, damping=LM, graft=optax.scale_by_adam()),
+        lambda r: curvature.kfac(r, MODEL, l2=0.1, damping=LM, fallback=optax.scale_by_adam()),
+        lambda r: curvature.eigen_adam(
+            r,
+            0.1,
+            weight_decay=0.1,
+            weight_decay_mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p),
+        ),
+    ],
+    ids=["l2", "weight decay", "graft", "by model", "eigen_adam"],
+)
+def test_penalties_leave_what_is_frozen_as_it_is(make, standard_promotion):
+    registry = curvature.register(partly_frozen, STILL, X, Y)
+    tx = make(registry)
+    update, params, state = jax.jit(tx.update), STILL, tx.init(STILL)
+    for key in KEYS[:3]:
+        grads = jax.grad(partly_frozen)(params, X, Y)
+        updates, state = update(grads, state, params, loss_args=(X, Y), key=key)
+        params = optax.apply_updates(params, updates)
+    for name in ("w", "mask", "unused"):
+        np.testing.assert_array_equal(params[name], STILL[name])
+    np.testing.assert_array_equal(params["c"][0], STILL["c"][0])
+    assert np.all(params["c"][1:] != STILL["c"][1:])
+
+
+def test_penalties_are_of_everything_where_the_loss_is_not_what_is_minimised():
+    """Its gradient comes from elsewhere, and may reach what the registered function does not."""
+    registry = curvature.register(partly_frozen, STILL, X, Y, objective=False)
+    params = STILL | {"mask": jnp.ones(8)}
+    grads = jax.tree.map(jnp.zeros_like, params)
+    tx = curvature.kfac(registry, 0.1, kind=EXACT, weight_decay=0.1)
+    updates, _ = first_step(tx, grads, params)
+    for name, w in params.items():
+        np.testing.assert_allclose(updates[name], -0.01 * w, rtol=1e-12)
+
+
 # Inverses that cannot be had ----------------------------------------------------------------------
 
 

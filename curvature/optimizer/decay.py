@@ -11,19 +11,22 @@ import optax
 
 from curvature.optimizer.arguments import ScalarOrSchedule, at, check_range
 from curvature.optimizer.objective import combined, is_zero
+from curvature.optimizer.uncovered import reached
+from curvature.trace import Registry
 
 PyTree = Any
 Mask = PyTree | Callable[[PyTree], PyTree] | None
 
 
 def decaying(
-    weight_decay: ScalarOrSchedule, mask: Mask
+    weight_decay: ScalarOrSchedule, mask: Mask, registry: Registry
 ) -> Callable[[PyTree, PyTree, jax.Array, jax.Array], PyTree]:
     """A function that adds weight decay to a step.
 
     Args:
       weight_decay: its strength, a number or a schedule.
       mask: which parameters it shrinks, as `optax.add_decayed_weights` takes it.
+      registry: what is in the model; what no gradient of its loss reaches stays as it is.
 
     Returns:
       `decayed(step, params, rate, count)`: the step minus rate * weight_decay * params.
@@ -44,7 +47,9 @@ def decaying(
                 "update(grads, state, params, ...)."
             )
         scale = -rate * at(weight_decay, count, rate)
-        shrunk, _ = decays.update(jax.tree.map(jnp.zeros_like, params), decays.init(params), params)
+        trained = reached(registry, params)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        shrunk, _ = decays.update(zeros, decays.init(params), trained)
         return combined((jnp.ones_like(scale), scale), (step, shrunk))
 
     return decayed

@@ -50,7 +50,8 @@ class StepStats(NamedTuple):
       update_norm: the length of the update.
       rejected: steps that were not taken because of what they would have done to their own batch.
       unchanged: measurements in a row, up to the latest, in which the loss changed by nothing at
-        all though the parameters did. `curvature.check_progress` looks at it.
+        all, or was not finite, though the parameters changed. `curvature.check_progress` looks at
+        it.
     """
 
     learning_rate: jax.Array
@@ -258,7 +259,7 @@ class Descent:
 
         Returns:
           The next damping, the reduction ratio, the change that was predicted, whether the step is
-          not to be taken, and how often in a row the loss did not change.
+          not to be taken, and how often in a row the loss said nothing.
         """
         predicted = taken.predicted if self.by_model else state.latest.predicted
 
@@ -276,7 +277,7 @@ class Descent:
         before = (state.latest.reduction_ratio, predicted, state.latest.unchanged)
         ratio, predicted, unchanged = when(due, measured, before)
         known = jnp.where(due & (predicted < 0), ratio, 0)
-        # A loss that does not change at all says nothing of the damping.
+        # A loss that does not change at all, or is none, says nothing of the damping.
         known = jnp.where(due & (unchanged > 0), (adapts.low + adapts.high) / 2, known)
         after, rejected = adapts.judged(problem.lam, known, regular, due & leap)
         return after, ratio, predicted, rejected, unchanged

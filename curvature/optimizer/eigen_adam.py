@@ -72,7 +72,8 @@ def eigen_adam(
       nesterov: whether the mean looks one step ahead (Dozat 2016), as `optax.nadam` does.
       kind: of which factors the eigenbasis is, as `in_eigenbasis` takes it, and all that follow.
       weight_decay: decoupled: every step also shrinks the parameters by the factor
-        1 - learning_rate * weight_decay. A number or a schedule.
+        1 - learning_rate * weight_decay, but for those that no gradient of the loss reaches. A
+        number or a schedule.
       weight_decay_mask: which parameters that shrinks, as `optax.add_decayed_weights` takes it.
       decay: weight of the past in the average of the factors, as `in_eigenbasis` takes it.
       burn_in: calls at the start that only average statistics.
@@ -112,7 +113,7 @@ def eigen_adam(
     """
     options = options_of(locals())
     check_range("learning_rate", learning_rate, 0.0, float("inf"))
-    decayed = decaying(weight_decay, weight_decay_mask)
+    decayed = decaying(weight_decay, weight_decay_mask, registry)
     core = transformation(
         registry,
         optax.scale_by_adam(b1, b2, eps, nesterov=nesterov),

@@ -87,9 +87,11 @@ def kfac(
         `QuadraticModel()`, and where the loss carries curvature alone, 1e-3.
       kind: what is averaged: `Fisher`, `EmpiricalFisher` or `GaussNewton`.
       l2: of a penalty 1/2 l2 |params|^2 that is trained on beside the loss: its gradient is added
-        to the gradient, its curvature to the damping. A number or a schedule.
+        to the gradient, its curvature to the damping. A number or a schedule. Parameters that no
+        gradient of the loss reaches (frozen by `stop_gradient`, or unused) are not penalised.
       weight_decay: decoupled (Loshchilov and Hutter 2019): every step also shrinks the parameters
-        by the factor 1 - learning_rate * weight_decay. A number or a schedule.
+        by the factor 1 - learning_rate * weight_decay, but for those that no gradient reaches. A
+        number or a schedule.
       weight_decay_mask: which parameters that shrinks, as `optax.add_decayed_weights` takes it.
       kl_clip: bound on what a step v changes one of the loss's predictions by, in the mean, as a KL
         divergence: a longer step is shortened (Ba et al. 2017). That is 1/2 v'Gv where the loss is
@@ -184,7 +186,7 @@ def kfac(
         fallback=fallback,
     )
     objective = Objective(registry, kind, l2, preconditioner.estimator.axes)
-    decayed = decaying(weight_decay, weight_decay_mask)
+    decayed = decaying(weight_decay, weight_decay_mask, registry)
     descent = Descent(
         preconditioner, objective, learning_rate, momentum, given, adapts, kl_clip, decayed
     )

@@ -14,6 +14,7 @@ import optax
 
 from curvature.optimizer import quadratic
 from curvature.optimizer.arguments import ScalarOrSchedule, at
+from curvature.optimizer.uncovered import reached
 from curvature.statistics import Kind
 from curvature.statistics.devices import Axes, mean
 from curvature.trace import Registry
@@ -23,7 +24,7 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is trained on: the loss, and 1/2 l2 |params|^2."""
+    """What is trained on: the loss, and 1/2 l2 |params|^2 of the parameters that it trains."""
 
     registry: Registry
     kind: Kind
@@ -36,7 +37,8 @@ class Objective:
         """The problem of one step, from the loss's gradient."""
         l2 = at(self.l2, count, lam)
         if not is_zero(self.l2):
-            gradient = combined((jnp.ones_like(l2), l2), (gradient, params))
+            penalised = reached(self.registry, params)
+            gradient = combined((jnp.ones_like(l2), l2), (gradient, penalised))
         return Problem(self.registry, self.kind, params, args, gradient, lam, l2, self.axes)
 
 
@@ -77,8 +79,8 @@ class Problem(NamedTuple):
     ) -> tuple[jax.Array, jax.Array]:
         """What a step changes the objective by, relative to what was predicted.
 
-        With it, whether that was nothing at all though more was predicted than its rounding: then
-        the loss says nothing of the step, and is most likely none.
+        With it, whether the loss says nothing of the step: whether it changed by nothing at all
+        though more was predicted than its rounding, or is finite neither before nor after it.
 
         Both count with an allowance for the rounding of the loss, so that the model is trusted
         where they are within it (Conn, Gould and Toint 2000, section 17.4.2). -inf where the loss
@@ -95,15 +97,16 @@ class Problem(NamedTuple):
         before = before.astype(dtype)
         after = self._loss(optax.apply_updates(self.params, step)).astype(dtype)
         # 1/2 |w + v|^2 - 1/2 |w|^2 without the difference of large numbers.
-        doubled = jax.tree.map(lambda w, v: 2 * w + v, self.params, step)
+        penalised = reached(self.registry, self.params)
+        doubled = jax.tree.map(lambda w, v: 2 * w + v, penalised, step)
         penalty = self.l2 * quadratic.dot(doubled, step, dtype) / 2
         change = after - before + penalty
         noise = jnp.where(predicted < 0, -10, 10) * eps * jnp.abs(before)
         ratio = (change + noise) / (predicted + noise)
+        neither = ~(jnp.isfinite(before) | jnp.isfinite(after))
         nothing = (change == 0) & (jnp.abs(predicted) > jnp.maximum(jnp.abs(noise), least))
-        # A batch that has no finite loss either way says nothing of the step.
-        either = jnp.isfinite(before) | jnp.isfinite(after)
-        return jnp.where(jnp.isnan(change), jnp.where(either, -jnp.inf, 0), ratio), nothing
+        ratio = jnp.where(jnp.isnan(change), jnp.where(neither, 0, -jnp.inf), ratio)
+        return ratio, nothing | neither
 
     def _loss(self, params: PyTree) -> jax.Array:
         out = self.registry.traced_once(params, *self.args)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from curvature.optimizer.descent import KFACState
 from curvature.optimizer.eigenbasis import EigenbasisState
@@ -33,7 +34,7 @@ def check_progress(state: PyTree, limit: int = 20) -> None:
 
     Raises:
       RuntimeError: more than `limit` steps in a row were not taken, or the loss changed by nothing
-        at all in as many measurements of `LevenbergMarquardt`, so that it is none.
+        at all, or was not finite, in as many measurements of `LevenbergMarquardt`.
 
     >>> import jax.numpy as jnp, curvature
     >>> def loss_fn(params, x):
@@ -67,9 +68,10 @@ def _check(idle: Any, skipped: Any, unchanged: Any, limit: int) -> None:
     idle, skipped, unchanged = map(np.max, (idle, skipped, unchanged))  # of several runs, by vmap
     if unchanged > limit:
         raise RuntimeError(
-            f"The registered loss changed by nothing at all in the latest {unchanged} measurements "
-            "of LevenbergMarquardt, though the parameters did: it is not what is minimised. Give "
-            "damping as a number or a schedule, and register it with objective=False."
+            f"The registered loss changed by nothing at all, or was not finite, in the latest "
+            f"{unchanged} measurements of LevenbergMarquardt, though the parameters changed: it is "
+            "not what is minimised. Give damping as a number or a schedule, and register it with "
+            "objective=False."
         )
     if idle > limit:
         raise RuntimeError(
@@ -82,15 +84,21 @@ def _check(idle: Any, skipped: Any, unchanged: Any, limit: int) -> None:
 
 
 def _streaks(state: PyTree) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
-    """(`idle`, `skipped`, `unchanged`) of every optimizer in a tree of states."""
-    kinds = (KFACState, CurvatureState, EigenbasisState)
+    """(`idle`, `skipped`, `unchanged`) of every optimizer in a tree of states.
+
+    And of `optax.apply_if_finite`, which keeps gradients from them that are not finite.
+    """
+    kinds = (KFACState, CurvatureState, EigenbasisState, optax.ApplyIfFiniteState)
 
     def is_state(part: Any) -> bool:
         return isinstance(part, kinds)
 
-    found = [part for part in jax.tree.leaves(state, is_leaf=is_state) if is_state(part)]
-    none = jnp.zeros((), jnp.int32)
-    return [
-        (part.stats.idle, part.stats.skipped, getattr(part.stats, "unchanged", none))
-        for part in found
-    ]
+    none, found = jnp.zeros((), jnp.int32), []
+    for part in filter(is_state, jax.tree.leaves(state, is_leaf=is_state)):
+        if isinstance(part, optax.ApplyIfFiniteState):
+            found.append((part.notfinite_count, part.total_notfinite, none))
+            found += _streaks(part.inner_state)
+        else:
+            unchanged = getattr(part.stats, "unchanged", none)
+            found.append((part.stats.idle, part.stats.skipped, unchanged))
+    return found

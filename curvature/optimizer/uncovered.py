@@ -1,8 +1,10 @@
-"""Parameters without curvature: what they step by.
+"""Parameters without curvature, what they step by, and those without a gradient.
 
 No tagged loss depends on them: an auxiliary head whose loss is not tagged, learned weights of
 losses, rows of a table that only a penalty sees. Divided by the damping, which is all there is of
 their curvature, their gradient would be a step of any length.
+
+What no gradient of the loss reaches is frozen or unused, and no penalty is to move it, either.
 """
 
 from __future__ import annotations
@@ -29,6 +31,23 @@ def set_apart(registry: Registry) -> tuple[Registry, tuple[Layer, ...]]:
         dataclasses.replace(x, block=EXCLUDED) if x in found else x for x in registry.layers
     )
     return dataclasses.replace(registry, layers=layers), found
+
+
+def reached(registry: Registry, params: PyTree) -> PyTree:
+    """The parameters, with zeros where the loss has no gradient: under `stop_gradient`, or unused.
+
+    All of them where the registered loss is not what is minimised.
+    """
+    still = [layer for layer in registry.layers if not layer.reached]
+    if not (still and registry.objective):
+        return params
+    marks = scaled(still, jax.tree.map(jnp.ones_like, params), jnp.ones(()))
+    touched = {view.source for layer in still for view in layer.leaves}
+    leaves, structure = jax.tree.flatten(params)
+    for i, mark in enumerate(jax.tree.leaves(marks)):
+        if i in touched:
+            leaves[i] = jnp.where(mark != 0, 0, leaves[i])
+    return jax.tree.unflatten(structure, leaves)
 
 
 def typical(gradient: PyTree, direction: PyTree, squared: jax.Array) -> jax.Array:

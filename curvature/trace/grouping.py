@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ class Gradients:
     stopped: frozenset[int]
 
     def without_use(self, leaf: int) -> str:
-        """Why a leaf that no tagged loss depends on has no curvature."""
+        """Why a leaf that meets no data before a tagged loss has no curvature."""
         if leaf in self.reached:
             return "no curvature: no tagged loss depends on it, other terms of the loss do"
         if leaf in self.stopped:
@@ -56,6 +57,7 @@ def assemble(
       batches: how many examples there are.
     """
     numbers = frozenset(batch.number for batch in batches)
+    uses = _nonempty(uses)
     met: BySource = {i: [] for i in range(len(paths))}
     for use in uses:
         met.setdefault(use.view.source, []).append(use)
@@ -79,7 +81,7 @@ def assemble(
         if reason is not None:
             whole = View.of(leaf, shapes[leaf])
             count = sum(len(met[s]) for s in sources)
-            reached = leaf in gradients.reached
+            reached = leaf in gradients.reached and math.prod(shapes[leaf]) > 0
             layers.append(generic(path, whole, reason, count, reached=reached))
             members.append([])
             continue
@@ -102,6 +104,15 @@ def assemble(
             use.layer = name
     pairs = zip(layers, names, strict=True)
     return tuple(dataclasses.replace(layer, name=name) for layer, name in pairs)
+
+
+def _nonempty(uses: Sequence[Use]) -> list[Use]:
+    """The uses of entries: one of an array of size zero adds nothing to what depends on it."""
+    kept = [use for use in uses if math.prod(use.view.shape)]
+    for use in kept:
+        if use.joins is not None and not math.prod(use.joins.view.shape):
+            use.joins = None
+    return kept
 
 
 def groups_of(uses: Sequence[Use]) -> list[list[Use]]:

@@ -48,6 +48,12 @@ def ruled(layers: Sequence[Layer], rule: str | Callable[[Layer], str | None]) ->
         if not chosen:
             why = {_obstacle(x, rule): x.name for x in inside if rule in blocks_for(x.kind)}
             reasons = "".join(f" {name!r} cannot: {obstacle}." for obstacle, name in why.items())
+            if rule in BLOCKS and not why:
+                kinds = ", ".join(sorted({layer.kind for layer in inside})) or "excluded"
+                raise ValueError(
+                    f"No layer can have the block {rule!r}: expected some layer of the kinds "
+                    f"{', '.join(BLOCKS[rule].layers)}, found {kinds}."
+                )
             raise ValueError(
                 f"No layer can have the block {rule!r}.{reasons} The blocks are: "
                 f"{', '.join(BLOCKS)}."

@@ -137,6 +137,8 @@ def _equation(
         made = _jax.unplaced(equation, arrays) if new is None else [new]
         return [_Value(x, data=True) for x in made]
     made = _jax.unplaced(equation, arrays)
+    if equation.primitive.name == "stop_gradient":
+        return [_Value(x) for x in made]  # a constant to what comes after, as a frozen array is
     if parameters:
         described = _described(equation, operands, made)
         return [_Value(x, w) for x, w in zip(made, described, strict=True)]
@@ -427,11 +429,13 @@ def _held(weight: Weight | None, held: set[int]) -> Weight | None:
             rest.append(weights.evaluated([f.constant() for f in inner], axes))
         else:
             rest = list(term.factors)
-        mine = others | _of(f for f in rest if f.plain)
-        derived = [f for f in rest if not f.plain and f.sources and f.sources <= mine]
+        terms.append(dataclasses.replace(term, factors=tuple(rest)))
+    plain = _of(f for term in terms for f in term.factors if f.plain)
+    for i, term in enumerate(terms):
+        derived = {f for f in term.factors if not f.plain and f.sources and f.sources <= plain}
         held |= _of(derived)
-        rest = [f.constant() if f in derived else f for f in rest]
-        terms.append(weights.merged(dataclasses.replace(term, factors=tuple(rest))))
+        rest = [f.constant() if f in derived else f for f in term.factors]
+        terms[i] = weights.merged(dataclasses.replace(term, factors=tuple(rest)))
     return dataclasses.replace(weight, terms=tuple(terms))
 
 
