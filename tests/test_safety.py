@@ -248,6 +248,39 @@ def test_idle_steps_are_counted_in_a_row_and_stop_a_run():
         curvature.check_progress((state, {"more": 1}), limit=2)
 
 
+def test_gradients_that_apply_if_finite_keeps_away_stop_a_run_too():
+    tx = optax.apply_if_finite(curvature.kfac(REGISTRY, 0.1, kind=EXACT), 100)
+    bad = jax.tree.map(lambda g: g * jnp.nan, GRADS)
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    for grads in (GRADS, bad, bad, bad):
+        _, state = update(grads, state, PARAMS, loss_args=(X, Y))
+    curvature.check_progress(state, limit=3)
+    with pytest.raises(RuntimeError, match=r"none of its latest 3 steps .* 3 were skipped"):
+        curvature.check_progress(state, limit=2)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["value", "evaluated"])
+def test_losses_that_are_not_finite_leave_the_damping_and_stop_a_run(given):
+    """Their gradients are finite all the same, as behind a `jnp.where`."""
+
+    def lost(p, x, y):
+        return loss_fn(p, x, y) + jax.lax.stop_gradient(jnp.nan * p["w"][0, 0])
+
+    tx = curvature.kfac(
+        curvature.register(lost, PARAMS, X, Y),
+        0.1,
+        damping=curvature.LevenbergMarquardt(0.1, every=1),
+        kind=EXACT,
+    )
+    state, update, value = tx.init(PARAMS), jax.jit(tx.update), {"value": jnp.nan} if given else {}
+    for _ in range(3):
+        updates, state = update(GRADS, state, PARAMS, loss_args=(X, Y), **value)
+    assert np.all(updates["w"] != 0) and state.next_damping == 0.1
+    curvature.check_progress(state, limit=3)
+    with pytest.raises(RuntimeError, match="was not finite, in the latest 3 measurements"):
+        curvature.check_progress(state, limit=2)
+
+
 def test_rejected_steps_are_idle(monkeypatch):
     never = lambda self, damping, *_: (damping, jnp.asarray(True))  # noqa: E731
     monkeypatch.setattr(curvature.LevenbergMarquardt, "judged", never)

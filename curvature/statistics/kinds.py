@@ -197,6 +197,10 @@ class EmpiricalFisher:
 
     The units of one example (positions, output dimensions) are summed before the product is taken:
     s_n = sum_i sqrt(w_i) J_i' grad_z l_i.
+
+    The coefficients of several losses are weights, too: of l + c l', s_n has the gradient of l plus
+    sqrt(c) times that of l'. With targets drawn from the model the mean over them is the Fisher of
+    the sum; s_n s_n' is the outer product of the example's own gradient where c is 1 alone.
     """
 
     @property
