@@ -231,6 +231,9 @@ def check_period(name: str, value: Any, smallest: int = 1, *, schedules: bool = 
         return
     if not isinstance(value, (int, np.integer)) or value < smallest:
         what = "a positive integer" if smallest else "an integer that is not negative"
-        hint = " Under optax.inject_hyperparams, add it to static_args."
+        hint = (
+            " Under optax.inject_hyperparams, whole numbers belong into static_args: burn_in, "
+            "accumulate, statistics_every, refresh_every, warmup_steps and max_factor_dim."
+        )
         hint = hint if isinstance(value, jax.Array) else ""
         raise ValueError(f"{name} is {value!r}, expected {what}.{hint}")
