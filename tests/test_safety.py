@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sklearn.datasets import load_digits
 
 import curvature
 from curvature.optimizer.uncovered import typical
@@ -104,6 +105,40 @@ def test_the_first_steps_renew_everything():
             step, states[i] = update(GRADS, states[i], params, loss_args=(X, Y))
             out.append(np.asarray(step["w"]))
         assert np.allclose(*out, rtol=1e-12) == (t < 3)
+
+
+def residual(p, x, y):
+    """What is added to the stream, and what is read from it, is zero at first."""
+    h = x @ p["in"]
+    for up, down in zip(p["up"], p["down"], strict=True):
+        h = h + jax.nn.gelu(h / jnp.sqrt(jnp.mean(h**2, -1, keepdims=True) + 1e-6) @ up) @ down
+    return cross_entropy(h @ p["head"], y).mean()
+
+
+@pytest.mark.parametrize("make", [curvature.kfac, curvature.ekfac, curvature.foof])
+def test_layers_behind_zeros_do_not_run_away(make, library_defaults):
+    """Their curvature is next to nothing at first: damped by it alone, the loss triples."""
+    data = load_digits()
+    x, y = jnp.asarray(data.data / 16, jnp.float32), jnp.asarray(data.target)
+    keys = jax.random.split(jax.random.key(0), 5)
+    params = {
+        "in": jax.random.normal(keys[0], (64, 32)) / 8,
+        "up": [jax.random.normal(key, (32, 64)) / 32**0.5 for key in keys[1:]],
+        "down": [jnp.zeros((64, 32))] * 4,
+        "head": jnp.zeros((32, 10)),
+    }
+    tx = make(curvature.register(residual, params, x[:64], y[:64]), 0.1)
+
+    def step(carry, key):
+        p, s = carry
+        index = jax.random.randint(key, (64,), 0, len(x))
+        value, g = jax.value_and_grad(residual)(p, x[index], y[index])
+        u, s = tx.update(g, s, p, loss_args=(x[index], y[index]), key=key)
+        return (optax.apply_updates(p, u), s), value
+
+    keys = jax.random.split(jax.random.key(1), 60)
+    _, values = jax.jit(jax.lax.scan, static_argnums=0)(step, (params, tx.init(params)), keys)
+    assert values.max() < 2.31 and values[-10:].mean() < 0.5
 
 
 # Parameters without curvature ---------------------------------------------------------------------

@@ -112,8 +112,14 @@ class Kronecker(Block):
         )
         return Kronecker(a, b, self.stack_ndim, sizes=self.sizes)
 
+    @property
+    def mean_eigenvalues(self) -> tuple[jax.Array, jax.Array]:
+        """Tr A / d_in and tr B / d_out."""
+        mean_a, mean_b = (jnp.mean(x, axis=-1) for x in self._each(entries))
+        return mean_a, mean_b
+
     def factored_damping(
-        self, damping: ArrayLike, *, relative: bool = False
+        self, damping: ArrayLike, *, relative: bool = False, least: ArrayLike = 0.0
     ) -> tuple[jax.Array, jax.Array]:
         """What is added to the diagonals of A and B so that the product is about G + damping I.
 
@@ -124,8 +130,10 @@ class Kronecker(Block):
           damping: what is added to G.
           relative: whether it is a multiple of G's mean eigenvalue; then these are multiples of A's
             and B's.
+          least: what B's mean eigenvalue is taken for where it is less, for a relative damping.
         """
-        mean_a, mean_b = (jnp.mean(x, axis=-1) for x in self._each(entries))
+        mean_a, mean_b = self.mean_eigenvalues
+        mean_b = jnp.maximum(mean_b, jnp.asarray(least, mean_b.dtype)) if relative else mean_b
         root = jnp.sqrt(jnp.asarray(damping, mean_a.dtype))
         both = (mean_a > 0) & (mean_b > 0)
         mean_a, mean_b = jnp.where(both, mean_a, 1), jnp.where(both, mean_b, 1)

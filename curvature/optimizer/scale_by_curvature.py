@@ -92,12 +92,13 @@ def scale_by_curvature(
       registry: what is in the model, from `curvature.register`.
       kind: what is averaged: `Fisher`, `EmpiricalFisher` or `GaussNewton`.
       damping: added to the curvature; a number or a schedule of the step count; `"auto"` is three
-        times every block's mean eigenvalue. Factored in Kronecker blocks, corrected ones among them
+        times every block's mean eigenvalue, or the net's. Factored in Kronecker blocks, corrected ones among them
         (Martens and Grosse 2015), but exactly under `Eigh(factored=False)` and
         `QR(factored=False)`.
       relative_damping: whether damping, also one given to `update`, is a multiple of every block's
-        mean eigenvalue, and so goes with the scale of the loss. By default it is where `damping`
-        is not given.
+        mean eigenvalue, and so goes with the scale of the loss; or of the net's, which is the mean
+        of theirs by their traces, where that is larger: next to nothing is known of a layer behind
+        one that starts at zero. By default it is where `damping` is not given.
       decay: weight of the past in the exponential average of the statistics, in [0, 1).
       burn_in: calls at the start that only average statistics: their updates are zero.
       accumulate: micro-batches for a step. Every call adds gradient and statistics of its own; each

@@ -35,6 +35,7 @@ from curvature.optimizer.refresh.cond import chosen, finite_copies, when
 from curvature.optimizer.refresh.methods import QR, Eigh, Method
 from curvature.optimizer.refresh.plain import plain
 from curvature.optimizer.refresh.schedule import SIDES, Clock, Unit, Window, dealt, in_turn, units
+from curvature.optimizer.refresh.typical import Typical, kronecker_of, typical
 from curvature.sides import is_diagonal, joined, told_apart
 from curvature.statistics.eigenbasis import BASES, carried_over, identity, products
 from curvature.statistics.factors import Statistics, factors_of
@@ -77,12 +78,14 @@ class Now(NamedTuple):
       damping: added to the curvature.
       first: whether there are no inverses yet.
       restart: whether EKFAC layers' corrections were taken in no eigenbasis yet.
+      least: what relative damping takes for a block's mean eigenvalue where that is less.
     """
 
     weight: jax.Array
     damping: jax.Array
     first: jax.Array
     restart: jax.Array
+    least: Typical | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,7 +96,8 @@ class Inverses:
       stacks: the blocks' layers.
       method: how factors are inverted.
       turns: in how many turns everything is renewed once.
-      relative: whether damping is a multiple of each block's mean eigenvalue.
+      relative: whether damping is a multiple of each block's mean eigenvalue, or of the net's
+        `typical` one where that is larger.
       over: how factors of one size are divided over devices to be inverted; None where each device
         inverts all of them.
       storage: what inverses are kept in; None for the dtype of their statistics.
@@ -172,7 +176,7 @@ class Inverses:
             count = sum(map(copies_of, layer.members))
             sums = {name: x[:count] for name, x in statistics[layer.name].items()}
             factors = factors_of(layer, unweighted(sums, weight))
-            shifts = _block(layer, factors).factored_damping(1.0)
+            shifts = kronecker_of(layer, factors).factored_damping(1.0)
             for side, shift in zip(SIDES, shifts, strict=True):
                 factor = factors[side]
                 if is_diagonal(factor, 1):
@@ -201,6 +205,9 @@ class Inverses:
         """
 
         def refreshed(statistics: Arrays, now: Now, clock: Clock, old: Refreshed) -> Refreshed:
+            if self.relative:
+                least = typical(self.stacks.layers, statistics, now.weight)
+                now = now._replace(least=least)
             return in_turn(self.windows, clock, self._refreshed, old, statistics, now)
 
         return automatic(refreshed, statistics, now, clock, old, like=old)
@@ -242,9 +249,7 @@ class Inverses:
             factors_of(unit.layer, unweighted(arrays, now.weight))
             for unit, arrays in zip(units, statistics, strict=True)
         ]
-        shifts = [
-            self._shifts(unit.layer, x, now.damping) for unit, x in zip(units, found, strict=True)
-        ]
+        shifts = [self._shifts(unit.layer, x, now) for unit, x in zip(units, found, strict=True)]
         solutions, staleness = self._solved(units, found, shifts, old.inverse, now.first)
         new = [
             self._inverted(unit, i, found[i], shifts[i], solutions, now)
@@ -313,7 +318,7 @@ class Inverses:
         if len(unit.sides) == 1:
             return {}, {side: solutions[number, side][0] for side in unit.sides}
         if not unit.sides:
-            return {}, {"values": self._damped(block_of(layer, found), now.damping)}
+            return {}, {"values": self._damped(block_of(layer, found), now)}
         values, vectors = zip(*(solutions[number, side] for side in SIDES), strict=True)
         bases = dict(zip(BASES, vectors, strict=True))
         if layer.block == "ekfac":
@@ -325,30 +330,30 @@ class Inverses:
             moved, kept = {}, bases
             block = EigenKronecker(vectors[0], vectors[1], products(*values), 1)
         if isinstance(self.method, Eigh | QR) and not self.method.factored:
-            return moved, kept | {"values": self._damped(block, now.damping)}
+            return moved, kept | {"values": self._damped(block, now)}
         damping = _in_eigenbasis(values, tuple(shifts[side] for side in SIDES))
         return moved, kept | {"values": block.damped_inverse(damping).values}
 
-    def _shifts(self, layer: Layer, found: Statistics, damping: jax.Array) -> Statistics:
+    def _shifts(self, layer: Layer, found: Statistics, now: Now) -> Statistics:
         """What factored damping adds to the diagonals of a layer's factors, if it has any."""
         if not layer.factored:
             return {}
-        block = _block(layer, found)
-        pair = block.factored_damping(damping, relative=self.relative)
+        block, least = kronecker_of(layer, found), now.least.output if now.least else 0.0
+        pair = block.factored_damping(now.damping, relative=self.relative, least=least)
         return dict(zip(SIDES, pair, strict=True))
 
-    def _damped(self, block: Any, damping: jax.Array) -> jax.Array:
+    def _damped(self, block: Any, now: Now) -> jax.Array:
         """The values of a block's damped inverse; all these blocks are linear in them."""
         values, scale = block.values, jnp.ones((), block.values.dtype)
-        if self.relative:
+        if now.least:
             # The mean of the eigenvalues is that of the diagonal, which is dearer to have.
             diagonal = values if isinstance(block, EigenKronecker) else block.diagonal()
             mean = jnp.mean(diagonal, axis=tuple(range(1, diagonal.ndim)))
+            mean = jnp.maximum(mean, now.least.whole.astype(mean.dtype))
             mean = jnp.where(mean > 0, mean, 1)
             scale = mean.reshape(mean.shape + (1,) * (values.ndim - 1))
-        return (
-            dataclasses.replace(block, values=values / scale).damped_inverse(damping).values / scale
-        )
+        block = dataclasses.replace(block, values=values / scale)
+        return block.damped_inverse(now.damping).values / scale
 
 
 def _in_eigenbasis(values: tuple[jax.Array, ...], shifts: tuple[jax.Array, ...]) -> jax.Array:
@@ -375,11 +380,6 @@ def _telling(inverse: Statistics) -> list[jax.Array]:
 def _norm(matrices: jax.Array) -> jax.Array:
     """The Frobenius norms, which bound the largest eigenvalues."""
     return jnp.sqrt(jnp.sum(matrices**2, axis=tuple(range(1, matrices.ndim))))
-
-
-def _block(layer: Layer, factors: Statistics) -> Kronecker:
-    sizes = layer.shape[-2], layer.shape[-1]
-    return Kronecker(factors["input"], factors["output"], 1, sizes=sizes)
 
 
 def _size(layer: Layer, side: str) -> int:

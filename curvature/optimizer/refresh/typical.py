@@ -1,0 +1,80 @@
+"""The typical curvature of a net, which relative damping takes for a block's where that is less.
+
+Behind layers that start at zero (a head, the last layer of a residual block) cotangents are nearly
+zero, and so is a block's curvature: its own mean alone would let the layer take steps of any
+length, and the first of them spoil the net for the rest of the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvature.block_diagonal import block_of
+from curvature.blocks import Kronecker
+from curvature.statistics.factors import Statistics, factors_of
+from curvature.statistics.stacks import Arrays, Stack, copies_of, unweighted
+from curvature.trace import Layer
+
+
+class Typical(NamedTuple):
+    """Mean eigenvalues, each block counting by its trace.
+
+    Attributes:
+      output: of the output factors of layers that have factors. The input factor of a table is
+        small where its rows are rarely read, which is no reason to damp them.
+      whole: of blocks.
+    """
+
+    output: jax.Array
+    whole: jax.Array
+
+
+def typical(layers: Iterable[Stack], statistics: Arrays, weight: jax.Array) -> Typical:
+    """The typical curvature; zero where there is none.
+
+    Args:
+      layers: stacks of layers.
+      statistics: the averages of all statistics, times their weight.
+      weight: that weight.
+    """
+    weight = jnp.where(weight > 0, weight, 1)
+    outputs, wholes = _Mean(weight), _Mean(weight)
+    for layer in layers:
+        found = factors_of(layer, unweighted(statistics[layer.name], weight))
+        count = sum(map(copies_of, layer.members))  # what fills up a stack does not count
+        size = jnp.where(jnp.arange(layer.shape[0]) < count, math.prod(layer.shape[1:]), 0)
+        if layer.factored:
+            inputs, output = kronecker_of(layer, found).mean_eigenvalues
+            mean = inputs * output
+            outputs.add(output, mean * size)
+        else:
+            diagonal = block_of(layer, found).diagonal()
+            mean = jnp.mean(diagonal, axis=tuple(range(1, diagonal.ndim)))
+        wholes.add(mean, mean * size)
+    return Typical(outputs.value, wholes.value)
+
+
+def kronecker_of(layer: Layer, factors: Statistics) -> Kronecker:
+    """The block A (x) B of a stack's factors."""
+    sizes = layer.shape[-2], layer.shape[-1]
+    return Kronecker(factors["input"], factors["output"], 1, sizes=sizes)
+
+
+class _Mean:
+    """A weighted mean, in the dtype of `like`."""
+
+    def __init__(self, like: jax.Array) -> None:
+        self.total, self.weight = jnp.zeros_like(like), jnp.zeros_like(like)
+
+    def add(self, values: jax.Array, weights: jax.Array) -> None:
+        self.total += jnp.sum(values * weights).astype(self.total.dtype)
+        self.weight += jnp.sum(weights).astype(self.weight.dtype)
+
+    @property
+    def value(self) -> jax.Array:
+        return self.total / jnp.where(self.weight > 0, self.weight, 1)
