@@ -83,8 +83,8 @@ def kfac(
       momentum: the coefficient of the step before, in [0, 1), or a schedule; with
         `QuadraticModel()` zero says that there is none, any other number that it is chosen.
       damping: added to the curvature; a number, a schedule, or `LevenbergMarquardt()`. `"auto"` is
-        three times every block's mean eigenvalue, or the net's, as `relative_damping` takes it; with
-        `QuadraticModel()`, and where the loss carries curvature alone, 1e-3.
+        three times every block's mean eigenvalue, or the net's, as `relative_damping` takes it;
+        with `QuadraticModel()`, and where the loss carries curvature alone, 1e-3.
       kind: what is averaged: `Fisher`, `EmpiricalFisher` or `GaussNewton`.
       l2: of a penalty 1/2 l2 |params|^2 that is trained on beside the loss: its gradient is added
         to the gradient, its curvature to the damping. A number or a schedule. Parameters that no

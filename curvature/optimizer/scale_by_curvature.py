@@ -92,8 +92,8 @@ def scale_by_curvature(
       registry: what is in the model, from `curvature.register`.
       kind: what is averaged: `Fisher`, `EmpiricalFisher` or `GaussNewton`.
       damping: added to the curvature; a number or a schedule of the step count; `"auto"` is three
-        times every block's mean eigenvalue, or the net's. Factored in Kronecker blocks, corrected ones among them
-        (Martens and Grosse 2015), but exactly under `Eigh(factored=False)` and
+        times every block's mean eigenvalue, or the net's. Factored in Kronecker blocks, corrected
+        ones among them (Martens and Grosse 2015), but exactly under `Eigh(factored=False)` and
         `QR(factored=False)`.
       relative_damping: whether damping, also one given to `update`, is a multiple of every block's
         mean eigenvalue, and so goes with the scale of the loss; or of the net's, which is the mean
