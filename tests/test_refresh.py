@@ -192,8 +192,8 @@ def in_blocks(tree):
 
 
 def not_below_typical(means, traces):
-    """What relative damping takes for mean eigenvalues: the mean by traces where that is larger."""
-    return np.maximum(means, np.dot(means, traces) / np.sum(traces))
+    """What relative damping takes for mean eigenvalues: 0.3 of the mean by traces, if larger."""
+    return np.maximum(means, 0.3 * np.dot(means, traces) / np.sum(traces))
 
 
 @pytest.mark.parametrize("method", [curvature.Eigh(factored=False), curvature.QR(factored=False)])
@@ -231,13 +231,14 @@ def test_relative_damping_goes_with_the_scale_of_the_curvature(block):
 
 def test_relative_damping_is_that_of_the_mean_eigenvalue_or_of_the_nets():
     registry = REGISTRY.with_blocks("diagonal")
+    params = PARAMS | {"v": PARAMS["v"] / 100}  # the layer before it has next to no curvature
     tx = curvature.scale_by_curvature(registry, EXACT, damping=0.5, relative_damping=True)
-    updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, loss_args=(X, Y))
-    operator = curvature.Estimator(registry, EXACT)(PARAMS, X, Y)
+    updates, _ = tx.update(GRADS, tx.init(params), params, loss_args=(X, Y))
+    operator = curvature.Estimator(registry, EXACT)(params, X, Y)
     values = in_blocks(operator.diagonal())
     means, traces = zip(*((x.mean(), x.sum()) for x in values.values()), strict=True)
     used = not_below_typical(means, traces)
-    assert used.max() == max(means) and used.min() > min(means)
+    assert used.max() == max(means) and used.min() > 10 * min(means)
     for (name, found), mean in zip(in_blocks(updates).items(), used, strict=True):
         exact = in_blocks(GRADS)[name] / (values[name] + 0.5 * mean)
         np.testing.assert_allclose(found, exact, rtol=1e-9)
@@ -249,8 +250,9 @@ def test_factored_damping_is_that_of_the_factors(block, relative):
     """To G it adds (A + s I) (x) (B + t I) - A (x) B, also where G is EKFAC's."""
     registry = REGISTRY.with_blocks(block)
     estimator = curvature.Estimator(registry, EXACT)
-    operator = estimator(PARAMS, X, Y)
-    factors = curvature.Estimator(REGISTRY, EXACT)(PARAMS, X, Y).blocks
+    params = PARAMS | {"v": PARAMS["v"] / 100}
+    operator = estimator(params, X, Y)
+    factors = curvature.Estimator(REGISTRY, EXACT)(params, X, Y).blocks
     methods = [curvature.Eigh(factored=True), curvature.QR(factored=True), curvature.Cholesky()]
     found = []
     for method in methods:
@@ -258,7 +260,7 @@ def test_factored_damping_is_that_of_the_factors(block, relative):
             registry, EXACT, damping=0.1, refresh=method, relative_damping=relative, decay=0.0
         )
         # EKFAC's first corrections are K-FAC's eigenvalues: look at the second.
-        *_, (_, updates, _) = run(tx, 2, move=False)
+        *_, (_, updates, _) = run(tx, 2, params, move=False)
         found.append(in_blocks(updates))
     traces = [float(block.trace()) for block in factors.values()]
     outputs = [float(block.mean_eigenvalues[1]) for block in factors.values()]

@@ -96,9 +96,9 @@ def scale_by_curvature(
         ones among them (Martens and Grosse 2015), but exactly under `Eigh(factored=False)` and
         `QR(factored=False)`.
       relative_damping: whether damping, also one given to `update`, is a multiple of every block's
-        mean eigenvalue, and so goes with the scale of the loss; or of the net's, which is the mean
-        of theirs by their traces, where that is larger: next to nothing is known of a layer behind
-        one that starts at zero. By default it is where `damping` is not given.
+        mean eigenvalue, and so goes with the scale of the loss; or of 0.3 of the net's (the mean of
+        theirs by their traces) where that is larger: next to nothing is known of a layer behind one
+        that starts at zero. By default it is where `damping` is not given.
       decay: weight of the past in the exponential average of the statistics, in [0, 1).
       burn_in: calls at the start that only average statistics: their updates are zero.
       accumulate: micro-batches for a step. Every call adds gradient and statistics of its own; each

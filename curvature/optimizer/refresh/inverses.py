@@ -96,8 +96,8 @@ class Inverses:
       stacks: the blocks' layers.
       method: how factors are inverted.
       turns: in how many turns everything is renewed once.
-      relative: whether damping is a multiple of each block's mean eigenvalue, or of the net's
-        `typical` one where that is larger.
+      relative: whether damping is a multiple of each block's mean eigenvalue, or of a share of the
+        net's `typical` one where that is larger.
       over: how factors of one size are divided over devices to be inverted; None where each device
         inverts all of them.
       storage: what inverses are kept in; None for the dtype of their statistics.
