@@ -355,3 +355,4 @@ def test_a_bias_of_an_empty_weight_is_a_shift():
     registry, _ = empty_problem(lambda p, x: (x[:, :0] @ p["e"] + p["b"]) * (x @ p["w"]), shapes)
     found = {layer.name: (layer.kind, layer.reached) for layer in registry.layers}
     assert found == {"b": ("shift", True), "e": ("generic", False), "w": ("dense", True)}
+    assert "it has no entries" in str(registry)

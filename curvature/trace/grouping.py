@@ -81,7 +81,9 @@ def assemble(
         if reason is not None:
             whole = View.of(leaf, shapes[leaf])
             count = sum(len(met[s]) for s in sources)
-            reached = leaf in gradients.reached and math.prod(shapes[leaf]) > 0
+            reached = leaf in gradients.reached
+            if not math.prod(shapes[leaf]):
+                reason, reached = "no curvature: it has no entries", False
             layers.append(generic(path, whole, reason, count, reached=reached))
             members.append([])
             continue

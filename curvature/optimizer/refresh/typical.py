@@ -7,8 +7,9 @@ length, and the first of them spoil the net for the rest of the run.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -45,7 +46,7 @@ def typical(layers: Iterable[Stack], statistics: Arrays, weight: jax.Array) -> T
       weight: that weight.
     """
     weight = jnp.where(weight > 0, weight, 1)
-    outputs, wholes = _Mean(weight), _Mean(weight)
+    outputs, wholes = [], []
     for layer in layers:
         found = factors_of(layer, unweighted(statistics[layer.name], weight))
         count = sum(map(copies_of, layer.members))  # what fills up a stack does not count
@@ -53,12 +54,12 @@ def typical(layers: Iterable[Stack], statistics: Arrays, weight: jax.Array) -> T
         if layer.factored:
             inputs, output = kronecker_of(layer, found).mean_eigenvalues
             mean = inputs * output
-            outputs.add(output, mean * size)
+            outputs.append((output, mean * size))
         else:
             diagonal = block_of(layer, found).diagonal()
             mean = jnp.mean(diagonal, axis=tuple(range(1, diagonal.ndim)))
-        wholes.add(mean, mean * size)
-    return Typical(_SHARE * outputs.value, _SHARE * wholes.value)
+        wholes.append((mean, mean * size))
+    return Typical(_SHARE * _mean(outputs, weight), _SHARE * _mean(wholes, weight))
 
 
 def kronecker_of(layer: Layer, factors: Statistics) -> Kronecker:
@@ -67,16 +68,13 @@ def kronecker_of(layer: Layer, factors: Statistics) -> Kronecker:
     return Kronecker(factors["input"], factors["output"], 1, sizes=sizes)
 
 
-class _Mean:
-    """A weighted mean, in the dtype of `like`."""
-
-    def __init__(self, like: jax.Array) -> None:
-        self.total, self.weight = jnp.zeros_like(like), jnp.zeros_like(like)
-
-    def add(self, values: jax.Array, weights: jax.Array) -> None:
-        self.total += jnp.sum(values * weights).astype(self.total.dtype)
-        self.weight += jnp.sum(weights).astype(self.weight.dtype)
-
-    @property
-    def value(self) -> jax.Array:
-        return self.total / jnp.where(self.weight > 0, self.weight, 1)
+def _mean(pairs: Sequence[tuple[jax.Array, jax.Array]], like: jax.Array) -> jax.Array:
+    """The mean of values with weights, whose products may be too large for their dtype."""
+    tops = (jnp.max(weights).astype(like.dtype) for _, weights in pairs)
+    top = functools.reduce(jnp.maximum, tops, jnp.zeros_like(like))
+    total, weight = jnp.zeros_like(like), jnp.zeros_like(like)
+    for values, weights in pairs:
+        share = weights.astype(like.dtype) / jnp.where(top > 0, top, 1)
+        total += jnp.sum(values.astype(like.dtype) * share)
+        weight += jnp.sum(share)
+    return total / jnp.where(weight > 0, weight, 1)
