@@ -308,3 +308,8 @@ def test_haiku(with_state, multi):
             average = states[0][f"norm/~/{name}"]
             close(average["hidden"].squeeze(), value - start)
             assert average["counter"] == STEPS
+
+
+def test_haiku_is_given_a_transformed_loss():
+    with pytest.raises(TypeError, match=r"expected what hk.transform or hk.transform_with_state"):
+        curvature_haiku.register(lambda x: x.sum(), {}, jnp.ones(2))

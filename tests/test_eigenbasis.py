@@ -384,6 +384,38 @@ def test_a_state_that_cannot_follow_is_refused():
         curvature.in_eigenbasis(REGISTRY, inner)
 
 
+@pytest.mark.parametrize(
+    ("inner", "by_entry"),
+    [
+        (optax.adamw(lambda count: 0.1 * count), True),
+        (optax.scale_by_trust_ratio(), False),
+        (optax.lamb(lambda count: 0.1 * count), False),  # the first rate is zero
+        (optax.clip_by_block_rms(5.0), False),  # which the first trial's gradient does not reach
+    ],
+)
+def test_what_acts_entry_by_entry_is_found_out(inner, by_entry, standard_promotion):
+    assert Layout.of(inner).by_entry == by_entry
+
+
+def test_a_flattened_state_is_refused():
+    with pytest.raises(ValueError, match=r"has the shape \(6,\) for a matrix of \(2, 3\)"):
+        curvature.in_eigenbasis(REGISTRY, optax.flatten(optax.scale_by_adam()))
+
+
+def test_a_state_that_is_built_otherwise_for_a_tree_is_refused_in_words():
+    tx = curvature.in_eigenbasis(
+        SMALL_REGISTRY, optax.scale_by_sm3(), curvature.Shampoo(), **ALWAYS
+    )
+    with pytest.raises(ValueError, match="built in another way than that for one matrix"):
+        run(tx, steps=2)
+
+
+def test_a_traced_hyperparameter_is_refused_in_words():
+    make = jax.jit(lambda rate: curvature.in_eigenbasis(REGISTRY, optax.adam(rate)).init(PARAMS))
+    with pytest.raises(ValueError, match="learning rate behind"):
+        make(0.1)
+
+
 # Messages ----------------------------------------------------------------------------------------
 
 

@@ -501,3 +501,12 @@ def test_a_jitted_step_compiles_once():
         losses.append(loss_fn(params, batch()))
     assert len(traces) == 1  # the step's own gradient: traced once
     assert losses[-1] < losses[0]
+
+
+def test_what_is_neither_a_number_nor_a_mask_is_refused_at_once():
+    for options in ({"learning_rate": "0.1"}, {"learning_rate": 0.1, "damping": "0.1"}):
+        with pytest.raises(TypeError, match=r"is '0.1', expected a number or a schedule"):
+            curvature.kfac(REGISTRY, **options)
+    for mask in ("w", {"w": 2}):
+        with pytest.raises(TypeError, match=r"weight_decay_mask is .*expected a tree of booleans"):
+            curvature.kfac(REGISTRY, 0.1, weight_decay=0.1, weight_decay_mask=mask)

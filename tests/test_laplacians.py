@@ -119,7 +119,7 @@ def test_what_still_does_not_see_the_data_is_said():
 
     params = {name: PARAMS[name] for name in "wuv"}
     registry = curvature.register(loss_fn, params, X)
-    assert "do not see the data" in str(registry)
+    assert "do not see the data, or not all examples at once" in str(registry)
     estimator = curvature.Estimator(registry, curvature.EmpiricalFisher())
     with pytest.raises(ValueError, match="'w' is used where it does not see the data"):
         estimator.statistics(params, X)

@@ -377,6 +377,14 @@ def test_accumulated_micro_batches_are_one_batch():
         close(arrays["input"] / arrays["rows"], found["input"] / found["rows"])
 
 
+def test_a_run_goes_on_with_fewer_micro_batches_for_a_step():
+    """A state kept after three of four of them has two already."""
+    four, two = (curvature.kfac(REGISTRY, 0.1, kind=EXACT, accumulate=n) for n in (4, 2))
+    _, _, state = run(four, 3)[-1]
+    steps = [int(s.curvature.step) for _, _, s in run(two, 3, state=state)]
+    assert steps == [1, 1, 2]
+
+
 @pytest.mark.parametrize("block", ["kronecker", "ekfac"])
 def test_factors_alone_restore_a_run(block):
     """With all inverses made at once, as they were, the run goes on as it did."""

@@ -41,8 +41,16 @@ def loss_function(transformed: Transformed, *, has_aux: bool = False) -> Callabl
       A function with the arguments of `transformed.apply`. Its `aux` is the new state
       (`hk.transform_with_state`), the loss function's aux (`has_aux`), both as `(state, aux)`, or
       None; use it with `jax.value_and_grad(..., has_aux=True)`.
+
+    Raises:
+      TypeError: `transformed` is something else, such as the loss function itself.
     """
     with_state = isinstance(transformed, hk.TransformedWithState)
+    if not isinstance(transformed, hk.Transformed | hk.TransformedWithState):
+        raise TypeError(
+            f"transformed is {transformed!r}, expected what hk.transform or "
+            "hk.transform_with_state returns: give them the loss function first."
+        )
 
     def loss_fn(params: hk.Params, *args: Any) -> tuple[Any, Any]:
         out = transformed.apply(params, *args)

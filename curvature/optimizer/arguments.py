@@ -142,6 +142,8 @@ def check_range(name: str, value: Any, low: float, high: float) -> None:
     if callable(value) or isinstance(value, jax.core.Tracer):
         return
     try:
+        if isinstance(value, str):
+            raise TypeError(value)
         number = float(np.asarray(value))
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} is {value!r}, expected a number or a schedule.") from error

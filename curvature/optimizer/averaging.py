@@ -101,7 +101,7 @@ class Averaging:
                 gradient,
             )
             micro = jnp.where(ready, state.micro + 1, state.micro)
-            due = micro == self.options.accumulate
+            due = micro >= self.options.accumulate  # it may be less than when the state was kept
             left = jax.tree.map(lambda g: jnp.where(due, jnp.zeros_like(g), g), summed)
             gradient = jax.tree.map(lambda total, g: total.astype(g.dtype), summed, gradient)
             state = state._replace(micro=jnp.where(due, 0, micro), gradient=left)

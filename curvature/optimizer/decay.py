@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from curvature.optimizer.arguments import ScalarOrSchedule, at, check_range
@@ -32,9 +33,17 @@ def decaying(
       `decayed(step, params, rate, count)`: the step minus rate * weight_decay * params.
 
     Raises:
+      TypeError: the mask is neither a function nor a tree of booleans.
       ValueError: a strength below zero; by `decayed` without parameters.
     """
     check_range("weight_decay", weight_decay, 0.0, float("inf"))
+    if not callable(mask) and not all(
+        isinstance(x, bool | np.bool_) for x in jax.tree.leaves(mask)
+    ):
+        raise TypeError(
+            f"weight_decay_mask is {mask!r}, expected a tree of booleans like the parameters, or a "
+            "function from parameters to one, as optax.add_decayed_weights takes it."
+        )
     mask = _everything if mask is None else mask
     decays = optax.masked(optax.add_decayed_weights(1.0), mask)
 

@@ -67,8 +67,9 @@ def render(
     blind = [layer for layer in layers if layer.unbatched and layer.structured]
     if blind:
         text.append(
-            f"Some uses of {_some([x.name for x in blind])} do not see the data: their cotangents "
-            "are sums over examples, with a random sign for each."
+            f"Some uses of {_some([x.name for x in blind])} do not see the data, or not all "
+            "examples at once: their cotangents are sums over examples, with a random sign for "
+            "each."
         )
     if not batch_found:
         text.append(
