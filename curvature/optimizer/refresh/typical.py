@@ -17,6 +17,8 @@ import jax.numpy as jnp
 
 from curvature.block_diagonal import block_of
 from curvature.blocks import Kronecker
+from curvature.optimizer.refresh.schedule import SIDES
+from curvature.sides import entries
 from curvature.statistics.factors import Statistics, factors_of
 from curvature.statistics.stacks import Arrays, Stack, copies_of, unweighted
 from curvature.trace import Layer
@@ -48,7 +50,7 @@ def typical(layers: Iterable[Stack], statistics: Arrays, weight: jax.Array) -> T
     weight = jnp.where(weight > 0, weight, 1)
     outputs, wholes = [], []
     for layer in layers:
-        found = factors_of(layer, unweighted(statistics[layer.name], weight))
+        found = factors_of(layer, unweighted(_diagonals(layer, statistics[layer.name]), weight))
         count = sum(map(copies_of, layer.members))  # what fills up a stack does not count
         size = jnp.where(jnp.arange(layer.shape[0]) < count, math.prod(layer.shape[1:]), 0)
         if layer.factored:
@@ -60,6 +62,17 @@ def typical(layers: Iterable[Stack], statistics: Arrays, weight: jax.Array) -> T
             mean = jnp.mean(diagonal, axis=tuple(range(1, diagonal.ndim)))
         wholes.append((mean, mean * size))
     return Typical(_SHARE * _mean(outputs, weight), _SHARE * _mean(wholes, weight))
+
+
+def _diagonals(layer: Stack, statistics: Statistics) -> Statistics:
+    """Statistics with diagonals in the place of factors: nothing is read in every step but them."""
+    sizes = dict(zip(SIDES, layer.shape[-2:], strict=True)) if layer.factored else {}
+
+    def one(name: str, x: jax.Array) -> jax.Array:
+        side = name.removesuffix("_flipped")
+        return entries(x, sizes[side], 1) if side in sizes else x
+
+    return {name: one(name, x) for name, x in statistics.items()}
 
 
 def kronecker_of(layer: Layer, factors: Statistics) -> Kronecker:
