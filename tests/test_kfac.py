@@ -282,7 +282,7 @@ def test_hyperparameters_can_be_injected():
     """`optax.inject_hyperparams` passes traced numbers; one may be changed between steps."""
     static = ("statistics_every", "refresh_every", "burn_in", "accumulate", "max_factor_dim")
     static += ("warmup_steps",)
-    with pytest.raises(ValueError, match="whole numbers belong into static_args") as error:
+    with pytest.raises(ValueError, match="whole numbers belong in static_args") as error:
         optax.inject_hyperparams(curvature.kfac)(REGISTRY, 0.1).init(one_step()[0])
     assert all(name in str(error.value) for name in static)
     make = optax.inject_hyperparams(curvature.kfac, static_args=static)

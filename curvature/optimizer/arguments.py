@@ -234,7 +234,7 @@ def check_period(name: str, value: Any, smallest: int = 1, *, schedules: bool = 
     if not isinstance(value, (int, np.integer)) or value < smallest:
         what = "a positive integer" if smallest else "an integer that is not negative"
         hint = (
-            " Under optax.inject_hyperparams, whole numbers belong into static_args: burn_in, "
+            " Under optax.inject_hyperparams, whole numbers belong in static_args: burn_in, "
             "accumulate, statistics_every, refresh_every, warmup_steps and max_factor_dim."
         )
         hint = hint if isinstance(value, jax.Array) else ""
