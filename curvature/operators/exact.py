@@ -181,8 +181,8 @@ def empirical_fisher(
     s_n = sum_{i in n} sqrt|w_i| J_i' g_i sums over all units i of the example (positions, output
     dimensions, heads) before the product is taken, as `curvature.EmpiricalFisher` does. With
     w = 1/N (a mean loss with one unit per example) it is the mean of the outer products of
-    per-example gradients, but for several losses with coefficients (see that class). No such gradient is
-    made: <s_n, v> is taken in the space of outputs.
+    per-example gradients, but for several losses with coefficients (see that class). No such
+    gradient is made: <s_n, v> is taken in the space of outputs.
 
     Examples are the leading axis of a loss's units, the same in each iteration of a scan and for
     every loss: where logits are flattened, every position is one, and under `vmap` the mapped axis.
