@@ -57,13 +57,11 @@ def check_real(tree: PyTree, what: str) -> None:
         dtype = jnp.result_type(leaf)
         if jnp.issubdtype(dtype, jnp.floating):
             continue
-        hint = "convert it, x.astype(jnp.float32): results have the dtypes of the vector"
+        hint = "convert it, x.astype(jnp.float32)"
         if jnp.issubdtype(dtype, jnp.complexfloating):
-            hint = "apply the operator to its real and imaginary parts"
-        raise TypeError(
-            f"{what}{jax.tree_util.keystr(path)} is of {dtype}, expected real floating point: "
-            f"{hint}."
-        )
+            hint = "take its real and imaginary parts one by one"
+        where = jax.tree_util.keystr(path)
+        raise TypeError(f"{what}{where} is of {dtype}, expected real floating point: {hint}.")
 
 
 def _paths(tree: PyTree) -> dict[str, None]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import normal
 from jax.flatten_util import ravel_pytree
 from sklearn.datasets import load_digits
 
@@ -76,6 +77,27 @@ def test_the_quadratic_model_is_that_of_dense_matrices():
     )
 
 
+def test_the_models_scale_is_the_mean_loss_of_a_prediction():
+    """Of several losses with weights, one of them in a scan; the loss itself is their sum."""
+
+    def several(p, x, y):
+        total = 0.3 * curvature.losses.l2_loss(x @ p, y).sum() / 7
+        return (
+            total
+            + jax.lax.scan(
+                lambda c, t: (c - 0.2 * curvature.losses.l2_loss(t @ p).mean(), None), 0.0, x[None]
+            )[0]
+        )
+
+    x, y, p = normal(0, 4, 3), normal(1, 4, 2), normal(2, 3, 2)
+    step = normal(3, 3, 2)
+    found = quadratic.along(several, False, p, (x, y), step, [step], jnp.asarray(0.1))
+    squares = np.square(np.stack([x @ p - y, x @ p])) / 2
+    weights = np.array([0.3 / 7, 0.2 / 8])
+    mean = np.einsum("i,ijk->", weights, squares) / (weights.sum() * y.size)
+    np.testing.assert_allclose(found.loss, mean, rtol=1e-12)
+
+
 def test_the_minimiser_leaves_out_what_is_zero_or_double():
     (one,) = directions(1)
     nothing = jax.tree.map(jnp.zeros_like, one)
@@ -104,7 +126,7 @@ def run(tx, steps, params=PARAMS):
 
 
 def test_rate_and_momentum_minimise_the_model_over_both_directions():
-    always = {"statistics_every": 1, "refresh_every": 1}
+    always = {"statistics_every": 1, "refresh_every": 1, "kl_clip": None}
     tx = curvature.kfac(REGISTRY, curvature.QuadraticModel(), damping=0.05, **always)
     first, second = run(tx, 2)
     params, previous, state = first
@@ -287,7 +309,11 @@ def test_a_step_that_its_own_batch_forbids_is_not_taken():
 
     def start(damping, weight_decay=0.0):
         tx = curvature.kfac(
-            REGISTRY, curvature.QuadraticModel(), damping=damping, weight_decay=weight_decay
+            REGISTRY,
+            curvature.QuadraticModel(),
+            damping=damping,
+            weight_decay=weight_decay,
+            kl_clip=None,
         )
         options = {"params": params, "loss_args": (X, Y), "key": key}
         return jax.jit(lambda state: tx.update(grads, state, **options)), tx.init(params)

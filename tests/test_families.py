@@ -412,6 +412,28 @@ def test_there_the_fisher_is_the_expected_hessian(name):
     close(np.stack(dense), unit_fishers(name))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_gauss_newton_products_are_those_of_the_root(name):
+    loss, z, targets = family(name)
+    root = columns(loss.root, loss, z, targets)
+    close(columns(loss.gauss_newton_mvp, loss, z, targets), squared(root))
+
+
+def test_a_target_of_negative_mass_is_a_weight():
+    """It counts by magnitude, as every weight does; the Hessian itself is what it is."""
+    loss, z, (labels, *rest) = family(next(n for n in CASES if n.startswith("soft")))
+    found = {sign: (sign * labels, *rest) for sign in (1.0, -1.0)}
+    for product in (loss.gauss_newton_mvp, loss.fisher_mvp, loss.root, loss.fisher_root):
+        expected, turned = (columns(product, loss, z, found[sign]) for sign in (1.0, -1.0))
+        assert np.abs(expected).max() > 0.05
+        close(turned, expected)
+    v = jnp.broadcast_to(jnp.arange(z.shape[-1], dtype=z.dtype), z.shape)
+    product = jax.jvp(lambda z: loss.score(z, found[-1.0]), (z,), (v,))[1]
+    close(loss.hessian_mvp(v, z, found[-1.0]), product)
+    draws = [loss.sampled_score(jax.random.key(0), z, found[sign]) for sign in (1.0, -1.0)]
+    close(*draws)
+
+
 def test_the_root_of_a_predicted_variance_is_the_fishers():
     loss, z, targets = family("heteroscedastic")
     assert np.linalg.eigvalsh(unit_hessians("heteroscedastic")).min() < -0.1

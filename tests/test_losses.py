@@ -405,6 +405,9 @@ BAD = {
                                      r"\(4, 5\).*\(4, 3\)"),
     "sigmoid labels of another shape": (lambda: L.sigmoid_binary_cross_entropy(z, z[:3]),
                                         ValueError, r"\(4, 5\).*\(3, 5\)"),
+    "sigmoid labels that meet all logits": (
+        lambda: L.sigmoid_binary_cross_entropy(z[:, :1], z[:, 0]), ValueError,
+        r"labels .*\(4,\) and logits \(4, 1\).*one shape"),
     "l2 targets of another shape": (lambda: L.l2_loss(z, z[0]), ValueError,
                                     r"targets .*\(5,\).* expected .*\(4, 5\)"),
     "squared targets of another shape": (lambda: L.squared_error(z, z.T), ValueError,

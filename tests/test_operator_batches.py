@@ -148,6 +148,18 @@ def test_settings_that_make_no_sense_are_refused(key):
     op = operators.gauss_newton(loss_fn, case.params, data)
     with pytest.raises(ValueError, match="at least 2"):
         operators.trace(op, key, 1)
+    with pytest.raises(ValueError, match=r"samples is 2\.5"):
+        operators.fisher(loss_fn, case.params, data, samples=2.5, key=key)
+    with pytest.raises(ValueError, match="at_once=0"):
+        operators.trace(op, key, at_once=0)
+    for number in ({"damping": -1.0}, {"damping": float("nan")}, {"tolerance": 0.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(number))}="):
+            operators.solve(op, case.params, **number)
+    for dtype in (jnp.int32, jnp.complex64):
+        with pytest.raises(TypeError, match=r"params\['n'\] is of .*expected real floating"):
+            operators.hessian(
+                lambda p, x: (x * p["n"]).sum(), {"n": jnp.ones(2, dtype)}, [jnp.ones(2)]
+            )
     with pytest.raises(ValueError, match="k is 0"):
         operators.top_eigenpairs(op, 0, key)
     with pytest.raises(ValueError, match="k is 100"):

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import pytest
 from cases import normal
@@ -147,6 +148,27 @@ def test_a_solve_that_fails_says_so():
         operators.solve(operator, case.params, 1e-3, max_steps=2)
     partial = operators.solve(operator, case.params, 1e-3, max_steps=2, throw=False)
     assert int(partial.stats["num_steps"]) == 2
+
+
+def test_a_solve_with_what_is_not_finite_says_so():
+    """The iteration itself ends at zero, and calls that a success."""
+    good, bad = (
+        operators.hessian(lambda p, x: jnp.sum(x * p**2), jnp.ones(2), [jnp.array([1.0, x])])
+        for x in (2.0, jnp.nan)
+    )
+    for op, v in ((bad, jnp.ones(2)), (good, jnp.array([jnp.nan, 1.0]))):
+        with pytest.raises(RuntimeError, match="is not finite"):
+            operators.solve(op, v)
+        found = operators.solve(op, v, throw=False)
+        assert np.isnan(found.value).all()
+        assert not bool(found.result == lx.RESULTS.successful)
+
+
+def test_operators_of_nothing(key):
+    zero = 0.0 * operators.hessian(lambda p, x: jnp.sum(x * p**2), jnp.ones(2), [jnp.ones(2)])
+    np.testing.assert_array_equal(operators.top_eigenpairs(zero, 1, key).residuals, 0)
+    empty = operators.hessian(lambda p, x: jnp.sum(x), {}, [jnp.ones(2)])
+    assert operators.to_dense(empty).shape == (0, 0)
 
 
 # Memory ------------------------------------------------------------------------------------------

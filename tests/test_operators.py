@@ -120,6 +120,35 @@ def test_negative_weights_count_by_magnitude():
         close(operators.to_dense(operator(loss_fn, jnp.ones(2), [(x, m)])), x.T * jnp.abs(m) @ x)
 
 
+def heteroscedastic(p, x, t):
+    z = x @ p
+    return curvature.losses.heteroscedastic_gaussian_nll(z[:, 0], z[:, 1], t[:, 0]).mean()
+
+
+def indefinite(p, x, t):
+    unit = lambda z, t: z[0] * z[1] + jnp.sum((z - t) ** 4) / 60  # noqa: E731
+    return curvature.losses.custom(unit, x @ p, t, event_ndim=1).mean()
+
+
+def weighted_targets(p, x, t):
+    return curvature.losses.softmax_cross_entropy(
+        x @ p, jax.nn.one_hot([0, 1, 1, 0, 1], 2) * t
+    ).sum()
+
+
+@pytest.mark.parametrize("loss_fn", [heteroscedastic, indefinite, weighted_targets])
+def test_the_gauss_newton_matrix_of_an_indefinite_loss_is_that_of_the_blocks(loss_fn):
+    p, x, t = 0.5 * normal(0, 3, 2), normal(1, N, 3), 4 * normal(2, N, 2)
+    found = operators.to_dense(operators.gauss_newton(loss_fn, p, [(x, t)]))
+    hessian = operators.to_dense(operators.hessian(loss_fn, p, [(x, t)]))
+    least = [np.linalg.eigvalsh(m)[0] for m in (found, hessian)]
+    assert least[0] > -1e-12 and least[1] < -0.02
+    registry = curvature.register(loss_fn, p, x, t).with_blocks("dense")
+    estimator = curvature.Estimator(registry, curvature.GaussNewton())
+    blocks = jax.jit(estimator)(p, x, t)
+    close(jax.vmap(lambda v: ravel_pytree(blocks @ v.reshape(p.shape))[0])(jnp.eye(p.size)), found)
+
+
 def test_masked_classes_and_units_without_any():
     """A linear model's Gauss-Newton matrix is its Hessian, whatever is masked."""
     mask = jnp.array([[1, 1, 0], [1, 1, 1], [0, 0, 0], [1, 0, 0]], bool)
@@ -168,6 +197,14 @@ def test_the_pullback_of_a_metric():
     close(operators.to_dense(halves), expected / 2)
 
 
+def test_the_pullback_of_a_divergence_is_that_of_its_hessian():
+    x, w = normal(0, N, 2), normal(1, 2, 3)
+    f = lambda w, x: jnp.tanh(x @ w)  # noqa: E731
+    found = operators.pullback(f, lambda z, z0: jnp.sum((z - z0) ** 2) / 2, w, [x])
+    expected = operators.pullback(f, metrics.Euclidean(), w, [x])
+    close(operators.to_dense(found), operators.to_dense(expected))
+
+
 # Operators over datasets -------------------------------------------------------------------------
 
 
@@ -197,9 +234,16 @@ def test_operators_are_lineax_operators():
     assert lx.is_positive_semidefinite(op) and not lx.is_positive_semidefinite(hessian)
     assert lx.is_symmetric(op) and op.T is op
     v = case.params
-    both = (2.0 * op + hessian).mv(v)
-    expected = jax.tree.map(lambda a, b: 2 * a + b, op @ v, hessian @ v)
+    both = (2.0 * op + hessian / 4 - op) @ v
+    expected = jax.tree.map(lambda a, b: a + b / 4, op @ v, hessian @ v)
     jax.tree.map(close, both, expected)
+    jax.tree.map(
+        close,
+        (op + lx.IdentityLinearOperator(op.in_structure())).mv(v),
+        jax.tree.map(jnp.add, op @ v, v),
+    )
+    definite = [lx.is_positive_semidefinite(x) for x in (2 * op + op, op + hessian, -op, op - op)]
+    assert definite == [True, False, False, False]
     jax.tree.map(close, (op @ hessian).mv(v), op @ (hessian @ v))
     close(op.as_matrix(), brute_force("mlp").gauss_newton)
 

@@ -558,6 +558,9 @@ REFUSED = {
     "tolerance is 2": lambda: proximal.proximal_point(
         rosenbrock, valley, squares, jnp.asarray(W), 1.0, tolerance=2.0
     ),
+    "weights: found no arrays": lambda: proximal.proximal_point(
+        lambda w: jnp.ones(2), valley, squares, {}, 1.0
+    ),
     "max_iterations is 0": lambda: proximal.proximal_point(
         rosenbrock, valley, squares, jnp.asarray(W), 1.0, max_iterations=0
     ),
@@ -602,6 +605,31 @@ def test_bad_types_are_refused():
         proximal.proximal_point(rosenbrock, valley, 3, jnp.asarray(W), 1.0)
     with pytest.raises(TypeError, match="weights: found dtype int64, expected floating"):
         proximal.proximal_point(rosenbrock, valley, squares, jnp.array([1, 2]), 1.0)
+    with pytest.raises(TypeError, match="weights: found dtype bfloat16, expected float32"):
+        proximal.trust_region_step(rosenbrock, valley, squares, jnp.ones(2, jnp.bfloat16), 1.0)
+
+
+@pytest.mark.parametrize("solver", ["cg", "dense"])
+@pytest.mark.parametrize("what", ["loss", "matrix"])
+def test_what_is_not_finite_is_no_step_of_zero(solver, what):
+    """Conjugate gradients end at once where the residual is NaN."""
+    bad = {what: jnp.nan}
+    loss = lambda z: bad.get("loss", 1.0) * valley(z)  # noqa: E731
+    rho = lambda z, z0: bad.get("matrix", 1.0) * squares(z, z0)  # noqa: E731
+    w = jnp.asarray(W)
+    step = proximal.natural_gradient_step(rosenbrock, loss, rho, w, 1.0, solver=solver)
+    assert np.isnan(step).all()
+    step = proximal.damped_newton_step(rosenbrock, loss, rho, w, 1.0, solver=solver)
+    assert np.isnan(step).all()
+
+
+def test_a_schedule_may_start_from_zero():
+    tx = proximal.mirror_descent(optax.linear_schedule(0.0, 1.0, 10), "entropy")
+    p, gradient = jnp.ones(3) / 3, jnp.arange(3.0)
+    updates, state = tx.update(gradient, tx.init(p), p)
+    np.testing.assert_allclose(updates, 0, atol=1e-15)
+    updates, _ = tx.update(gradient, state, p)
+    assert updates[0] > 0 > updates[2]
 
 
 @pytest.mark.parametrize("rho", [metrics.Euclidean(), metrics.Bregman(lambda z: jnp.sum(z**2) / 2)])

@@ -10,6 +10,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 import curvature
+from curvature import operators
 from curvature.optimizer.uncovered import typical
 
 L = curvature.losses
@@ -21,6 +22,7 @@ PARAMS = {
     "c": jax.random.normal(KEYS[3], (8, 3)) * 0.3,
 }
 EXACT = curvature.Fisher(samples=None)
+LM, MODEL = curvature.LevenbergMarquardt(), curvature.QuadraticModel()
 cross_entropy = L.softmax_cross_entropy_with_integer_labels
 
 
@@ -71,12 +73,32 @@ def test_the_bound_of_the_preconditioner_alone():
     np.testing.assert_allclose(seen(updates, 0.1) / 2, 1e-5, rtol=1e-6)
 
 
-def test_a_given_rate_is_bounded_by_default_and_the_models_is_not():
+def test_steps_are_bounded_by_default():
     plain, _ = first_step(curvature.kfac(REGISTRY, 100.0, kind=EXACT))
     bounded, _ = first_step(curvature.kfac(REGISTRY, 100.0, kind=EXACT, kl_clip=1e-3))
     np.testing.assert_array_equal(plain["w"], bounded["w"])
-    _, state = first_step(curvature.kfac(REGISTRY, curvature.QuadraticModel(), kind=EXACT))
-    assert state.stats.clipped == 1
+
+
+@pytest.mark.parametrize("scale", [0.1, 100.0])
+@pytest.mark.parametrize(("damping", "bound"), [(1e-3, 3e-2), (LM, 0.3)], ids=["number", "LM"])
+def test_a_step_by_the_model_is_bounded_by_default(damping, bound, scale, standard_promotion):
+    """By a multiple of a prediction's loss, where that is above one; so a unit changes nothing."""
+
+    def loss_fn(p, x, t):
+        return 3 * L.l2_loss(jnp.tanh(x @ p["w"]) @ p["c"], t).mean()
+
+    targets = scale * X[:, :3]
+    registry = curvature.register(loss_fn, PARAMS, X, targets)
+    grads = jax.tree.map(lambda g: 9 * g, jax.grad(loss_fn)(PARAMS, X, targets))  # too far
+    tx = curvature.kfac(registry, MODEL, damping=damping, kind=EXACT)
+    step, state = first_step(tx, grads, args=(X, targets))
+    assert state.stats.clipped < 1
+    lam = state.stats.damping
+    op = operators.gauss_newton(registry, PARAMS, [(X, targets)])
+    length = dot(step, op @ step) + lam * dot(step, step)
+    of_prediction = float(loss_fn(PARAMS, X, targets)) / 3
+    assert (of_prediction > 1) == (scale > 1)
+    np.testing.assert_allclose(length / 2 / 3, bound * max(of_prediction, 1), rtol=1e-6)
 
 
 def test_weight_decay_is_not_shortened():
@@ -202,7 +224,6 @@ def partly_frozen(p, x, y):
 
 
 STILL = PARAMS | {"mask": jnp.array([-jnp.inf] + 7 * [0.0]), "unused": jnp.ones(3)}
-LM, MODEL = curvature.LevenbergMarquardt(), curvature.QuadraticModel()
 
 
 @pytest.mark.parametrize(
@@ -244,6 +265,61 @@ def test_penalties_are_of_everything_where_the_loss_is_not_what_is_minimised():
     updates, _ = first_step(tx, grads, params)
     for name, w in params.items():
         np.testing.assert_allclose(updates[name], -0.01 * w, rtol=1e-12)
+
+
+# Batches that say little of the next one ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("activation", "noise", "options"),
+    [
+        (jax.nn.relu, 0.0, {}),  # 2e16 after 20 steps without a bound
+        (jax.nn.relu, 0.0, {"damping": 1e-2, "momentum": 0.0}),
+        (jnp.tanh, 0.3, {"damping": LM}),  # 30 without
+    ],
+    ids=["model", "own damping", "LevenbergMarquardt"],
+)
+def test_a_quadratic_model_of_eight_examples_does_not_lose_the_run(activation, noise, options):
+    """Its own batch is all it knows: steps that are far too long for all others are bounded."""
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(512, 10)).astype(np.float32)
+    y = np.argmax(x @ draw.normal(size=(10, 5)), 1)
+    y = jnp.asarray(np.where(draw.random(512) < noise, draw.integers(0, 5, 512), y), jnp.int32)
+    x, sizes = jnp.asarray(x), (10, 32, 32, 5)
+
+    def loss_fn(p, x, y):
+        for w in p[:-1]:
+            x = activation(x @ w)
+        return cross_entropy(x @ p[-1], y).mean()
+
+    def start(seed):
+        keys = jax.random.split(jax.random.key(seed), 3)
+        pairs = zip(keys, sizes, sizes[1:], strict=False)
+        return [jax.random.normal(k, (a, b), jnp.float32) / a**0.5 for k, a, b in pairs]
+
+    tx = curvature.kfac(curvature.register(loss_fn, start(0), x[:8], y[:8]), MODEL, **options)
+
+    @jax.jit
+    def run(seed):
+        params = start(seed)
+
+        def step(carry, key):
+            params, state = carry
+            chosen = jax.random.randint(key, (8,), 0, len(x))
+            batch = x[chosen], y[chosen]
+            grads = jax.grad(loss_fn)(params, *batch)
+            updates, state = tx.update(grads, state, params, loss_args=batch, key=key)
+            params = optax.apply_updates(params, updates)
+            return (params, state), loss_fn(params, x, y)
+
+        keys = jax.random.split(jax.random.key(seed), 300)
+        losses = jax.lax.scan(step, (params, tx.init(params)), keys)[1]
+        return loss_fn(params, x, y), losses
+
+    for seed in range(3):
+        before, losses = run(seed)
+        assert losses.max() < 1.5 * before
+        assert losses[-20:].mean() < before
 
 
 # Inverses that cannot be had ----------------------------------------------------------------------
@@ -347,7 +423,7 @@ def test_the_quadratic_model_is_that_of_the_kind(kind):
     y = jnp.full(32, 50.0)
     registry = curvature.register(nll, params, x, y)
     grads = jax.grad(nll)(params, x, y)
-    tx = curvature.kfac(registry, curvature.QuadraticModel(), 0.0, damping=0.1, kind=kind)
+    tx = curvature.kfac(registry, MODEL, 0.0, damping=0.1, kind=kind, kl_clip=None)
     _, state = first_step(tx, grads, params, (x, y))
     z = (x @ params["w"])[:, 0]
     empirical = isinstance(kind, curvature.EmpiricalFisher)

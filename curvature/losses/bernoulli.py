@@ -52,14 +52,24 @@ def sigmoid_binary_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> jax.Ar
 
     Args:
       logits: log odds, any shape.
-      labels: 0, 1, or probabilities; broadcast against `logits`.
+      labels: 0, 1, or probabilities; the shape of `logits`, or one is broadcast to the other's.
 
     Returns:
       Elementwise losses, as `optax.sigmoid_binary_cross_entropy`.
+
+    Raises:
+      TypeError: `logits` are not floating point.
+      ValueError: the shapes would be broadcast to a third, as those of (n, 1) and (n,) are.
 
     >>> import jax.numpy as jnp, curvature
     >>> curvature.losses.sigmoid_binary_cross_entropy(jnp.zeros(2), jnp.array([0, 1]))
     Array([0.6931472, 0.6931472], dtype=float32)
     """
-    z, labels = jnp.broadcast_arrays(floating(logits, "logits"), jnp.asarray(labels))
+    z, labels = floating(logits, "logits"), jnp.asarray(labels)
+    if jnp.broadcast_shapes(z.shape, labels.shape) not in (z.shape, labels.shape):
+        raise ValueError(
+            f"labels have shape {labels.shape} and logits {z.shape}: every one would meet every "
+            "other. Expected one shape for both."
+        )
+    z, labels = jnp.broadcast_arrays(z, labels)
     return tag(Bernoulli(), z, labels)

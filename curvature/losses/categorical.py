@@ -51,7 +51,7 @@ class Categorical(OutputLoss):
         """See `OutputLoss`."""
         q = _probabilities(z, targets)
         one_hot = jax.nn.one_hot(_drawn(key, q), z.shape[-1], dtype=z.dtype)
-        return jnp.sqrt(self.mass(z, targets)) * _masked(q - one_hot, targets)
+        return jnp.sqrt(jnp.abs(self.mass(z, targets))) * _masked(q - one_hot, targets)
 
     def hessian_mvp(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
         """See `OutputLoss`."""
@@ -65,7 +65,7 @@ class Categorical(OutputLoss):
         q = _probabilities(z, targets)
         scaled = jnp.sqrt(q) * vector
         mass = self.mass(z, targets)
-        return jnp.sqrt(mass) * (scaled - q * scaled.sum(-1, keepdims=True))
+        return jnp.sqrt(jnp.abs(mass)) * (scaled - q * scaled.sum(-1, keepdims=True))
 
     def mass(self, z: jax.Array, targets: Targets) -> jax.Array:
         """The total mass m of the target, with a trailing axis of one."""
@@ -84,7 +84,8 @@ class SoftCategorical(Categorical):
     """Categorical in its logits, with target distributions or weights, of total mass m.
 
     The targets are the distributions, of the shape of z, and the mask if there is one. Labels
-    smoothed over classes (`optax.smooth_labels`) keep m = 1 and so leave the curvature as it was.
+    smoothed over classes (`optax.smooth_labels`) keep m = 1 and so leave the curvature as it was. A
+    negative mass is a weight, and counts by magnitude in all but H_z itself.
     """
 
     @property
@@ -96,6 +97,10 @@ class SoftCategorical(Categorical):
         """See `OutputLoss`."""
         labels, *where = targets
         return optax.losses.softmax_cross_entropy(z, labels, where=where[0] if where else None)
+
+    def gauss_newton_mvp(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
+        """See `OutputLoss`."""
+        return jnp.sign(self.mass(z, targets)) * self.hessian_mvp(vector, z, targets)
 
     def mass(self, z: jax.Array, targets: Targets) -> jax.Array:
         """See `Categorical`."""
@@ -165,7 +170,8 @@ def softmax_cross_entropy_with_integer_labels(
       logits: unnormalised log probabilities, shape `[..., classes]` (classes along `axis`).
       labels: integers in `[0, classes)`, shape of `logits` without `axis`.
       axis: the axis, or axes, of the classes.
-      where: mask of the classes that count, broadcastable to `logits`.
+      where: mask of the classes that count: the axes of `logits`, of any length 1; or one entry
+        for every unit, without the axis of classes.
 
     Returns:
       The loss of every unit, shape of `labels`, as optax's function of the same name.
@@ -202,7 +208,8 @@ def softmax_cross_entropy(
       logits: unnormalised log probabilities, shape `[..., classes]` (classes along `axis`).
       labels: target probabilities (or weights), broadcastable to `logits`.
       axis: the axis, or axes, of the classes; None for all of them.
-      where: mask of the classes that count, broadcastable to `logits`.
+      where: mask of the classes that count: the axes of `logits`, of any length 1; or one entry
+        for every unit, without the axis of classes.
 
     Returns:
       The loss of every unit, shape `[...]`, as `optax.softmax_cross_entropy`.

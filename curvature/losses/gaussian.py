@@ -138,6 +138,10 @@ class HeteroscedasticGaussian(OutputLoss):
         back = precision * residual * (mean + 0.5 * residual * log_variance)
         return jnp.stack([turned, back], -1)
 
+    def gauss_newton_mvp(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
+        """That of the Fisher."""
+        return self.fisher_mvp(vector, z, targets)
+
     def root(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
         """The square root of F_z: H_z is indefinite."""
         return self.fisher_root(vector, z, targets)

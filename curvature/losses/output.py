@@ -62,9 +62,13 @@ class OutputLoss(abc.ABC):
     def root(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
         """S v for a square S with S S' = H_z, or, where H_z is indefinite, what the family says."""
 
+    def gauss_newton_mvp(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
+        """S S' v for the S of `root`: another matrix than H_z where that is indefinite."""
+        return self.hessian_mvp(vector, z, targets)
+
     def fisher_mvp(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
         """F_z v."""
-        return self.hessian_mvp(vector, z, targets)
+        return self.gauss_newton_mvp(vector, z, targets)
 
     def fisher_root(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
         """S v for a square S with S S' = F_z."""

@@ -71,6 +71,10 @@ class Custom(OutputLoss):
         """See `OutputLoss`."""
         return self._hessian(autodiff.hessian_mvp, vector, z, targets)
 
+    def gauss_newton_mvp(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
+        """See `OutputLoss`; the S of `root` is symmetric."""
+        return self.root(self.root(vector, z, targets), z, targets)
+
     def root(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
         """S v for the symmetric S with S S' = H_z, H_z's negative eigenvalues set to zero."""
         return self._hessian(autodiff.psd_root, vector, z, targets)
@@ -98,7 +102,8 @@ class Custom(OutputLoss):
 def _no_exact_fisher() -> NoReturn:
     raise ValueError(
         "The exact Fisher of a custom loss is not known, only samples of it: use "
-        "Fisher(samples=k) with custom(..., sampler=...), or GaussNewton."
+        "Fisher(samples=k) with custom(..., sampler=...), or GaussNewton. QuadraticModel and "
+        "LevenbergMarquardt need an exact matrix, whatever the blocks are made of: GaussNewton."
     )
 
 
@@ -107,9 +112,9 @@ def custom(
 ) -> jax.Array:
     """An output loss of the user's own, given as a function of one unit.
 
-    Its Hessian comes by automatic differentiation, as a dense matrix per unit where a square root
-    is asked for; negative eigenvalues are set to zero there. Its Fisher is known by sampling only.
-    Nothing is taken for granted on how the two relate.
+    Its Hessian comes by automatic differentiation, as a dense matrix per unit; its negative
+    eigenvalues are set to zero where a Gauss-Newton matrix is asked for. Its Fisher is known by
+    sampling only. Nothing is taken for granted on how the two relate.
 
     Args:
       loss: `loss(z, *targets)`, a scalar; pure, and closing over no traced array: what varies is

@@ -72,9 +72,7 @@ def pullback_mvp(f: Function, metric: PyTree, w: PyTree, v: PyTree) -> PyTree:
     ...     jnp.square, curvature.metrics.Euclidean(), jnp.array([3.0]), jnp.array([1.0]))
     Array([36.], dtype=float32)
     """
-    if callable(metric) and not isinstance(metric, Metric):
-        return _sandwich(f, lambda z: lambda moved: metric(moved, z), w, v)
-    return _sandwich(f, metric, w, v)
+    return _sandwich(f, lambda z, jv: apply(metric, z, jv), w, v)
 
 
 def gauss_newton_mvp(f: Function, loss: PyTree, w: PyTree, v: PyTree) -> PyTree:
@@ -102,8 +100,8 @@ def gauss_newton_mvp(f: Function, loss: PyTree, w: PyTree, v: PyTree) -> PyTree:
     Array([72.], dtype=float32)
     """
     if callable(loss) and not isinstance(loss, Metric):
-        return _sandwich(f, lambda z: loss, w, v)
-    return _sandwich(f, loss, w, v)
+        return _sandwich(f, lambda z, jv: hessian_mvp(loss, z, jv), w, v)
+    return _sandwich(f, lambda z, jv: apply(loss, z, jv), w, v)
 
 
 def hessian_mvp(loss: Callable[[PyTree], jax.Array], w: PyTree, v: PyTree) -> PyTree:
@@ -150,22 +148,21 @@ def pullback_metric(f: Function, metric: PyTree, w: PyTree) -> jax.Array:
     return jax.vmap(row)(jnp.eye(flat.size, dtype=flat.dtype))
 
 
-def _sandwich(f: Function, metric: PyTree, w: PyTree, v: PyTree) -> PyTree:
-    """J' G J v, with one linearisation of f for both products.
-
-    `metric` is a tree of metrics, or makes of z a function of the output whose Hessian at z is G.
-    """
+def _sandwich(
+    f: Function, product: Callable[[PyTree, PyTree], PyTree], w: PyTree, v: PyTree
+) -> PyTree:
+    """J' G J v for the product (z, u) -> G u, with one linearisation of f on both sides."""
     z, push = jax.linearize(f, w)
-    jv = push(v)
-    if callable(metric) and not isinstance(metric, Metric):
-        gjv = jax.jvp(jax.grad(metric(z)), (z,), (jv,))[1]
-    else:
-        gjv = apply(metric, z, jv)
-    return jax.linear_transpose(push, w)(gjv)[0]
+    return jax.linear_transpose(push, w)(product(z, push(v)))[0]
 
 
 def apply(metrics: PyTree, z: PyTree, v: PyTree) -> PyTree:
-    """G v on trees: every metric on all arrays of the subtree that it stands for."""
+    """G v on trees: every metric on all arrays of the subtree that it stands for.
+
+    Of a function `rho(z, z')`, G is the Hessian at z = z'.
+    """
+    if callable(metrics) and not isinstance(metrics, Metric):
+        return hessian_mvp(lambda moved: metrics(moved, z), z, v)
 
     def one(metric: Any, z: PyTree, v: PyTree) -> PyTree:
         if not isinstance(metric, Metric):

@@ -6,7 +6,7 @@ the weight of unit i in the loss of one batch:
 | operator                  | matrix of one batch                                  |
 |---------------------------|------------------------------------------------------|
 | `hessian`                 | the Hessian of L                                     |
-| `gauss_newton`            | sum_i abs(w_i) J_i' H_z(z_i) J_i                     |
+| `gauss_newton`            | sum_i abs(w_i) J_i' H_z(z_i) J_i, H_z made positive  |
 | `fisher(samples=None)`    | sum_i abs(w_i) J_i' F_z(z_i) J_i                     |
 | `fisher(samples=k, key=)` | the same with F_z ~ 1/k sum s s', s sampled scores   |
 | `empirical_fisher`        | sum_n s_n s_n', s_n = sum_{i in n} sqrt w_i J_i' g_i |
@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from curvature.meshes import automatic
 from curvature.metrics import Metric
@@ -89,6 +90,10 @@ def gauss_newton(
     weights: Sequence[float] | None = None,
 ) -> Operator:
     """The generalised Gauss-Newton matrix sum_i |w_i| J_i' H_z(z_i) J_i (Schraudolph 2002).
+
+    Where the Hessian H_z of a loss in its outputs is indefinite, the matrix that the loss puts in
+    its place, as `curvature.GaussNewton` does: the Fisher's for `heteroscedastic_gaussian_nll`, H_z
+    without its negative eigenvalues for `custom` losses.
 
     Args:
       loss_fn: as for `hessian`, with at least one loss of `curvature.losses`.
@@ -158,7 +163,7 @@ def fisher(
     if samples is None:
         product = _Pulled(function, has_aux, _loss_fisher)
         return over_dataset(product, params, batches, weights, semidefinite=True)
-    if samples < 1:
+    if not isinstance(samples, (int, np.integer)) or samples < 1:
         raise ValueError(f"samples is {samples}, expected a positive integer or None (exact).")
     if key is None:
         raise ValueError("Sampled targets need a random key: pass key=jax.random.key(...).")
@@ -221,7 +226,8 @@ def pullback(
 
     Args:
       function: f, from parameters and one batch's arguments to a tree of arrays z.
-      metric: a metric for every array of z, or a tree of them, as `metrics.pullback_mvp` takes it.
+      metric: a metric for every array of z, or a tree of them; or a function `rho(z, z')` of whole
+        outputs, a scalar, whose Hessian at z = z' is the metric.
       params: the parameters, a tree of arrays.
       batches: the data, see `hessian`.
       weights: the coefficient of each batch. By default 1: the pullback by the function that
@@ -322,7 +328,7 @@ def _loss_hessian(
 ) -> list[jax.Array]:
     del samples, key
     return [
-        _weighted(o, o.tag.loss.hessian_mvp(u, o.z, o.targets))
+        _weighted(o, o.tag.loss.gauss_newton_mvp(u, o.z, o.targets))
         for o, u in zip(outputs, tangents, strict=True)
     ]
 

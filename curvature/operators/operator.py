@@ -32,7 +32,8 @@ PyTree = Any
 class Operator(lx.AbstractLinearOperator):
     """A symmetric linear operator on trees of the parameters' structure.
 
-    A lineax operator (sums, multiples and lineax's solvers work) with products by trees: `op @ v`.
+    A lineax operator, for its solvers, with products by trees, `op @ v`. Sums and multiples of
+    operators on the same trees are operators like these.
 
     Attributes:
       product: the function v -> A v.
@@ -58,8 +59,8 @@ class Operator(lx.AbstractLinearOperator):
         """A v, for a tree v like the parameters; the result has the dtypes of v.
 
         Raises:
-            ValueError: v has another structure or other shapes than the parameters.
-        TypeError: v is complex, or of whole numbers.
+          ValueError: v has another structure or other shapes than the parameters.
+          TypeError: v is complex, or of whole numbers.
         """
         check_like(vector, self.in_structure())
         return self.product(vector)
@@ -83,6 +84,35 @@ class Operator(lx.AbstractLinearOperator):
         if isinstance(other, lx.AbstractLinearOperator):
             return super().__matmul__(other)
         return self.mv(other)
+
+    def __add__(self, other: Any) -> Any:
+        """A + B."""
+        if not isinstance(other, Operator) or other.structure != self.structure:
+            return super().__add__(other)
+        definite = self.semidefinite and other.semidefinite
+        return self._with(lambda v: jax.tree.map(jnp.add, self.mv(v), other.mv(v)), definite)
+
+    def __sub__(self, other: Any) -> Any:
+        """A - B."""
+        return self + -1.0 * other
+
+    def __mul__(self, scalar: Any) -> Any:
+        """Multiplies by a number: c A."""
+        if not isinstance(scalar, (int, float)):
+            return super().__mul__(scalar)
+        definite = self.semidefinite and scalar >= 0
+        return self._with(lambda v: jax.tree.map(lambda x: scalar * x, self.mv(v)), definite)
+
+    def __truediv__(self, scalar: Any) -> Any:
+        """Divides by a number: A / c."""
+        return self * (1 / scalar)
+
+    def __neg__(self) -> Any:
+        """-A."""
+        return self * -1.0
+
+    def _with(self, product: Callable[[PyTree], PyTree], semidefinite: bool) -> Operator:
+        return Operator(product, self.in_structure(), semidefinite=semidefinite)
 
     def as_matrix(self) -> jax.Array:
         """The dense matrix; see `to_dense`."""
@@ -131,7 +161,7 @@ def check_like(found: PyTree, expected: PyTree) -> None:
     differs = difference(found, expected)
     if differs is not None:
         raise ValueError(f"The operator acts on trees of the parameters' structure: {differs}.")
-    check_real(found, "The tree's ")
+    check_real(found, "The tree")
     pairs = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
     for (path, leaf), shape in pairs:
         if jnp.shape(leaf) != shape.shape:
@@ -205,6 +235,7 @@ def over_dataset(
     share of all examples.
     """
     first = first_batch(batches)
+    check_real(params, "params")
     params = jax.tree.map(jnp.asarray, params)
 
     def zeros() -> PyTree:
@@ -266,7 +297,7 @@ def to_dense(op: lx.AbstractLinearOperator, at_once: int = 64) -> jax.Array:
         width = min(at_once, flat.size - start)
         unit = jnp.eye(width, flat.size, start, dtype=flat.dtype)
         columns.append(jax.vmap(flat.mv)(unit))
-    return jnp.concatenate(columns).T
+    return jnp.concatenate(columns).T if columns else jnp.zeros((0, 0), flat.dtype)
 
 
 @jax.jit

@@ -41,7 +41,7 @@ def solve(
     Args:
       op: a symmetric linear operator on trees; with the damping it has to be positive definite.
       tree: the right-hand side v, a tree of the operator's structure.
-      damping: lambda >= 0, in units of the operator.
+      damping: lambda, a number not below zero, in units of the operator.
       preconditioner: P ~ (A + damping I)^-1, symmetric and positive definite, as a function of
         trees or with `@`: `block_diagonal.damped_inverse(damping)`, or `lambda v:
         block_diagonal.solve(v, damping)`. Parameters that it excludes would be left at zero.
@@ -51,11 +51,13 @@ def solve(
       throw: whether to raise where the tolerance is not reached.
 
     Returns:
-      A `lineax.Solution`: x is its `value`, the number of iterations `stats["num_steps"]`.
+      A `lineax.Solution`: x is its `value`, the number of iterations `stats["num_steps"]`. Where
+      something is not finite, x is NaN, and `result` says so.
 
     Raises:
-      ValueError: v has another structure or other shapes than the parameters.
-      RuntimeError: the tolerance is not reached.
+      ValueError: v has another structure or other shapes than the parameters, or a number is out of
+        range.
+      RuntimeError: the tolerance is not reached, or something is not finite.
 
     >>> import jax.numpy as jnp
     >>> from curvature import operators
@@ -64,6 +66,11 @@ def solve(
     Array([1., 2.], dtype=float32)
     """
     check_like(tree, op.in_structure())
+    if not (damping >= 0 and tolerance > 0):
+        raise ValueError(
+            f"Found damping={damping} and tolerance={tolerance}, expected a damping not below zero "
+            "and a positive tolerance."
+        )
     flat = Flat(op)  # one vector, so that an iteration costs the same for any number of leaves
     vector = flat.ravel(tree)
     system = Operator(lambda x: flat.mv(x) + damping * x, vector, semidefinite=True)
@@ -78,6 +85,17 @@ def solve(
     with jax.disable_jit():  # in Python: the product loops over data
         solution = lx.linear_solve(system, vector, solver, options=options, throw=False)
         reached = bool(solution.result == lx.RESULTS.successful)
+        # To conjugate gradients NaN is as good as zero: they end where they are.
+        reached &= bool(jnp.isfinite(solution.value).all())
+        fine = bool(jnp.isfinite(vector - system.mv(0 * vector)).all())
+    if not fine:
+        nothing = jnp.full_like(vector, jnp.nan)
+        solution = dataclasses.replace(solution, value=nothing, result=lx.RESULTS.nonfinite_input)
+    if throw and not fine:
+        raise RuntimeError(
+            "The right-hand side or the operator is not finite: look for NaN and infinity in the "
+            "tree, the parameters and the batches."
+        )
     if throw and not reached:
         raise RuntimeError(
             f"Conjugate gradients stopped after {int(solution.stats['num_steps'])} iterations "

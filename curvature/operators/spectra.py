@@ -75,8 +75,11 @@ def _monte_carlo(
     flat: Flat, integrand: Callable[..., Any], key: jax.Array, samples: int, at_once: int
 ) -> tuple[jax.Array, jax.Array]:
     """Mean and standard error of an integrand over random signs, a few at a time."""
-    if samples < 2:
-        raise ValueError(f"samples is {samples}, expected at least 2: one has no standard error.")
+    if samples < 2 or at_once < 1:
+        raise ValueError(
+            f"Found samples={samples} and at_once={at_once}, expected at least 2 samples, for a "
+            "standard error, and at least one at once."
+        )
     mean, squares, done = jnp.zeros((), flat.dtype), jnp.zeros((), flat.dtype), 0
     zeros = jnp.zeros(flat.size, flat.dtype)
     for part in jax.random.split(key, math.ceil(samples / at_once)):
@@ -139,7 +142,7 @@ def top_eigenpairs(
     lanczos = _lanczos(flat, start, depth)
     values, vectors = jnp.linalg.eigh(lanczos.matrix)
     values, vectors = values[::-1][:k], vectors[:, ::-1][:, :k]
-    residuals = jnp.abs(vectors[-1]) * lanczos.residual
+    residuals = jnp.abs(vectors[-1]) * jnp.where(jnp.any(lanczos.matrix), lanczos.residual, 0)
     return Eigenpairs(values, jax.vmap(flat.unravel)(vectors.T @ lanczos.basis), residuals)
 
 

@@ -35,6 +35,7 @@ from curvature.trace import Registry, check_registry
 PyTree = Any
 _FISHER, _CHOLESKY = Fisher(), Cholesky()
 _KL_CLIP = 1e-3
+_MODEL_KL_CLIP, _ADAPTIVE_KL_CLIP = 3e-2, 0.3  # where the quadratic model chooses the length
 
 
 def kfac(
@@ -98,8 +99,9 @@ def kfac(
         a mean over predictions, and is divided by their total weight where it is a sum over some.
         With a given learning rate it is taken of the part without momentum, and as the blocks see
         it. A number, a schedule, or None for no bound. `"auto"` is 1e-3 with a given learning rate,
-        without which a rate that is too large loses the run, and None with `QuadraticModel()`,
-        which chooses the length itself.
+        without which a rate that is too large loses the run. With `QuadraticModel()`, which knows
+        no batch but its own, it is 3e-2, and 0.3 where `LevenbergMarquardt()` looks after it; times
+        the loss of a prediction where that is above 1.
       relative_damping: as `scale_by_curvature` takes it, and all that follow; not with damping or
         rates by the quadratic model, which knows one damping for all.
       decay: weight of the past in the average of the statistics.
@@ -157,8 +159,11 @@ def kfac(
     damping, relative_damping = damping_of(damping, relative_damping, absolute=absolute)
     if not by_model:
         check_range("learning_rate", learning_rate, 0.0, float("inf"))
+    by_loss = by_model and kl_clip == "auto" and registry.objective
     if isinstance(kl_clip, str) and kl_clip == "auto":
-        kl_clip = None if by_model else _KL_CLIP
+        looked_after = isinstance(damping, LevenbergMarquardt)
+        bound = _ADAPTIVE_KL_CLIP if looked_after else _MODEL_KL_CLIP
+        kl_clip = bound if by_model else _KL_CLIP
     if kl_clip is not None:
         check_positive("kl_clip", kl_clip)
     given: Any = damping
@@ -188,7 +193,7 @@ def kfac(
     objective = Objective(registry, kind, l2, preconditioner.estimator.axes)
     decayed = decaying(weight_decay, weight_decay_mask, registry)
     descent = Descent(
-        preconditioner, objective, learning_rate, momentum, given, adapts, kl_clip, decayed
+        preconditioner, objective, learning_rate, momentum, given, adapts, kl_clip, by_loss, decayed
     )
     return entering(optax.GradientTransformationExtraArgs(descent.init, descent.update))
 

@@ -35,10 +35,13 @@ class Quadratic(NamedTuple):
     Attributes:
       linear: g'd_i for every direction d_i.
       matrix: d_i'(G + lam I)d_j.
+      loss: the mean of the batch's predictions' losses, by their weights: the scale of 1/2 v'Gv for
+        one prediction.
     """
 
     linear: jax.Array
     matrix: jax.Array
+    loss: jax.Array
 
     def __call__(self, coefficients: jax.Array) -> jax.Array:
         """The predicted change of the loss."""
@@ -96,15 +99,20 @@ def along(
     dtype = accumulator(*(leaf.dtype for leaf in jax.tree.leaves(params)))
     tangents = [found.pushforward(direction) for direction in directions]
     count = len(directions)
-    matrix = own(jnp.zeros((count, count), dtype), axes)
+    matrix, sums = own((jnp.zeros((count, count), dtype), jnp.zeros(2, dtype)), axes)
     for i, output in enumerate(found.outputs):
         us = [t[i].astype(dtype) for t in tangents]
         products = functools.partial(_products, kind, output.tag, len(output.event))
         matrix += automatic(products, output.z, output.targets, output.weights, us)
-    matrix = together(matrix, axes, found.loss, [output.z for output in found.outputs])
+        summed = functools.partial(_summed, output.tag, dtype)
+        sums += automatic(summed, output.z, output.targets, output.weights)
+    matrix, sums = together(
+        (matrix, sums), axes, found.loss, [output.z for output in found.outputs]
+    )
     dots = jnp.stack([jnp.stack([dot(a, b, dtype) for a in directions]) for b in directions])
     linear = jnp.stack([dot(gradient, d, dtype) for d in directions])
-    return Quadratic(linear, matrix + damping.astype(dtype) * dots)
+    loss = sums[0] / jnp.where(sums[1] > 0, sums[1], 1)
+    return Quadratic(linear, matrix + damping.astype(dtype) * dots, loss)
 
 
 def _products(
@@ -129,6 +137,15 @@ def _products(
         transposed = jax.vmap(transposed)
     rooted = [transposed(z.astype(dtype), targets, roots * u) for u in us]
     return jnp.stack([jnp.stack([jnp.sum(a * b) for b in rooted]) for a in rooted])
+
+
+def _summed(tag: Tag, dtype: Any, z: jax.Array, targets: Targets, weights: jax.Array) -> jax.Array:
+    """The units' losses, summed by weight, and the sum of the weights."""
+    value = tag.loss.value
+    for _ in tag.lead:
+        value = jax.vmap(value)
+    weights = jnp.abs(weights.astype(dtype))
+    return jnp.stack([jnp.sum(weights * value(z, targets).astype(dtype)), jnp.sum(weights)])
 
 
 def dot(one: PyTree, other: PyTree, dtype: Any) -> jax.Array:

@@ -134,8 +134,10 @@ def scale_by_curvature(
         `optax.scale_by_adam()`. Without one, generic parameters have a diagonal block and the
         gradients of excluded ones pass unchanged.
       axis_name: where `update` runs inside `shard_map` or `pmap` with a part of the batch on every
-        device, the axis (or a tuple of axes) over which gradients were averaged: statistics are
-        averaged over it, too, and every device draws targets of its own. `()` keeps the devices
+        device, the axis (or a tuple of all axes that divide it) over which gradients were averaged:
+        statistics are averaged over it, too, and every device draws targets of its own. Where
+        `shard_map` tracks what varies, average the loss, too, inside of what is differentiated: a
+        gradient of the device's own loss is the sum over devices there. `()` keeps the devices
         apart, each with a curvature of its own: an ensemble of runs. Not needed under `jit` alone,
         nor for a loss that has a `shard_map` inside.
       precision: of the products of float32 in statistics and with inverses, as `jax.lax.dot` takes

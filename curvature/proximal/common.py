@@ -48,7 +48,10 @@ def solve(mvp: Function, b: PyTree, solver: Solver, tolerance: float | None) -> 
         inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1.0), 0.0)
         return unravel(vectors @ (inverse * (vectors.T @ flat)))
     share = relative_tolerance(tolerance, flat.dtype)
-    return cg(mvp, b, tol=share, maxiter=10 * flat.size)[0]
+    x = cg(mvp, b, tol=share, maxiter=10 * flat.size)[0]
+    # To conjugate gradients NaN is as good as zero: they end where they are.
+    fine = jnp.isfinite(flat - ravel_pytree(mvp(x))[0]).all()
+    return jax.tree.map(lambda x: jnp.where(fine, x, jnp.nan), x)
 
 
 def dense(mvp: Function, like: PyTree) -> jax.Array:
@@ -86,11 +89,16 @@ def divergence(rho: Divergence, z0: PyTree) -> Scalar:
 
 
 def ravel(w: PyTree, name: str = "weights") -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
-    """A tree as one vector, and the way back; raises where it is not floating point."""
-    for leaf in jax.tree.leaves(w):
+    """A tree as one vector, and the way back; raises where it is not float32 or float64."""
+    leaves = jax.tree.leaves(w)
+    for leaf in leaves:
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"{name}: found dtype {dtype}, expected floating point throughout.")
+        if dtype.itemsize < 4:
+            raise TypeError(f"{name}: found dtype {dtype}, expected float32 or float64: cast them.")
+    if not leaves:
+        raise ValueError(f"{name}: found no arrays, expected a tree with at least one.")
     return ravel_pytree(w)
 
 

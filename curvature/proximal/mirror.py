@@ -16,6 +16,7 @@ from curvature.proximal.common import (
     Scalar,
     check_scalar,
     check_structure,
+    not_negative,
     positive,
     ravel,
 )
@@ -58,7 +59,7 @@ def mirror_descent_step(
         Newton's method as in `proximal_point`; its minimiser should lie inside phi's domain.
       z: a point of the output space, a pytree.
       gradient: of the loss at z, of the structure of z.
-      learning_rate: a positive number, 1/lam of the proximal point.
+      learning_rate: a number not below zero, 1/lam of the proximal point.
       tolerance: of the solver, as in `proximal_point`.
       max_iterations: of the solver, as in `proximal_point`.
 
@@ -77,7 +78,7 @@ def mirror_descent_step(
     >>> p + step
     Array([0.5, 0.5], dtype=float32)
     """
-    rate = positive("learning_rate", learning_rate)
+    rate = not_negative("learning_rate", learning_rate)  # a warm-up may start from zero
     x, unravel = ravel(z, "z")
     rate = rate.astype(x.dtype)
     check_structure("gradient", gradient, "z", z)
