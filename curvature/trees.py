@@ -47,6 +47,16 @@ def different_shape(found: PyTree, expected: PyTree) -> str | None:
     return None
 
 
+def different_dtype(found: PyTree, expected: PyTree) -> str | None:
+    """The first leaf of another dtype in two trees of one structure; None without any."""
+    pairs = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
+    for (path, leaf), other in pairs:
+        if jnp.result_type(leaf) != other.dtype:
+            where = jax.tree_util.keystr(path)
+            return f"{where} is {jnp.result_type(leaf)}, expected {other.dtype}"
+    return None
+
+
 def check_real(tree: PyTree, what: str) -> None:
     """Raises where a leaf is complex or of whole numbers: results have the dtypes of the tree.
 

@@ -143,7 +143,7 @@ def run_folder(args: Settings, settings: optimizers.Settings) -> folder.RunFolde
     del same["name"]  # the optimizer's
     try:
         place = folder.RunFolder(args.out, same, args.steps, args.checkpoint_every, args.resume)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         options.stop(error)
     if args.resume:
         found = f"resumed after step {place.step}" if place.step else "no checkpoint, a new run"
@@ -211,11 +211,8 @@ def _print_result(problem: problems.Problem, run: loop.Run, out: Path) -> None:
     print(f"{run.settings.label} on the {problem.name} network, {parameters:,} parameters")
     print(f"training  loss {run.curve.loss[-1]:.3e}, accuracy {run.curve.accuracy[-1]:.2%}")
     print(f"test      loss {run.test_loss:.3e}, accuracy {run.test_accuracy:.2%}")
-    median = 1e3 * run.median_step_seconds
-    print(
-        f"time      {run.curve.seconds[-1]:.2f} s in steps (median {median:.2f} ms), "
-        f"{run.setup_seconds:.1f} s to compile"
-    )
+    took = report.steps_took(run.curve.seconds[-1], run.median_step_seconds)
+    print(f"time      {took}, {run.setup_seconds:.1f} s to compile")
     print(f"written   {out / 'metrics.json'}, {out / 'training.png'}")
     if run.stopped:
         print(f"train.py: {run.stopped}", file=sys.stderr)

@@ -95,6 +95,21 @@ def test_values_arrive_as_they_are():
         ("demo", ["deep"], "Unrecognized options: deep"),
         ("train", ["--steps"], "Missing value for argument '--steps'"),
         ("train", ["--damping", "0"], "--damping: 0 is not a finite number above 0"),
+        (
+            "train",
+            ["--model", "transformer", "--statistics-batch", "1.5"],
+            "--statistics-batch: 1.5 is not above 0 and at most 1",
+        ),
+        (
+            "train",
+            ["--model", "transformer", "--optimizer", "soap", "--statistics-batch", "0.5"],
+            "--optimizer soap has no --statistics-batch",
+        ),
+        (
+            "train",
+            ["--model", "transformer", "--optimizer", "adamw", "--gather", "updates"],
+            "--optimizer adamw has no --gather",
+        ),
         ("train_ferminet", ["--row"], "--row: expected at least one value"),
     ],
 )

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 import curvature
 from curvature import operators
-from curvature.optimizer.uncovered import typical
+from curvature.optimizer.uncovered import typical_inverse
 
 L = curvature.losses
 KEYS = jax.random.split(jax.random.key(0), 6)
@@ -193,7 +193,7 @@ def test_parameters_without_curvature_step_as_the_rest_does(damping):
 
 def test_the_typical_scale_of_nothing_is_one():
     zeros = jax.tree.map(jnp.zeros_like, GRADS)
-    assert typical(zeros, zeros, jnp.zeros(())) == 1
+    assert typical_inverse(zeros, zeros, jnp.zeros(())) == 1
 
 
 @pytest.mark.parametrize("fallback", [None, optax.scale_by_adam()], ids=["none", "adam"])
@@ -531,6 +531,15 @@ def test_a_state_of_another_configuration_is_refused(name):
     state = K(0.1).init(PARAMS)
     with pytest.raises((ValueError, TypeError), match=r"optimizer's state .*tx\.init\(params\)"):
         OTHERS[name].update(GRADS, state, PARAMS, loss_args=(X, Y), key=KEYS[4])
+
+
+@pytest.mark.parametrize("make", [curvature.kfac, curvature.eigen_adam])
+def test_a_state_of_another_dtype_is_refused(make, standard_promotion):
+    """JAX's own error names a branch of a conditional."""
+    single = jax.tree.map(lambda p: p.astype(jnp.float32), PARAMS)
+    state = make(curvature.register(loss_fn, single, X.astype(jnp.float32), Y), 0.1).init(single)
+    with pytest.raises(ValueError, match=r"dtype: statistics.*is float32, expected float64. Cast"):
+        make(REGISTRY, 0.1).update(GRADS, state, PARAMS, loss_args=(X, Y), key=KEYS[4])
 
 
 def test_a_mask_of_false_decays_nothing():

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from curvature.trace import Registry
-from curvature.trees import difference, different_shape
+from curvature.trees import difference, different_dtype, different_shape
 
 PyTree = Any
 ScalarOrSchedule = ArrayLike | Callable[[ArrayLike], ArrayLike]
@@ -82,8 +82,11 @@ def check_state(state: PyTree, kind: type) -> None:
         )
 
 
-def check_configuration(state: PyTree, expected: PyTree) -> None:
-    """Raises for a state of other blocks, another method of refresh, ..."""
+def check_configuration(state: Any, expected: Any) -> None:
+    """Raises for a state of other blocks, another method of refresh, another dtype of parameters.
+
+    The dtypes of what other transformations keep are theirs: some change in the first update.
+    """
     differs = difference(state, expected) or different_shape(state, expected)
     if differs is not None:
         raise ValueError(
@@ -91,6 +94,12 @@ def check_configuration(state: PyTree, expected: PyTree) -> None:
             "transformation the options (blocks, refresh, accumulate, graft, fallback, ...) that "
             "the state was made with, or start from tx.init(params); curvature.with_factors takes "
             "statistics over."
+        )
+    differs = different_dtype(state.statistics, expected.statistics)
+    if differs is not None:
+        raise ValueError(
+            f"The optimizer's state is of parameters of another dtype: statistics{differs}. Cast "
+            "all of its floating-point arrays, or start from tx.init(params)."
         )
 
 

@@ -23,7 +23,7 @@ from curvature.optimizer.grafting import grafted
 from curvature.optimizer.options import Options
 from curvature.optimizer.quadratic import dot
 from curvature.optimizer.refresh import Inverses, Now, Refreshed
-from curvature.optimizer.uncovered import scaled, set_apart, typical
+from curvature.optimizer.uncovered import scaled, set_apart, typical_inverse
 from curvature.statistics import Estimator, Kind
 from curvature.statistics.stacks import Arrays
 from curvature.trace import Layer, Registry, check_registry
@@ -198,8 +198,8 @@ class Preconditioner:
     ) -> tuple[PyTree, jax.Array, CurvatureState]:
         """The preconditioned gradient d, d'(G + damping I)d, and the state after the step.
 
-        The second is as the blocks see it, with 1 / `typical` in the place of G where there are
-        none. None of them need be finite.
+        The second is as the blocks see it, with 1 / `typical_inverse` in the place of G where there
+        are none. None of them need be finite.
         """
         state = self._refreshed(state, damping, gathered.sound)
         gradient, graft, like = gathered.gradient, state.graft, None
@@ -212,7 +212,7 @@ class Preconditioner:
             length = length.astype(damping.dtype)
         left, fallback = self.rest.update(gradient, state.fallback, params, **extra)
         if self.uncovered or any(jax.tree.leaves(self.left)):
-            scale = typical(gradient, preconditioned, squared)
+            scale = typical_inverse(gradient, preconditioned, squared)
             others = self._others(gradient, left, scale, like)
             length += dot(others, others, damping.dtype) / scale
             direction = jax.tree.map(

@@ -50,7 +50,7 @@ def reached(registry: Registry, params: PyTree) -> PyTree:
     return jax.tree.unflatten(structure, leaves)
 
 
-def typical(gradient: PyTree, direction: PyTree, squared: jax.Array) -> jax.Array:
+def typical_inverse(gradient: PyTree, direction: PyTree, squared: jax.Array) -> jax.Array:
     """The multiple of the identity that stands for the inverse curvature P where there is none.
 
     g'Pg / g'g over the parameters with curvature: what sees the gradient there as P does. 1 where

@@ -116,6 +116,7 @@ BatchSize = Annotated[int, _number(int, lambda n: 1 <= n <= TRAIN_IMAGES, _IMAGE
 PositiveFloat = Annotated[
     float, _number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
 ]
+Share = Annotated[float, _number(float, lambda x: 0 < x <= 1, "above 0 and at most 1")]
 Fraction = Annotated[float, _number(float, lambda x: 0 <= x < 1, "in [0, 1)")]
 OutFolder = Annotated[Path, word(_folder, "FOLDER")]
 """There, or still to be made."""

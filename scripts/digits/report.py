@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from importlib import metadata
@@ -48,6 +49,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def json_line(content: dict[str, Any]) -> str:
     """One line of strict JSON."""
     return json.dumps(plain(content), allow_nan=False) + "\n"
+
+
+def steps_took(seconds: float, median: float) -> str:
+    """How long a run's steps took, and the median of them, where this process made one."""
+    each = "" if math.isnan(median) else f" (median {1e3 * median:.2f} ms)"
+    return f"{seconds:.2f} s in steps{each}"
 
 
 def heading(text: str) -> str:

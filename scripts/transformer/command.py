@@ -76,12 +76,13 @@ class Settings:
     optimizer: Literal[*recipes.OPTIMIZERS] = "eigen_adam"  # with warm-up and cosine decay
     steps: options.PositiveInt = 600  # of training
     batch_size: options.PositiveInt = 16  # windows, over all devices
-    statistics_every: options.PositiveInt = 5  # steps between statistics
+    statistics_every: options.PositiveInt | None = None  # steps between statistics; 5 unless given
     # the share of a batch that statistics are taken of; all of it unless given
-    statistics_batch: options.PositiveFloat | None = None
-    refresh_every: options.PositiveInt = 5  # steps in which every basis is renewed once
-    # on a mesh: every device keeps all bases, or its share of them
-    gather: Literal["inverses", "updates"] = "inverses"
+    statistics_batch: options.Share | None = None
+    # steps in which every basis is renewed once; 5 unless given
+    refresh_every: options.PositiveInt | None = None
+    # on a mesh: every device keeps all bases (inverses), as it does unless given, or its share
+    gather: Literal["inverses", "updates"] | None = None
     # at its highest; unless given 0.01, and 0.003 for adamw, times 128 / width for wider networks
     learning_rate: options.PositiveFloat | None = None
     weight_decay: options.Fraction = 0.0  # decoupled
@@ -97,6 +98,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         options.check_framework(self.framework)
+        for name in recipes.NOT_TAKEN[self.optimizer]:
+            if getattr(self, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"--optimizer {self.optimizer} has no {flag}")
 
 
 def build(framework: str, config: Config) -> Any:
@@ -120,10 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.optimizer,
         rate,
         args.weight_decay,
-        args.statistics_every,
+        args.statistics_every or recipes.PERIOD,
         args.statistics_batch,
-        args.refresh_every,
-        args.gather,
+        args.refresh_every or recipes.PERIOD,
+        args.gather or "inverses",
     )
     fields = [field.name for field in dataclasses.fields(Config) if hasattr(args, field.name)]
     plan = Plan(
@@ -144,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.resume,
             writes=place.is_first(),
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         options.stop(error)
     if place.is_first() and not args.quiet:
         print(trainer.registry, flush=True)
@@ -176,10 +181,8 @@ def _report(args: Settings, trainer: Trainer, result: Result, settings: dict[str
     if result.rows:
         last = result.rows[-1]
         print(f"{label} on {size:,} parameters: held-out loss {last['held_out']:.3f} nats a byte")
-        print(
-            f"time      {last['seconds']:.1f} s in steps (median "
-            f"{1e3 * result.median_step_seconds:.1f} ms), {result.setup_seconds:.1f} s to compile"
-        )
+        took = report.steps_took(last["seconds"], result.median_step_seconds)
+        print(f"time      {took}, {result.setup_seconds:.1f} s to compile")
     print(f"written   {args.out / 'metrics.json'}, {args.out / 'training.png'}")
     if result.stopped:
         print(f"train.py: {result.stopped}", file=sys.stderr)

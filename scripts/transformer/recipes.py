@@ -14,6 +14,13 @@ import curvature
 OPTIMIZERS = ("eigen_adam", "soap", "adamw")
 LABELS = {"eigen_adam": "Eigen-Adam", "soap": "SOAP", "adamw": "AdamW"}
 RATE = {"eigen_adam": 0.01, "soap": 0.01, "adamw": 0.003}  # at WIDTH, where they were measured
+# What an optimizer has no use for.
+NOT_TAKEN = {
+    "eigen_adam": (),
+    "soap": ("statistics_every", "statistics_batch"),
+    "adamw": ("statistics_every", "statistics_batch", "refresh_every", "gather"),
+}
+PERIOD = 5  # of statistics and refreshes
 WIDTH = 128
 WARM_UP = 0.05  # of the steps
 
