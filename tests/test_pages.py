@@ -128,7 +128,7 @@ def test_the_step_on_a_mesh_compiles_once(devices, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     scope, _ = run(ROOT / "docs/recipes/meshes.md")
     assert scope["mesh"].size == devices
-    assert scope["step"]._cache_size() == 1
+    assert scope["step"]._cache_size() == scope["mapped_step"]._cache_size() == 1
 
 
 def test_there_is_a_first_page_for_every_framework():
