@@ -98,6 +98,20 @@ def test_the_models_scale_is_the_mean_loss_of_a_prediction():
     np.testing.assert_allclose(found.loss, mean, rtol=1e-12)
 
 
+def test_what_is_masked_does_not_count_for_the_models_scale():
+    """A label that is no class has a loss of NaN; it is left out, and the step is taken."""
+
+    def masked(p, x, y):
+        losses = curvature.losses.softmax_cross_entropy_with_integer_labels(x @ p, y)
+        return jnp.where(y < 3, losses, 0.0).sum()
+
+    x, y, p = normal(0, 4, 3), jnp.array([0, 99, 2, 1]), normal(2, 3, 3)
+    assert np.isnan(curvature.losses.softmax_cross_entropy_with_integer_labels(x @ p, y)[1])
+    step = jax.grad(masked)(p, x, y)
+    found = quadratic.along(masked, False, p, (x, y), step, [step], jnp.asarray(0.1))
+    np.testing.assert_allclose(found.loss, masked(p, x, y) / 3, rtol=1e-12)
+
+
 def test_the_minimiser_leaves_out_what_is_zero_or_double():
     (one,) = directions(1)
     nothing = jax.tree.map(jnp.zeros_like, one)

@@ -120,7 +120,7 @@ def gauss_newton(
            [0. , 2. ]], dtype=float32)
     """
     function, has_aux = _function(loss_fn, has_aux)
-    product = _Pulled(function, has_aux, _loss_hessian)
+    product = _Pulled(function, has_aux, _loss_gauss_newton)
     return over_dataset(product, params, batches, weights, semidefinite=True)
 
 
@@ -323,7 +323,7 @@ def _weighted(output: Output, cotangent: jax.Array) -> jax.Array:
     return _per_unit(output, jnp.abs(output.weights)) * cotangent
 
 
-def _loss_hessian(
+def _loss_gauss_newton(
     outputs: Sequence[Output], tangents: Sequence[jax.Array], samples: int, key: jax.Array | None
 ) -> list[jax.Array]:
     del samples, key

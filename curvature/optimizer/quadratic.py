@@ -145,7 +145,9 @@ def _summed(tag: Tag, dtype: Any, z: jax.Array, targets: Targets, weights: jax.A
     for _ in tag.lead:
         value = jax.vmap(value)
     weights = jnp.abs(weights.astype(dtype))
-    return jnp.stack([jnp.sum(weights * value(z, targets).astype(dtype)), jnp.sum(weights)])
+    # What is masked has no weight, and need not be finite.
+    values = jnp.where(weights > 0, value(z, targets).astype(dtype), 0)
+    return jnp.stack([jnp.sum(weights * values), jnp.sum(weights)])
 
 
 def dot(one: PyTree, other: PyTree, dtype: Any) -> jax.Array:
