@@ -198,16 +198,17 @@ def test_the_damping_follows_the_measured_reduction_ratio(rate):
     lm = LM(initial=0.5, every=3, factor=0.8)
     tx = curvature.kfac(REGISTRY, rate, damping=lm)
     history = run(tx, 9)
-    before, damping = PARAMS, 0.5
+    before, damping, fresh = PARAMS, 0.5, 0.0
     for t, (params, updates, state) in enumerate(history, 1):
         if t % 3 == 0:
             v, g = flat(updates), flat(gradient(before, X, Y))
             matrix = gauss_newton(before) + damping * np.eye(35)
             ratio = (loss_fn(params, X, Y) - loss_fn(before, X, Y)) / (g @ v + v @ matrix @ v / 2)
             np.testing.assert_allclose(state.stats.reduction_ratio, ratio, rtol=1e-8)
-            damping *= 0.8**3 if ratio > 0.75 else 0.8**-3 if ratio < 0.25 else 1
+            confirmed = fresh >= (0.25 if rate == 0.3 else 0)
+            damping *= 0.8**3 if ratio > 0.75 and confirmed else 0.8**-3 if ratio < 0.25 else 1
         np.testing.assert_allclose(state.next_damping, damping, rtol=1e-12)
-        before = params
+        before, fresh = params, state.stats.next_batch_ratio
     assert damping != 0.5
 
 
@@ -227,6 +228,16 @@ def test_damping_grows_and_shrinks_within_bounds(ratio, damping, expected):
     lm = LM(initial=1.0, every=1, factor=0.5, minimum=1e-3, maximum=1e3)
     found = lm.updated(jnp.asarray(damping), jnp.asarray(ratio))
     np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("by_model, enough", [(False, 0.25), (True, 0.0)])
+def test_the_damping_shrinks_only_where_the_next_batch_agrees(by_model, enough):
+    lm = LM(initial=1.0, every=1, factor=0.5)
+    for own, expected in ((0.9, 0.5), (0.5, 1.0), (0.1, 2.0)):
+        for fresh in (enough, enough - 1e-3):
+            ratio = lm.confirmed(jnp.asarray(own), jnp.asarray(fresh), by_model=by_model)
+            found, _ = lm.judged(jnp.ones(()), ratio, jnp.asarray(True))
+            np.testing.assert_allclose(found, max(expected, 1.0 if fresh < enough else 0.0))
 
 
 @pytest.mark.parametrize(

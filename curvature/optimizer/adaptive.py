@@ -17,10 +17,11 @@ class LevenbergMarquardt:
         rho = (loss(w + v) - loss(w)) / M(v)
 
     is measured on the step's own batch. Where it is below `low`, the model is trusted too far and
-    the damping grows by `factor^-every`; above `high` it shrinks by `factor^every`. Where the model
-    expects no decrease, as it may of a given rate and momentum, that counts as a ratio of zero.
-    Where what it expects and what happened are both within the rounding of the loss, as they are of
-    a loss with a large part that cannot go down, it is trusted.
+    the damping grows by `factor^-every`; above `high` it shrinks by `factor^every`, if the next
+    batch confirms it, see below. Where the model expects no decrease, as it may of a given rate and
+    momentum, that counts as a ratio of zero. Where what it expects and what happened are both
+    within the rounding of the loss, as they are of a loss with a large part that cannot go down, it
+    is trusted.
 
     A step whose rho is below -1 raises its own batch's loss by more than it was to lower it. It is
     not taken, and the damping grows by sqrt(-rho), at least twofold and at most a hundredfold. A
@@ -33,7 +34,9 @@ class LevenbergMarquardt:
     below -1 says that the damping does not cover what the batch did not see. Where the damping
     decides, a step's length is inversely proportional to it, and that excess to the length's
     square: the damping grows by sqrt(-rho) here as well. Where `QuadraticModel` chooses
-    the steps, that is looked at after each: one bad step undoes what hundreds have gained.
+    the steps, that is looked at after each: one bad step undoes what hundreds have gained. And the
+    damping does not shrink while the latest rho of a next batch is below `low`, or below zero where
+    `QuadraticModel` chooses steps, which are best for their own batches.
 
     The damping does not go below what the precision of the factors can invert; after a refresh that
     fails all the same it is four times as high.
@@ -99,6 +102,17 @@ class LevenbergMarquardt:
         grown = jnp.maximum(grown, jnp.minimum(2 * damping, self.maximum))
         moved = jnp.where(regular, self.updated(damping, ratio), damping)
         return jnp.where(rejected, grown, moved), rejected
+
+    def confirmed(self, ratio: jax.Array, fresh: jax.Array, *, by_model: bool) -> jax.Array:
+        """A ratio on a step's own batch, no reason to shrink the damping if the next one disagrees.
+
+        Args:
+          ratio: on the step's own batch.
+          fresh: the latest one on a next batch; zero where there is none.
+          by_model: whether steps minimise the model of their own batch.
+        """
+        disagrees = fresh < (0 if by_model else self.low)
+        return jnp.where(disagrees, jnp.minimum(ratio, self.high), ratio)
 
     def recovered(self, after: jax.Array, damping: jax.Array, failed: jax.Array) -> jax.Array:
         """The next damping; four times that of a refresh that failed, so that the next need not."""

@@ -282,6 +282,7 @@ class Descent:
         known = jnp.where(due & (predicted < 0), ratio, 0)
         # A loss that does not change at all, or is none, says nothing of the damping.
         known = jnp.where(due & (unchanged > 0), (adapts.low + adapts.high) / 2, known)
+        known = adapts.confirmed(known, state.latest.next_batch_ratio, by_model=self.by_model)
         after, rejected = adapts.judged(problem.lam, known, regular, due & leap)
         return after, ratio, predicted, rejected, unchanged
 
