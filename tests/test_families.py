@@ -419,6 +419,16 @@ def test_gauss_newton_products_are_those_of_the_root(name):
     close(columns(loss.gauss_newton_mvp, loss, z, targets), squared(root))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_excess_of_squared_errors_is_above_their_least_value(name):
+    loss, z, targets = family(name)
+    found = loss.excess(z, targets)
+    if not name.startswith(("l2", "squared", "gaussian")):
+        assert not np.any(found) and found.shape == loss.value(z, targets).shape
+        return
+    close(found, loss.value(z, targets) - loss.value(targets[0], targets))
+
+
 def test_a_target_of_negative_mass_is_a_weight():
     """It counts by magnitude, as every weight does; the Hessian itself is what it is."""
     loss, z, (labels, *rest) = family(next(n for n in CASES if n.startswith("soft")))

@@ -36,6 +36,10 @@ class _KnownVariance(Elementwise):
         """See `OutputLoss`."""
         return self.fisher_root(jax.random.normal(key, z.shape, z.dtype), z, targets)
 
+    def excess(self, z: jax.Array, targets: Targets) -> jax.Array:
+        """See `OutputLoss`."""
+        return 0.5 * self._precision(z, targets) * (z - targets[0].astype(z.dtype)) ** 2
+
     def second_derivative(self, z: jax.Array, targets: Targets) -> jax.Array:
         """See `Elementwise`."""
         return jnp.broadcast_to(self._precision(z, targets), z.shape)

@@ -62,6 +62,15 @@ class OutputLoss(abc.ABC):
     def root(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
         """S v for a square S with S S' = H_z, or, where H_z is indefinite, what the family says."""
 
+    def excess(self, z: jax.Array, targets: Targets) -> jax.Array:
+        """By how much l is above its least value at these targets, shape `units`.
+
+        Known of squared errors, whose outputs have units of their own, and zero elsewhere: the
+        optimizers measure by it how far steps have to go.
+        """
+        del targets
+        return jnp.zeros(z.shape[: z.ndim - self.event_ndim], z.dtype)
+
     def gauss_newton_mvp(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
         """S S' v for the S of `root`: another matrix than H_z where that is indefinite."""
         return self.hessian_mvp(vector, z, targets)

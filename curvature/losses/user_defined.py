@@ -102,8 +102,8 @@ class Custom(OutputLoss):
 def _no_exact_fisher() -> NoReturn:
     raise ValueError(
         "The exact Fisher of a custom loss is not known, only samples of it: use "
-        "Fisher(samples=k) with custom(..., sampler=...), or GaussNewton. QuadraticModel and "
-        "LevenbergMarquardt need an exact matrix, whatever the blocks are made of: GaussNewton."
+        "Fisher(samples=k) with custom(..., sampler=...), or GaussNewton. Under QuadraticModel and "
+        "LevenbergMarquardt, which need an exact matrix, use GaussNewton."
     )
 
 

@@ -127,8 +127,7 @@ class Descent:
       damping: a number or a schedule: of the first step where it adapts.
       adapts: how the damping does, if it does.
       kl_clip: the bound on a step.
-      by_loss: whether that of the quadratic model's steps is one for a loss of 1 a prediction, and
-        grows with it.
+      by_excess: whether it is a multiple of what a prediction's squared error is, above 1.
       decayed: adds what weight decay does to a step.
     """
 
@@ -139,7 +138,7 @@ class Descent:
     damping: Any
     adapts: LevenbergMarquardt | None
     kl_clip: ScalarOrSchedule | None
-    by_loss: bool
+    by_excess: bool
     decayed: Callable[..., PyTree]
 
     @property
@@ -310,8 +309,8 @@ class Descent:
         clip = jnp.ones_like(lam)
         if self.kl_clip is not None:
             bound = at(self.kl_clip, state.curvature.step, lam)
-            if self.by_loss:
-                bound = bound * jnp.maximum(jnp.abs(found.loss), 1).astype(lam.dtype)
+            if self.by_excess:
+                bound = bound * jnp.maximum(found.excess, 1).astype(lam.dtype)
             length = found.length(best).astype(lam.dtype)
             clip = shortening(bound, length, state.curvature.predictions)
             best = best * clip.astype(best.dtype)

@@ -100,8 +100,9 @@ def kfac(
         With a given learning rate it is taken of the part without momentum, and as the blocks see
         it. A number, a schedule, or None for no bound. `"auto"` is 1e-3 with a given learning rate,
         without which a rate that is too large loses the run. With `QuadraticModel()`, which knows
-        no batch but its own, it is 3e-2, and 0.3 where `LevenbergMarquardt()` looks after it; times
-        the loss of a prediction where that is above 1.
+        no batch but its own, it is 3e-2. Where `LevenbergMarquardt()` looks after it, it is 0.3, or
+        0.3 times 1/2 (z - t)^2 / variance in the mean over predictions where squared errors make
+        that larger than 1.
       relative_damping: as `scale_by_curvature` takes it, and all that follow; not with damping or
         rates by the quadratic model, which knows one damping for all.
       decay: weight of the past in the average of the statistics.
@@ -159,11 +160,11 @@ def kfac(
     damping, relative_damping = damping_of(damping, relative_damping, absolute=absolute)
     if not by_model:
         check_range("learning_rate", learning_rate, 0.0, float("inf"))
-    by_loss = by_model and kl_clip == "auto" and registry.objective
+    by_excess = False
     if isinstance(kl_clip, str) and kl_clip == "auto":
-        looked_after = isinstance(damping, LevenbergMarquardt)
-        bound = _ADAPTIVE_KL_CLIP if looked_after else _MODEL_KL_CLIP
-        kl_clip = bound if by_model else _KL_CLIP
+        by_excess = by_model and isinstance(damping, LevenbergMarquardt)
+        kl_clip = _MODEL_KL_CLIP if by_model else _KL_CLIP
+        kl_clip = _ADAPTIVE_KL_CLIP if by_excess else kl_clip
     if kl_clip is not None:
         check_positive("kl_clip", kl_clip)
     given: Any = damping
@@ -193,7 +194,15 @@ def kfac(
     objective = Objective(registry, kind, l2, preconditioner.estimator.axes)
     decayed = decaying(weight_decay, weight_decay_mask, registry)
     descent = Descent(
-        preconditioner, objective, learning_rate, momentum, given, adapts, kl_clip, by_loss, decayed
+        preconditioner,
+        objective,
+        learning_rate,
+        momentum,
+        given,
+        adapts,
+        kl_clip,
+        by_excess,
+        decayed,
     )
     return entering(optax.GradientTransformationExtraArgs(descent.init, descent.update))
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from curvature.optimizer import quadratic
@@ -92,8 +91,8 @@ class Problem(NamedTuple):
           value: the loss without the step, if known.
         """
         before = self._loss(self.params) if value is None else mean(value, self.axes)
-        dtype, eps = self.l2.dtype, float(np.finfo(before.dtype).eps)
-        least = float(np.sqrt(np.finfo(before.dtype).tiny))
+        limits = jnp.finfo(before.dtype)  # type: ignore[no-untyped-call]  # of bfloat16, too
+        dtype, eps, least = self.l2.dtype, float(limits.eps), float(limits.tiny) ** 0.5
         before = before.astype(dtype)
         after = self._loss(optax.apply_updates(self.params, step)).astype(dtype)
         # 1/2 |w + v|^2 - 1/2 |w|^2 without the difference of large numbers.

@@ -35,13 +35,13 @@ class Quadratic(NamedTuple):
     Attributes:
       linear: g'd_i for every direction d_i.
       matrix: d_i'(G + lam I)d_j.
-      loss: the mean of the batch's predictions' losses, by their weights: the scale of 1/2 v'Gv for
-        one prediction.
+      excess: by how much the batch's squared errors are above zero, in the mean over predictions: the
+        scale of 1/2 v'Gv for one of them.
     """
 
     linear: jax.Array
     matrix: jax.Array
-    loss: jax.Array
+    excess: jax.Array
 
     def __call__(self, coefficients: jax.Array) -> jax.Array:
         """The predicted change of the loss."""
@@ -104,15 +104,15 @@ def along(
         us = [t[i].astype(dtype) for t in tangents]
         products = functools.partial(_products, kind, output.tag, len(output.event))
         matrix += automatic(products, output.z, output.targets, output.weights, us)
-        summed = functools.partial(_summed, output.tag, dtype)
+        summed = functools.partial(_excess, output.tag, dtype)
         sums += automatic(summed, output.z, output.targets, output.weights)
     matrix, sums = together(
         (matrix, sums), axes, found.loss, [output.z for output in found.outputs]
     )
     dots = jnp.stack([jnp.stack([dot(a, b, dtype) for a in directions]) for b in directions])
     linear = jnp.stack([dot(gradient, d, dtype) for d in directions])
-    loss = sums[0] / jnp.where(sums[1] > 0, sums[1], 1)
-    return Quadratic(linear, matrix + damping.astype(dtype) * dots, loss)
+    excess = sums[0] / jnp.where(sums[1] > 0, sums[1], 1)
+    return Quadratic(linear, matrix + damping.astype(dtype) * dots, excess)
 
 
 def _products(
@@ -139,14 +139,14 @@ def _products(
     return jnp.stack([jnp.stack([jnp.sum(a * b) for b in rooted]) for a in rooted])
 
 
-def _summed(tag: Tag, dtype: Any, z: jax.Array, targets: Targets, weights: jax.Array) -> jax.Array:
-    """The units' losses, summed by weight, and the sum of the weights."""
-    value = tag.loss.value
+def _excess(tag: Tag, dtype: Any, z: jax.Array, targets: Targets, weights: jax.Array) -> jax.Array:
+    """The units' excess, summed by weight, and the sum of the weights."""
+    excess = tag.loss.excess
     for _ in tag.lead:
-        value = jax.vmap(value)
+        excess = jax.vmap(excess)
     weights = jnp.abs(weights.astype(dtype))
     # What is masked has no weight, and need not be finite.
-    values = jnp.where(weights > 0, value(z, targets).astype(dtype), 0)
+    values = jnp.where(weights > 0, excess(z, targets).astype(dtype), 0)
     return jnp.stack([jnp.sum(weights * values), jnp.sum(weights)])
 
 
