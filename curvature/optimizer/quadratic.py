@@ -35,8 +35,8 @@ class Quadratic(NamedTuple):
     Attributes:
       linear: g'd_i for every direction d_i.
       matrix: d_i'(G + lam I)d_j.
-      excess: by how much the batch's squared errors are above zero, in the mean over predictions: the
-        scale of 1/2 v'Gv for one of them.
+      excess: by how much squared errors are above zero, in the mean over the batch's predictions:
+        the scale of 1/2 v'Gv for one of them.
     """
 
     linear: jax.Array
