@@ -14,6 +14,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
 import curvature
+from curvature import operators
 from curvature.blocks import BLOCKS, Block, BlockKind
 from curvature.blocks.block import Spectrum, safe_power, shifted
 from curvature.losses.output import Elementwise, shaped_like, tag
@@ -131,6 +132,55 @@ def test_a_loss_is_a_class():
 
 
 # A block: a number for every input, the mean over outputs
+
+
+class Summed(Cauchy):
+    def value(self, z, targets):
+        return super().value(z, targets).sum(-1)
+
+
+class Shared(Cauchy):
+    def sampled_score(self, key, z, targets):
+        return super().sampled_score(key, z[0], targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled(Cauchy):
+    scale: jax.Array
+
+
+def test_a_loss_that_does_wrong_is_told_so():
+    def loss_of(family):
+        return lambda params, x, y: tag(family, x @ params["w"].T, y).mean()
+
+    for family, error, message in (
+        (Cauchy, TypeError, "loss is .*Cauchy.*expected an instance of a subclass of OutputLoss"),
+        (Scaled(jnp.ones(3)), TypeError, "Scaled cannot be hashed.*are targets"),
+        (Summed(), ValueError, r"value of cauchy has shape \(6,\), expected \(6, 3\)"),
+    ):
+        with pytest.raises(error, match=message):
+            curvature.register(loss_of(family), PARAMS, X, Y)
+    registry = curvature.register(loss_of(Shared()), PARAMS, X, Y)
+    with pytest.raises(ValueError, match=r"sampled_score of cauchy has shape \(3,\).*\(6, 3\)"):
+        curvature.Estimator(registry)(PARAMS, X, Y, key=jax.random.key(0))
+
+
+def test_negative_curvature_of_a_loss_counts_as_none():
+    def loss_fn(params, x, y):
+        return tag(Cauchy(), x @ params["w"].T, y).sum()
+
+    y = jnp.where(jnp.arange(N)[:, None] < 3, X @ PARAMS["w"].T, 5.0)  # no residual, or a large one
+    registry = curvature.register(loss_fn, PARAMS, X, y).with_blocks("dense")
+    blocks = jax.jit(curvature.Estimator(registry, curvature.GaussNewton()))(PARAMS, X, y)
+    r2 = (X @ PARAMS["w"].T - y) ** 2
+    second = 2 * (1 - r2) / (1 + r2) ** 2
+    assert second.min() < -0.02 and second.max() == 2
+    v = jnp.ones_like(PARAMS["w"])
+    expected = jnp.einsum("no,ni,nj,oj->oi", jnp.maximum(second, 0), X, X, v)
+    exact = operators.gauss_newton(loss_fn, PARAMS, [(X, y)])
+    for op in (blocks, exact):
+        found = op @ {"w": v, "b": jnp.zeros(D_OUT)}
+        np.testing.assert_allclose(found["w"], expected, rtol=1e-10)
 
 
 @jax.tree_util.register_dataclass

@@ -89,7 +89,7 @@ class Elementwise(OutputLoss):
 
     @abc.abstractmethod
     def second_derivative(self, z: jax.Array, targets: Targets) -> jax.Array:
-        """H_z >= 0, shape of `z`."""
+        """H_z, shape of `z`; where it is negative, Gauss-Newton matrices have zero."""
 
     def fisher_information(self, z: jax.Array, targets: Targets) -> jax.Array:
         """F_z, shape of `z`."""
@@ -101,7 +101,11 @@ class Elementwise(OutputLoss):
 
     def root(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
         """See `OutputLoss`."""
-        return jnp.sqrt(self.second_derivative(z, targets)) * vector
+        return jnp.sqrt(jnp.maximum(self.second_derivative(z, targets), 0)) * vector
+
+    def gauss_newton_mvp(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
+        """See `OutputLoss`."""
+        return jnp.maximum(self.second_derivative(z, targets), 0) * vector
 
     def fisher_mvp(self, vector: jax.Array, z: jax.Array, targets: Targets) -> jax.Array:
         """See `OutputLoss`."""
@@ -113,7 +117,13 @@ class Elementwise(OutputLoss):
 
 
 def _value(z: jax.Array, *targets: jax.Array, loss: OutputLoss) -> jax.Array:
-    return loss.value(z, targets)
+    value, units = loss.value(z, targets), z.shape[: z.ndim - loss.event_ndim]
+    if value.shape != units:
+        raise ValueError(
+            f"The value of {loss.name} has shape {value.shape}, expected {units}: z's "
+            f"{z.shape} without its event_ndim={loss.event_ndim} axes of one unit."
+        )
+    return value
 
 
 TAG = "curvature_loss"
@@ -121,7 +131,21 @@ _primitive = _jax.tag_primitive(TAG, _value)
 
 
 def tag(loss: OutputLoss, z: jax.Array, *targets: jax.Array) -> jax.Array:
-    """The value of `loss` at `z` and `targets`, marked in the trace as an output loss."""
+    """The value of `loss` at `z` and `targets`, marked in the trace as an output loss.
+
+    Raises:
+      TypeError: `loss` is no instance of a subclass of `OutputLoss`, or cannot be hashed.
+      ValueError: its value is not one number for every unit.
+    """
+    if not isinstance(loss, OutputLoss):
+        raise TypeError(f"loss is {loss!r}, expected an instance of a subclass of OutputLoss.")
+    try:
+        hash(loss)
+    except TypeError as error:
+        raise TypeError(
+            f"{type(loss).__name__} cannot be hashed: {error}. Arrays that a loss depends on are "
+            "targets: tag(loss, z, *targets)."
+        ) from error
     value: jax.Array = _primitive.bind(z, *targets, loss=loss)
     return value
 

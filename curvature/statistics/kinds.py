@@ -182,7 +182,13 @@ class Fisher:
         """See `Kind`."""
         if self.samples is None:
             return self.root(tag.loss, _column(tag, draw, z), z, targets)
-        return tag.loss.sampled_score(draw, z, targets)
+        score = tag.loss.sampled_score(draw, z, targets)
+        if score.shape != z.shape:
+            raise ValueError(
+                f"The sampled_score of {tag.loss.name} has shape {score.shape}, expected that of "
+                f"z, {z.shape}."
+            )
+        return score
 
     def root(
         self, loss: OutputLoss, vector: jax.Array, z: jax.Array, targets: Targets
