@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import normal
 from jax.flatten_util import ravel_pytree
 from sklearn.datasets import load_digits
 
@@ -75,52 +74,6 @@ def test_the_quadratic_model_is_that_of_dense_matrices():
     np.testing.assert_allclose(
         found.minimiser(), -np.linalg.solve(matrix, d @ flat(GRADS)), rtol=1e-9
     )
-
-
-def test_the_models_scale_is_the_mean_squared_error_of_a_prediction():
-    """Of several losses with weights, one of them in a scan; other losses have no such scale."""
-    cross_entropy = curvature.losses.softmax_cross_entropy_with_integer_labels
-
-    def several(p, x, y):
-        total = 0.3 * curvature.losses.l2_loss(x @ p, y).sum() / 7
-        total += jax.lax.scan(
-            lambda c, t: (c - 0.2 * curvature.losses.l2_loss(t @ p).mean(), None), 0.0, x[None]
-        )[0]
-        return total + 2 * cross_entropy(x @ p, jnp.zeros(4, int)).mean()
-
-    x, y, p = normal(0, 4, 3), normal(1, 4, 2), normal(2, 3, 2)
-    step = normal(3, 3, 2)
-    found = quadratic.along(several, False, p, (x, y), step, [step], jnp.asarray(0.1))
-    squares = np.square(np.stack([x @ p - y, x @ p])) / 2
-    weights = np.array([0.3 / 7, 0.2 / 8])
-    mean = np.einsum("i,ijk->", weights, squares) / (weights.sum() * y.size + 2)
-    np.testing.assert_allclose(found.excess, mean, rtol=1e-12)
-
-
-def test_what_is_masked_does_not_count_for_the_models_scale():
-    """A target of NaN is left out, and the step is taken."""
-
-    def masked(p, x, y):
-        return jnp.where(jnp.isnan(y), 0, curvature.losses.l2_loss(x @ p, y)).sum()
-
-    x, y, p = normal(0, 4, 3), jnp.array([[0.0], [jnp.nan], [2.0], [1.0]]), normal(2, 3, 1)
-    found = quadratic.along(masked, False, p, (x, y), p, [p], jnp.asarray(0.1))
-    np.testing.assert_allclose(found.excess, masked(p, x, y) / 3, rtol=1e-12)
-
-
-def test_labels_that_are_left_out_stop_no_step(standard_promotion):
-    def loss_fn(p, x, y):
-        losses = curvature.losses.softmax_cross_entropy_with_integer_labels(x @ p, y)
-        return jnp.where(y >= 0, losses, 0.0).sum() / 3
-
-    p, args = normal(2, 3, 3), (normal(0, 4, 3), jnp.array([0, -100, 2, 1]))
-    registry = curvature.register(loss_fn, p, *args)
-    for damping in (1e-3, LM()):
-        tx = curvature.kfac(registry, curvature.QuadraticModel(), damping=damping)
-        key, grads = jax.random.key(0), jax.grad(loss_fn)(p, *args)
-        updates, state = jax.jit(tx.update)(grads, tx.init(p), p, loss_args=args, key=key)
-        assert state.stats.skipped == 0
-        assert loss_fn(optax.apply_updates(p, updates), *args) < loss_fn(p, *args)
 
 
 def test_the_minimiser_leaves_out_what_is_zero_or_double():
