@@ -137,5 +137,6 @@ class QuadraticModel:
     """Learning rate and momentum of each step, chosen together.
 
     The step is `rate * direction + momentum * previous step` with the coefficients that minimise
-    the quadratic model on the step's batch. It costs about three forward passes.
+    the quadratic model on the step's batch, and as long as `kl_clip` allows. It costs about three
+    forward passes.
     """
