@@ -189,7 +189,7 @@ def of_measured_step() -> set[tuple[str, int]]:
 
 def of_quadratic() -> set[tuple[str, int]]:
     def values(linear: jax.Array, matrix: jax.Array) -> Any:
-        model = Quadratic(linear, matrix)
+        model = Quadratic(linear, matrix, jnp.zeros(()))
         return model(model.minimiser()), model.length(linear)
 
     return traced(values, jnp.ones(2, jnp.float32), jnp.eye(2, dtype=jnp.float32))
