@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,21 +40,19 @@ def difference(found: PyTree, expected: PyTree) -> str | None:
 
 def different_shape(found: PyTree, expected: PyTree) -> str | None:
     """The first leaf of another shape in two trees of one structure; None without any."""
-    pairs = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
-    for (path, leaf), other in pairs:
-        if jnp.shape(leaf) != other.shape:
-            where = jax.tree_util.keystr(path)
-            return f"{where} has shape {list(jnp.shape(leaf))}, expected {list(other.shape)}"
-    return None
+    return _first(found, expected, "has shape", lambda leaf: list(jnp.shape(leaf)))
 
 
 def different_dtype(found: PyTree, expected: PyTree) -> str | None:
     """The first leaf of another dtype in two trees of one structure; None without any."""
+    return _first(found, expected, "is", jnp.result_type)
+
+
+def _first(found: PyTree, expected: PyTree, verb: str, of: Callable[[Any], Any]) -> str | None:
     pairs = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
     for (path, leaf), other in pairs:
-        if jnp.result_type(leaf) != other.dtype:
-            where = jax.tree_util.keystr(path)
-            return f"{where} is {jnp.result_type(leaf)}, expected {other.dtype}"
+        if of(leaf) != of(other):
+            return f"{jax.tree_util.keystr(path)} {verb} {of(leaf)}, expected {of(other)}"
     return None
 
 

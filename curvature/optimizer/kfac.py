@@ -163,8 +163,8 @@ def kfac(
     by_excess = False
     if isinstance(kl_clip, str) and kl_clip == "auto":
         by_excess = by_model and isinstance(damping, LevenbergMarquardt)
-        kl_clip = _MODEL_KL_CLIP if by_model else _KL_CLIP
-        kl_clip = _ADAPTIVE_KL_CLIP if by_excess else kl_clip
+        of_model = _ADAPTIVE_KL_CLIP if by_excess else _MODEL_KL_CLIP
+        kl_clip = of_model if by_model else _KL_CLIP
     if kl_clip is not None:
         check_positive("kl_clip", kl_clip)
     given: Any = damping
